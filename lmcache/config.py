@@ -1,0 +1,123 @@
+"""Configuration: one YAML file, then LMCACHE_CONFIG_FILE, then overrides; unknown keys are errors.
+
+The only place of the package that reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from lmcache.errors import ConfigError
+
+CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and a key that it does not know is an error that names those it does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_known_keys(cls, data: object) -> object:
+        if isinstance(data, Mapping):
+            unknown = sorted(str(k) for k in data if k not in cls.model_fields)
+            if unknown:
+                raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
+        return data
+
+
+class MemoryConfig(Config):
+    """L1: chunks in this process's (pinned) host memory."""
+
+    capacity: ByteSize = Field(ByteSize(1 << 30), gt=0, description="bytes of host memory per worker, for example 4GiB")
+    eviction: str = Field("lru", description="name of the eviction policy")
+    huge_pages: bool = Field(True, description="ask the kernel for transparent huge pages")
+
+
+class BreakerConfig(Config):
+    """When a tier that fails is left alone, and for how long."""
+
+    failures: int = Field(3, ge=1, description="consecutive failures that open the breaker")
+    cooldown_s: float = Field(10.0, gt=0, description="seconds until one probe is let through")
+
+
+class LMCacheConfig(Config):
+    """Everything a user may set."""
+
+    chunk_tokens: int | None = Field(
+        None, ge=1, description="tokens per chunk; rounded up to whole engine blocks; null: chosen from the block size"
+    )
+    model_id: str | None = Field(
+        None, description="identity of the weights; null: hub name and revision, or a fingerprint of the local folder"
+    )
+    memory: MemoryConfig = Field(default_factory=MemoryConfig, description="the L1 tier")
+    tiers: tuple[dict[str, Any], ...] = Field((), description="tiers below memory, nearest first: {type: disk, ...}")
+    store_generated: bool = Field(True, description="also store the KV of generated tokens, block by block")
+    write_queue: ByteSize = Field(
+        ByteSize(256 << 20), gt=0, description="bytes per tier that may wait to be written; more are shed, and counted"
+    )
+    read_timeout_s: float = Field(10.0, gt=0, description="deadline of one lookup's reads from lower tiers")
+    lookup_timeout_s: float = Field(
+        2.0, gt=0, description="the scheduler takes a lookup that is unanswered for this long beyond reads as a miss"
+    )
+    lease_timeout_s: float = Field(120.0, gt=0, description="how long found chunks are held for a request that waits")
+    close_timeout_s: float = Field(10.0, gt=0, description="how long close() waits for queued writes")
+    breaker: BreakerConfig = Field(default_factory=BreakerConfig, description="circuit breaker of every lower tier")
+
+
+def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """``cls(**values)``, with pydantic's complaints turned into one ConfigError that says where."""
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            path = ".".join(str(part) for part in problem["loc"])
+            got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+            lines.append(f"{path + ': ' if path else ''}{problem['msg'].removeprefix('Value error, ')}{got}")
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> LMCacheConfig:
+    """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top.
+
+    overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, anything else replaces.
+    Raises ConfigError for a file that cannot be read or parsed, an unknown key or a wrong value.
+    """
+    source = path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE)
+    values: dict[str, Any] = {}
+    where = "config"
+    if source:
+        where = str(source)
+        try:
+            loaded = yaml.safe_load(Path(source).expanduser().read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the config file {where}: {error}") from error
+        if loaded is not None and not isinstance(loaded, Mapping):
+            raise ConfigError(f"{where}: expected a mapping of option names, got {type(loaded).__name__}")
+        values = dict(loaded or {})
+    for name, value in (overrides or {}).items():
+        _merge(values, name.split("."), value)
+    return build(LMCacheConfig, values, where)
+
+
+def _merge(into: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        child = into.get(name)
+        into[name] = dict(child) if isinstance(child, Mapping) else {}
+        into = into[name]
+    current = into.get(path[-1])
+    if isinstance(value, Mapping) and isinstance(current, Mapping):
+        merged = dict(current)
+        for name, inner in value.items():
+            _merge(merged, [name], inner)
+        value = merged
+    into[path[-1]] = value

@@ -1,0 +1,52 @@
+"""Every error that lmcache raises on purpose.
+
+    LMCacheError
+    ├── ConfigError (ValueError)        a config file, override or component option is wrong
+    ├── UnsupportedLayoutError (NotImplementedError)  the engine stores KV in a way we cannot move safely
+    ├── KernelArgumentError (ValueError)  a tensor of the wrong dtype, device, stride or shape
+    ├── BufferStateError (RuntimeError) a pool handle used after, or released more than once
+    ├── StorageError (OSError)          a tier could not do what was asked; the manager turns it into a miss
+    │   └── CorruptChunkError           the bytes read are not the chunk that was asked for
+    ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
+    └── ClosedError (RuntimeError)      use after close()
+
+A miss is never an exception: lookups and reads return how much they found.
+"""
+
+from __future__ import annotations
+
+
+class LMCacheError(Exception):
+    """Base of the tree."""
+
+
+class ConfigError(LMCacheError, ValueError):
+    """A config file, override or component option is wrong."""
+
+
+class UnsupportedLayoutError(LMCacheError, NotImplementedError):
+    """The engine stores KV in a way that cannot be moved safely; raised at start, never later."""
+
+
+class KernelArgumentError(LMCacheError, ValueError):
+    """A tensor argument has the wrong dtype, device, stride or shape."""
+
+
+class BufferStateError(LMCacheError, RuntimeError):
+    """A pool handle was used after its release, or released twice."""
+
+
+class StorageError(LMCacheError, OSError):
+    """A tier could not do what was asked."""
+
+
+class CorruptChunkError(StorageError):
+    """The bytes read are not the chunk that was asked for."""
+
+
+class LeaseExpiredError(LMCacheError, RuntimeError):
+    """The chunks of a lookup are no longer held."""
+
+
+class ClosedError(LMCacheError, RuntimeError):
+    """Use after close()."""

@@ -1,0 +1,79 @@
+"""The contracts of storage: buffers, backends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from lmcache.keys import ChunkKey
+
+
+class Buffer(Protocol):
+    """A handle on a 4 KiB-aligned block of the process's pool. Whoever holds a handle releases it, once."""
+
+    @property
+    def view(self) -> memoryview:
+        """The writable bytes, exactly ``nbytes`` of them. BufferStateError after release()."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+        ...
+
+    def share(self) -> Buffer:
+        """A second handle on the same bytes; the block goes back to the pool when the last one is released."""
+        ...
+
+    def release(self) -> None:
+        """Give the handle back. BufferStateError when it already was."""
+        ...
+
+
+class StorageBackend(ABC):
+    """One place that holds chunks, below process memory.
+
+    Meaning: a map ChunkKey -> bytes. What ``get`` returns was put under that very key, bit for bit, or it is a miss.
+    Threads: every method may be called from several threads at once.
+    Blocking: methods block; deadlines, retries and the circuit breaker live in the StorageManager.
+    Buffers: the caller owns every buffer; a backend neither keeps nor releases one after it returns.
+    Outside process memory a chunk carries the header of ``storage/chunk.py``; whatever is off (magic, version, key,
+    length, checksum) is a miss plus a metric plus removal of the bad entry, never data.
+    Errors: a miss is a value. StorageError when the place itself fails (disk full, connection refused, ...).
+    """
+
+    name: str
+
+    @abstractmethod
+    def contains(self, keys: Sequence[ChunkKey]) -> int:
+        """Length of the leading run of ``keys`` that is present. Reads no payload."""
+
+    @abstractmethod
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        """Fill ``into[i]`` with the payload of ``keys[i]``; stop at the first miss. Returns how many were filled.
+
+        A payload whose length is not ``into[i].nbytes`` is a miss.
+        """
+
+    @abstractmethod
+    def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        """Write payloads; returns how many of them are now held. A key that is already held counts as held.
+
+        A chunk becomes visible whole or not at all. What does not fit the capacity is not held (after eviction).
+        """
+
+    @abstractmethod
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        """Remove; returns how many were there."""
+
+    @abstractmethod
+    def clear(self, fingerprint: bytes | None = None) -> int:
+        """Remove every chunk of one KVFormat, or all of them. Returns how many."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release resources; what was put stays where the medium keeps it. Idempotent."""
