@@ -86,7 +86,9 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
-def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> LMCacheConfig:
+def load_config(
+    path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> LMCacheConfig:
     """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top.
 
     overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, anything else replaces.

@@ -1,0 +1,242 @@
+"""The scheduler asks, a worker answers: lookups over a local ZMQ socket, whether or not they share a process.
+
+The worker owns memory and tiers, so it does the hashing and the reading; the scheduler only learns how many tokens are
+held for it. A worker that is late, gone or broken is a miss. Sockets lie in a directory of the user's own (mode 0700).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from lmcache import metrics
+from lmcache.engine.engine import CacheEngine, Lookup
+from lmcache.keys import PlaceholderSpan
+
+logger = logging.getLogger(__name__)
+
+
+class Acquire(msgspec.Struct, tag=True, frozen=True):
+    lookup_id: int
+    tokens: bytes
+    tags: dict[str, str]
+    placeholders: list[PlaceholderSpan]
+
+
+class Release(msgspec.Struct, tag=True, frozen=True):
+    lookup_id: int
+
+
+class Clear(msgspec.Struct, tag=True, frozen=True):
+    lookup_id: int
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed."""
+
+    lookup_id: int
+    tokens: int
+
+
+_Request = Acquire | Release | Clear
+
+
+def socket_path(engine_id: str, rank: int) -> str:
+    """Where the worker of ``rank`` listens: ipc://<tmp>/lmcache-<uid>/<engine id>.<rank>"""
+    folder = Path(tempfile.gettempdir()) / f"lmcache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    info = folder.stat()
+    if info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise PermissionError(f"{folder} must belong to this user with mode 0700: remove it and start again")
+    return f"ipc://{folder / f'{engine_id}.{rank}'}"
+
+
+class LookupServer:
+    """The worker's side: one thread that answers lookups and keeps them until they are loaded or released."""
+
+    def __init__(self, engine: CacheEngine, address: str) -> None:
+        self._engine = engine
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.bind(address)
+        self._wake_in = self._context.socket(zmq.PULL)
+        self._wake_in.bind("inproc://wake")
+        # Lookups end on storage threads, and a ZMQ socket belongs to one thread: replies queue here.
+        self._replies: list[tuple[bytes, Reply]] = []
+        self._lookups: dict[int, Lookup] = {}
+        self._lock = threading.Lock()
+        self._wake_out = self._context.socket(zmq.PUSH)
+        self._wake_out.connect("inproc://wake")
+        self._stopping = self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="lmcache-lookup", daemon=True)
+        self._thread.start()
+
+    def take(self, lookup_id: int) -> Lookup | None:
+        """The lookup, handed over to the caller, who closes it."""
+        with self._lock:
+            return self._lookups.pop(lookup_id, None)
+
+    def close(self) -> None:
+        """Stop answering and let go of every lookup. Idempotent."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._wake()
+        self._thread.join(timeout=5)
+        with self._lock:
+            self._closed = True
+        for lookup in list(self._lookups.values()):
+            lookup.close()
+        self._lookups.clear()
+        if not self._thread.is_alive():
+            for socket in (self._socket, self._wake_in, self._wake_out):
+                socket.close(linger=0)
+            self._context.term()
+
+    def _serve(self) -> None:
+        decoder = msgspec.msgpack.Decoder(_Request)
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_in, zmq.POLLIN)
+        while not self._stopping:
+            ready = dict(poller.poll())
+            if self._wake_in in ready:
+                self._wake_in.recv()
+                self._send_replies()
+            if self._socket in ready:
+                client, body = self._socket.recv_multipart()[:2]
+                try:
+                    self._handle(client, decoder.decode(body))
+                # The entry loop of a thread: whatever fails here is one request's miss.
+                except Exception:
+                    metrics.LOOKUP_ERRORS.inc()
+                    logger.exception("a lookup failed and counts as a miss")
+                    self._fail(client, body)
+                self._send_replies()
+
+    def _handle(self, client: bytes, request: _Request) -> None:
+        if isinstance(request, Release):
+            if lookup := self.take(request.lookup_id):
+                lookup.close()
+        elif isinstance(request, Clear):
+            self._answer(client, Reply(request.lookup_id, self._engine.clear()))
+        else:
+            lookup = self._engine.lookup(
+                request.tokens,
+                tags=request.tags,
+                placeholders=request.placeholders,
+                on_done=lambda done: self._answer(client, Reply(request.lookup_id, done.tokens)),
+            )
+            with self._lock:
+                self._lookups[request.lookup_id] = lookup
+
+    def _fail(self, client: bytes, body: bytes) -> None:
+        try:
+            lookup_id = int(msgspec.msgpack.decode(body)["lookup_id"])
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+            return
+        self._answer(client, Reply(lookup_id, -1))
+
+    def _answer(self, client: bytes, reply: Reply) -> None:
+        with self._lock:
+            self._replies.append((client, reply))
+        if threading.current_thread() is not self._thread:
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._wake_out.send(b"")
+
+    def _send_replies(self) -> None:
+        with self._lock:
+            replies, self._replies = self._replies, []
+        for client, reply in replies:
+            self._socket.send_multipart([client, msgspec.msgpack.encode(reply)])
+
+
+class LookupClient:
+    """The scheduler's side. Used by one thread; nothing here blocks for longer than the caller says."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._sockets = []
+        for address in addresses:
+            socket = self._context.socket(zmq.DEALER)
+            socket.linger = 0
+            socket.connect(address)
+            self._poller.register(socket, zmq.POLLIN)
+            self._sockets.append(socket)
+        self._next_id = 0
+        self._answers: dict[int, list[int]] = {}
+
+    def acquire(self, tokens: bytes, tags: Mapping[str, str], placeholders: Sequence[PlaceholderSpan]) -> int:
+        """Ask every worker to hold the longest prefix it has; returns the lookup's id."""
+        return self._ask(lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders)))
+
+    def clear(self, timeout_s: float) -> bool:
+        """Have every worker forget its chunks; False when one failed or did not answer in time."""
+        lookup_id = self._ask(Clear)
+        deadline = time.monotonic() + timeout_s
+        while (count := self.answer(lookup_id, max(0.0, deadline - time.monotonic()))) is None:
+            if time.monotonic() >= deadline:
+                self._answers.pop(lookup_id, None)
+                return False
+        return count >= 0
+
+    def answer(self, lookup_id: int, wait_s: float = 0.0) -> int | None:
+        """Tokens that *every* worker holds, or None while one has not answered. Waits ``wait_s`` at most."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            answers = self._answers.get(lookup_id)
+            if answers is None:
+                return 0
+            if len(answers) == len(self._sockets):
+                del self._answers[lookup_id]
+                return min(answers)
+            left = deadline - time.monotonic()
+            if not self._receive(max(0.0, left)) and left <= 0:
+                return None
+
+    def release(self, lookup_id: int) -> None:
+        """Let the workers go of what they hold."""
+        self._answers.pop(lookup_id, None)
+        self._send(Release(lookup_id))
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._context.term()
+
+    def _ask(self, build: Callable[[int], _Request]) -> int:
+        self._next_id += 1
+        self._answers[self._next_id] = []
+        self._send(build(self._next_id))
+        return self._next_id
+
+    def _send(self, request: _Request) -> None:
+        body = msgspec.msgpack.encode(request)
+        for socket in self._sockets:
+            try:
+                socket.send(body, zmq.DONTWAIT)
+            except zmq.Again:
+                # The worker has not read for a long time; a request without an answer is a miss.
+                metrics.LOOKUP_ERRORS.inc()
+
+    def _receive(self, wait_s: float) -> bool:
+        ready = self._poller.poll(wait_s * 1000)
+        for socket, _ in ready:
+            reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
+            if reply.lookup_id in self._answers:
+                self._answers[reply.lookup_id].append(reply.tokens)
+        return bool(ready)

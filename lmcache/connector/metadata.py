@@ -1,0 +1,48 @@
+"""What the scheduler half tells the worker half at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from lmcache.keys import PlaceholderSpan
+
+BlockIds = tuple[list[int], ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Write the chunks of lookup ``lookup_id`` into token positions ``[start, stop)`` of a request.
+
+    whole_request: report the request as received (or failed) instead of its blocks (vLLM's asynchronous loads).
+    """
+
+    request_id: str
+    lookup_id: int
+    block_ids: BlockIds
+    start: int
+    stop: int
+    whole_request: bool
+
+
+@dataclass(frozen=True)
+class Store:
+    """Store the KV of ``tokens`` (uint32, from the first one) that ends after ``start``."""
+
+    request_id: str
+    tokens: bytes
+    block_ids: BlockIds
+    start: int
+    tail: bool
+    tags: dict[str, str]
+    placeholders: Sequence[PlaceholderSpan]
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """All loads and stores of one step."""
+
+    loads: list[Load] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)

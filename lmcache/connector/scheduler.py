@@ -1,0 +1,251 @@
+"""The scheduler half: which tokens of a request are cached, and what the workers shall load and store.
+
+A request's lookup starts when it arrives. Its chunks are read into the workers' memory while it waits; only what *is* in
+memory, verified and leased, is ever promised to vLLM, so that a promise cannot fail for lack of the bytes.
+
+    new request ─ lookup ─ (None: still reading) ─ matched tokens ─ allocated ─ Load ─ computed ─ Store ─ finished
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache.config import LMCacheConfig
+from lmcache.connector.lookup import LookupClient
+from lmcache.connector.metadata import BlockIds, Load, StepMetadata, Store
+from lmcache.keys import PlaceholderSpan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# A miss is asked again after this long in the queue: another request may have stored the prefix meanwhile.
+ASK_AGAIN_S = 1.0
+# How long one scheduler step may wait for an answer, when the last step computed something and when it did not.
+BUSY_WAIT_S, IDLE_WAIT_S = 0.002, 0.02
+
+
+@dataclass
+class _Pending:
+    """A lookup that was asked for and not yet used. matched: tokens held, None while that is not known."""
+
+    lookup_id: int
+    asked_at: float
+    matched: int | None = None
+    local: int = 0
+
+
+@dataclass
+class _Tracked:
+    """What is known of a live request."""
+
+    request: Request
+    tags: dict[str, str]
+    placeholders: tuple[PlaceholderSpan, ...]
+    readable: bool
+    writable: bool
+    pending: _Pending | None = None
+    stored: int = 0
+    packed: bytearray = field(default_factory=bytearray)
+
+    def tokens(self, stop: int) -> bytes:
+        """The first ``stop`` token ids, packed; only new ones are converted."""
+        done = len(self.packed) // 4
+        if done < stop:
+            self.packed += np.asarray(self.request.all_token_ids[done:stop], dtype="<u4").tobytes()
+        return bytes(memoryview(self.packed)[: 4 * stop])
+
+
+class SchedulerHalf:
+    """Lives in vLLM's scheduler process.
+
+    chunk_tokens: as the workers use it. whole_request: loads are vLLM's asynchronous ones, which is the only kind whose
+    failure can be reported for models with several cache groups.
+    """
+
+    def __init__(self, config: LMCacheConfig, client: LookupClient, *, chunk_tokens: int, whole_request: bool) -> None:
+        self._config = config
+        self._client = client
+        self._chunk_tokens = chunk_tokens
+        self._whole_request = whole_request
+        self._tracked: dict[str, _Tracked] = {}
+        self._loads: dict[str, tuple[Load, bool]] = {}
+        self._wait_s = IDLE_WAIT_S
+
+    def on_new_request(self, request: Request) -> None:
+        """Start reading what is cached while the request still queues."""
+        tracked = self._track(request)
+        if tracked.readable and tracked.pending is None:
+            self._ask(tracked)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens to load beyond ``num_computed_tokens``, or None while they are being read."""
+        tracked = self._track(request)
+        if not tracked.readable:
+            return 0, False
+        pending = self._current(tracked)
+        if pending.matched is None:
+            return None, False
+        pending.local = num_computed_tokens
+        # A synchronous load must leave a token to compute; after an asynchronous one vLLM takes care of it.
+        limit = request.num_tokens - (0 if self._whole_request else 1)
+        count = min(pending.matched, limit) - num_computed_tokens
+        return (count, self._whole_request) if count > 0 else (0, False)
+
+    def update_state_after_alloc(self, request: Request, block_ids: BlockIds | None, num_external_tokens: int) -> None:
+        """Blocks are allocated: the lookup is used, or not needed. block_ids: None when only known at the step's end."""
+        tracked = self._track(request)
+        pending, tracked.pending = tracked.pending, None
+        if pending is None:
+            return
+        if num_external_tokens <= 0:
+            self._client.release(pending.lookup_id)
+            return
+        load = Load(
+            request_id=request.request_id,
+            lookup_id=pending.lookup_id,
+            block_ids=block_ids or (),
+            start=pending.local,
+            stop=pending.local + num_external_tokens,
+            whole_request=self._whole_request,
+        )
+        self._loads[request.request_id] = (load, block_ids is not None)
+
+    def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
+        """The loads and stores of this step."""
+        meta = StepMetadata()
+        for load, has_blocks in self._loads.values():
+            blocks = load.block_ids if has_blocks else self._block_ids(output, load.request_id)
+            meta.loads.append(Load(**{**vars(load), "block_ids": _without_null(blocks)}))
+        self._loads.clear()
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.writable:
+                store = self._store(tracked, computed.get(request_id, 0), scheduled, output)
+                if store is not None:
+                    meta.stores.append(store)
+        self._wait_s = BUSY_WAIT_S if output.total_num_scheduled_tokens else IDLE_WAIT_S
+        return meta
+
+    def loads_failed(self, request_ids: Sequence[str]) -> None:
+        """Whole-request loads that a worker could not do: compute these requests instead of trying again."""
+        for request_id in request_ids:
+            if tracked := self._tracked.get(request_id):
+                tracked.readable = tracked.writable = False
+
+    def request_finished(self, request: Request) -> None:
+        """The request ended, was aborted or failed."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None and tracked.pending is not None:
+            self._client.release(tracked.pending.lookup_id)
+        if entry := self._loads.pop(request.request_id, None):
+            self._client.release(entry[0].lookup_id)
+
+    def reset_cache(self) -> bool:
+        """Forget every chunk of this model, in every tier of every worker."""
+        return self._client.clear(self._config.read_timeout_s + self._config.lookup_timeout_s)
+
+    def shutdown(self) -> None:
+        self._client.close()
+
+    def _track(self, request: Request) -> _Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = _tracked(request)
+            self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _ask(self, tracked: _Tracked) -> _Pending:
+        if tracked.pending is not None:
+            self._client.release(tracked.pending.lookup_id)
+        tokens = tracked.tokens(tracked.request.num_tokens)
+        lookup_id = self._client.acquire(tokens, tracked.tags, tracked.placeholders)
+        tracked.pending = _Pending(lookup_id, time.monotonic())
+        return tracked.pending
+
+    def _current(self, tracked: _Tracked) -> _Pending:
+        pending = tracked.pending or self._ask(tracked)
+        age = time.monotonic() - pending.asked_at
+        if pending.matched is not None:
+            # A lease must outlive the step that loads it; an old miss may be a hit by now.
+            if age > (self._config.lease_timeout_s / 2 if pending.matched else ASK_AGAIN_S):
+                pending = self._ask(tracked)
+            else:
+                return pending
+        answer = self._client.answer(pending.lookup_id, self._wait_s)
+        if answer is not None:
+            pending.matched = max(0, answer)
+        elif age > self._config.read_timeout_s + self._config.lookup_timeout_s:
+            logger.warning("lmcache: a lookup was not answered within %.1f s and counts as a miss", age)
+            self._client.release(pending.lookup_id)
+            pending.matched = 0
+        # The budget is a step's, not a request's.
+        self._wait_s = 0.0 if answer is None else self._wait_s
+        return pending
+
+    def _store(self, tracked: _Tracked, computed: int, scheduled: int, output: SchedulerOutput) -> Store | None:
+        request = tracked.request
+        # After this step the prompt's KV is there as far as it was scheduled. Of generated tokens only those that
+        # were computed before it count: the newest may be drafts that are rejected, or not yet known here.
+        prompt = min(computed + scheduled, request.num_prompt_tokens)
+        generated = min(computed, request.num_tokens) if self._config.store_generated else 0
+        stop = max(prompt, generated)
+        ends_prompt = tracked.stored < request.num_prompt_tokens <= stop
+        if stop // self._chunk_tokens <= tracked.stored // self._chunk_tokens and not ends_prompt:
+            return None
+        store = Store(
+            request_id=request.request_id,
+            tokens=tracked.tokens(stop),
+            block_ids=_without_null(self._block_ids(output, request.request_id)),
+            start=tracked.stored // self._chunk_tokens * self._chunk_tokens,
+            tail=ends_prompt,
+            tags=tracked.tags,
+            placeholders=tracked.placeholders,
+        )
+        tracked.stored = stop
+        return store
+
+    @staticmethod
+    def _block_ids(output: SchedulerOutput, request_id: str) -> BlockIds:
+        state = output.kv_connector_block_state
+        blocks = state.get_block_ids(request_id) if state is not None else None
+        return tuple(list(ids) for ids in blocks) if blocks is not None else ()
+
+
+def _without_null(block_ids: BlockIds) -> BlockIds:
+    # Block 0 is vLLM's null block: it stands where a sliding window has given its block back.
+    return tuple([block if block > 0 else -1 for block in ids] for ids in block_ids)
+
+
+def _tracked(request: Request) -> _Tracked:
+    """Everything of a request that changes its KV, each input in a field of its own."""
+    tags: dict[str, str] = {}
+    if request.lora_request is not None:
+        tags["lora.name"] = request.lora_request.lora_name
+        tags["lora.path"] = request.lora_request.lora_path
+    tags["cache_salt"] = request.cache_salt or ""
+    params = request.kv_transfer_params or {}
+    for name, value in dict(params.get("lmcache.tags", {})).items():
+        tags[f"tag.{name}"] = str(value)
+    placeholders = tuple(
+        PlaceholderSpan(
+            item.mm_position.offset,
+            item.mm_position.offset + item.mm_position.length,
+            f"{item.modality}:{item.identifier}".encode(),
+        )
+        for item in request.mm_features
+    )
+    known = request.prompt_token_ids is not None and request.prompt_embeds is None
+    readable = known and not request.skip_reading_prefix_cache
+    return _Tracked(request, tags, placeholders, readable=readable, writable=known)

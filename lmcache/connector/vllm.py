@@ -1,0 +1,192 @@
+"""vLLM 0.32's KVConnectorBase_V1, delegating to the scheduler half and the worker half.
+
+--kv-transfer-config '{"kv_connector": "LMCacheConnector", "kv_connector_module_path": "lmcache.connector",
+                       "kv_role": "kv_both"}'
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from lmcache.config import LMCacheConfig, load_config
+from lmcache.connector import format as vllm_format
+from lmcache.connector.lookup import LookupClient, socket_path
+from lmcache.connector.metadata import StepMetadata
+from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.worker import WorkerHalf, describe, registered
+from lmcache.engine.layout import chunk_tokens as chunk_size
+from lmcache.errors import UnsupportedLayoutError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# Options in kv_connector_extra_config that are vLLM's or name our config file; the rest are ours.
+CONFIG_FILE_OPTION = "config_file"
+VLLM_OPTIONS = frozenset({"use_native", "use_layerwise"})
+
+
+def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
+    """Config file, then kv_connector_extra_config on top. ConfigError for a typo."""
+    extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+    path = extra.pop(CONFIG_FILE_OPTION, None)
+    return load_config(path, {name: value for name, value in extra.items() if name not in VLLM_OPTIONS})
+
+
+def make_scheduler(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool) -> SchedulerHalf:
+    """The scheduler half for this engine."""
+    config = connector_config(vllm_config)
+    vllm_format.check_supported(vllm_config)
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    if transfer.kv_load_failure_policy == "fail":
+        logger.warning(
+            "lmcache: kv_load_failure_policy is 'fail' (vLLM's default), so a request whose KV cannot be loaded ends "
+            "with an error; set it to 'recompute' and vLLM computes the KV instead"
+        )
+    unit = vllm_format.block_unit(kv_cache_config)
+    chunk_tokens = chunk_size(config.chunk_tokens, unit)
+    workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
+    return SchedulerHalf(config, client, chunk_tokens=chunk_tokens, whole_request=whole_request)
+
+
+def make_worker(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]
+) -> WorkerHalf:
+    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely."""
+    config = connector_config(vllm_config)
+    vllm_format.check_supported(vllm_config)
+    cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches))
+    chunk_tokens = chunk_size(config.chunk_tokens, cache.unit)
+    if config.chunk_tokens and chunk_tokens != config.chunk_tokens:
+        logger.warning(
+            "lmcache: chunk_tokens %d is not a multiple of vLLM's block of %d tokens: using %d",
+            config.chunk_tokens,
+            cache.unit,
+            chunk_tokens,
+        )
+    if cache.unit != vllm_format.block_unit(kv_cache_config):
+        raise UnsupportedLayoutError(
+            f"pages of {cache.unit} tokens for vLLM blocks of {vllm_format.block_unit(kv_cache_config)}"
+        )
+    format = vllm_format.kv_format(
+        vllm_config, cache, model_id=config.model_id, chunk_tokens=chunk_tokens, vllm_version=vllm.__version__
+    )
+    parallel = vllm_config.parallel_config
+    rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache)
+    logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
+    return worker
+
+
+class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """The connector that vLLM creates twice: in the scheduler's process and in each worker's."""
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            several = len(kv_cache_config.kv_cache_groups) > 1
+            self._scheduler = make_scheduler(vllm_config, kv_cache_config, whole_request=several)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a dropped store is a future miss
+
+    # ---- scheduler side
+
+    @property
+    def _planner(self) -> SchedulerHalf:
+        assert self._scheduler is not None, "a scheduler-side method was called on the worker's connector"
+        return self._scheduler
+
+    def on_new_request(self, request: Request) -> None:
+        self._planner.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._planner.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        block_ids = tuple(list(ids) for ids in blocks.get_block_ids())
+        self._planner.update_state_after_alloc(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._planner.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._planner.loads_failed(tuple(connector_output.failed_recving or ()))
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._planner.request_finished(request)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        self._planner.request_finished(request)
+        return False, None
+
+    def reset_cache(self) -> bool | None:
+        return self._planner.reset_cache()
+
+    # ---- worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker = make_worker(self._vllm_config, self._kv_cache_config, kv_caches)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_load(self._step())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads end in start_load_kv."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """All layers are stored at once, in wait_for_save."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.finish_step(self._step())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        received, failed = self._worker.take_results(finished_req_ids)
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
+
+    def _step(self) -> StepMetadata:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, StepMetadata)
+        return meta

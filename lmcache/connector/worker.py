@@ -1,0 +1,137 @@
+"""The worker half: owns the cache engine, loads before the forward pass and stores behind it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lmcache import metrics
+from lmcache.config import LMCacheConfig
+from lmcache.connector.lookup import LookupServer
+from lmcache.connector.metadata import Load, StepMetadata, Store
+from lmcache.engine.engine import CacheEngine, Lookup
+from lmcache.engine.layout import PagedCache
+from lmcache.errors import LeaseExpiredError
+from lmcache.keys import KVFormat
+
+logger = logging.getLogger(__name__)
+
+# vLLM may have launched the next steps before it hears of a failed load: what they compute on top is not stored either.
+TAINTED_STEPS = 3
+
+
+class WorkerHalf:
+    """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM."""
+
+    def __init__(self, config: LMCacheConfig, address: str, format: KVFormat, cache: PagedCache) -> None:
+        self.engine = CacheEngine(config, format, cache)
+        self._server = LookupServer(self.engine, address)
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._tainted_requests: set[str] = set()
+        self._tainted_blocks: deque[set[int]] = deque(maxlen=TAINTED_STEPS)
+        atexit.register(self.shutdown)
+
+    def start_load(self, meta: StepMetadata) -> None:
+        """Do the step's loads; what fails is remembered for ``take_results`` and ``take_failed_blocks``."""
+        self._tainted_blocks.append(set())
+        for load in meta.loads:
+            lookup = self._server.take(load.lookup_id)
+            try:
+                self._load(load, lookup)
+            # Whatever went wrong, these pages must not be used: vLLM recomputes or fails the request.
+            except Exception:
+                metrics.LOAD_FAILURES.inc()
+                logger.exception("lmcache: a load of %d tokens failed; vLLM is told", load.stop - load.start)
+                self._load_failed(load)
+            finally:
+                if lookup is not None:
+                    lookup.close()
+            if load.whole_request:
+                self._received.add(load.request_id)
+
+    def finish_step(self, meta: StepMetadata) -> None:
+        """Store what this step computed. The pages are read before this returns."""
+        for store in meta.stores:
+            if self._is_tainted(store):
+                continue
+            try:
+                self.engine.store(
+                    store.tokens,
+                    store.block_ids,
+                    start=store.start,
+                    tail=store.tail,
+                    tags=store.tags,
+                    placeholders=store.placeholders,
+                )
+            # A store that fails is a future miss.
+            except Exception:
+                metrics.STORE_FAILURES.inc()
+                logger.exception("lmcache: a store failed; its tokens will be computed again")
+
+    def take_results(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
+        """(received, failed) whole-request loads since the last call."""
+        self._tainted_requests -= finished_request_ids
+        received, failed = self._received, self._failed
+        self._received, self._failed = set(), set()
+        return received, failed
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks whose load failed since the last call."""
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def shutdown(self) -> None:
+        """Write out what is queued and let go of everything. Idempotent."""
+        atexit.unregister(self.shutdown)
+        self._server.close()
+        self.engine.close()
+
+    def _load(self, load: Load, lookup: Lookup | None) -> None:
+        if lookup is None:
+            raise LeaseExpiredError(f"lookup {load.lookup_id} is not held by this worker")
+        self.engine.retrieve(lookup, load.block_ids, start=load.start, stop=load.stop)
+
+    def _load_failed(self, load: Load) -> None:
+        self._tainted_requests.add(load.request_id)
+        blocks = self._loaded_blocks(load)
+        self._tainted_blocks[-1] |= blocks
+        if load.whole_request:
+            self._failed.add(load.request_id)
+        else:
+            self._failed_blocks |= blocks
+
+    def _loaded_blocks(self, load: Load) -> set[int]:
+        blocks: set[int] = set()
+        for plane in self.engine.cache.planes:
+            first, last = load.start // plane.block_tokens, -(-load.stop // plane.block_tokens)
+            blocks.update(load.block_ids[plane.group][first:last])
+        return blocks - {-1}
+
+    def _is_tainted(self, store: Store) -> bool:
+        if store.request_id in self._tainted_requests:
+            return True
+        tainted = set().union(*self._tainted_blocks)
+        if tainted and any(tainted.intersection(ids) for ids in store.block_ids):
+            self._tainted_requests.add(store.request_id)
+            return True
+        return False
+
+
+def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str]) -> str:
+    """One line for the log at start."""
+    return (
+        f"lmcache: {len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
+        f"{format.chunk_tokens} tokens, format {format.fingerprint().hex()[:12]}, memory "
+        f"{config.memory.capacity.human_readable()}, tiers: {', '.join(tiers) or 'none'}"
+    )
+
+
+def registered(kv_caches: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """vLLM may hand a layer's KV as a one-element list."""
+    return {name: kv[0] if isinstance(kv, list | tuple) else kv for name, kv in kv_caches.items()}

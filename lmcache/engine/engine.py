@@ -1,0 +1,248 @@
+"""CacheEngine: lookup, store and retrieve the KV of token sequences.
+
+lookup    tokens -> keys -> a lease on the longest cached prefix, whose bytes are in memory and verified
+retrieve  leased chunks -> pages
+store     pages -> chunks that no tier holds yet -> every tier
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache import metrics
+from lmcache.config import LMCacheConfig
+from lmcache.engine.gpu_connector import PageMover
+from lmcache.engine.layout import PagedCache, chunk_tokens
+from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
+from lmcache.errors import ClosedError, ConfigError, LeaseExpiredError
+from lmcache.keys import KVFormat, PlaceholderSpan
+from lmcache.storage.base import Buffer
+from lmcache.storage.lease import Lease
+from lmcache.storage.manager import StorageManager
+
+logger = logging.getLogger(__name__)
+
+TokenIds = Sequence[int] | npt.NDArray[np.integer] | bytes
+
+
+def pack_tokens(tokens: TokenIds) -> bytes:
+    """Token ids as little-endian uint32, the form that is hashed. Bytes are taken as already packed."""
+    if isinstance(tokens, bytes):
+        return tokens
+    return np.asarray(tokens, dtype=np.int64).astype("<u4").tobytes()
+
+
+class Lookup:
+    """The longest cached prefix of a prompt, held in memory until ``close`` or until the lease times out."""
+
+    def __init__(self, spans: list[Span], lease: Lease) -> None:
+        self._spans = spans
+        self._lease = lease
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are held now; final once ``done``."""
+        ready = self._lease.ready
+        return self._spans[ready - 1].stop if ready else 0
+
+    @property
+    def done(self) -> bool:
+        return self._lease.done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for reads from lower tiers; False when they still run after ``timeout_s``."""
+        return self._lease.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let go of the chunks. Idempotent."""
+        self._lease.close()
+
+    def __enter__(self) -> Lookup:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def lease(self) -> Lease:
+        return self._lease
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._spans[: self._lease.ready]
+
+
+class CacheEngine:
+    """A cache of KV for one engine's pages.
+
+    format: what the pages hold; its ``chunk_tokens`` and planes must describe ``cache`` (see ``CacheEngine.open``).
+    Threads: ``lookup`` may be called from any thread; ``store`` and ``retrieve`` from the one that runs the model.
+    """
+
+    def __init__(
+        self, config: LMCacheConfig, format: KVFormat, cache: PagedCache, storage: StorageManager | None = None
+    ) -> None:
+        self.config = config
+        self.format = format
+        self.cache = cache
+        self.database = TokenDatabase(format, cache.unit)
+        chunk_bytes = cache.chunk_bytes(format.chunk_tokens)
+        if chunk_bytes > config.memory.capacity:
+            raise ConfigError(
+                f"memory.capacity is {config.memory.capacity} bytes, less than one chunk of {format.chunk_tokens} "
+                f"tokens ({chunk_bytes} bytes): raise memory.capacity or lower chunk_tokens"
+            )
+        self.storage = storage or StorageManager(config, pin=cache.device.type == "cuda")
+        self._mover = PageMover(cache)
+        self._closed = threading.Event()
+
+    @classmethod
+    def open(cls, config: LMCacheConfig, model: str, cache: PagedCache) -> CacheEngine:
+        """An engine for pages of ``model``, for scripts that bring their own pages."""
+        format = KVFormat(
+            model=config.model_id or model,
+            chunk_tokens=chunk_tokens(config.chunk_tokens, cache.unit),
+            planes=tuple(plane.format() for plane in cache.planes),
+            layout="opaque" if cache.opaque else "token",
+        )
+        return cls(config, format, cache)
+
+    def lookup(
+        self,
+        tokens: TokenIds,
+        *,
+        tags: Mapping[str, str] | None = None,
+        placeholders: Sequence[PlaceholderSpan] = (),
+        on_done: Callable[[Lookup], None] | None = None,
+    ) -> Lookup:
+        """A lease on the longest cached prefix of ``tokens``, down to the engine's block.
+
+        Chunks that lie in lower tiers are being read into memory when this returns; ``on_done`` is called once,
+        from whatever thread ends the last read (from this one when everything is in memory).
+        """
+        self._check_open()
+        spans = self._cached_prefix(self.database.prompt(pack_tokens(tokens), tags, placeholders))
+
+        def finished(lease: Lease) -> None:
+            if on_done is not None:
+                on_done(Lookup(spans, lease))
+
+        lease = self.storage.acquire(
+            [span.key for span in spans],
+            [self.cache.chunk_bytes(span.stop - span.start) for span in spans],
+            on_done=finished,
+        )
+        return Lookup(spans, lease)
+
+    def retrieve(
+        self, lookup: Lookup, block_ids: Sequence[Sequence[int]], *, start: int = 0, stop: int | None = None
+    ) -> int:
+        """Write found KV of token positions ``[start, stop)`` into pages; returns how many tokens were written.
+
+        block_ids: the request's block table of every group, from its first token; negative: no block there.
+        start: a multiple of the block; the pages before it are left alone.
+        stop: where to end (the last block is written whole), by default where the found prefix does.
+        Raises LeaseExpiredError when what was found is no longer held up to ``stop``; nothing is written then.
+        """
+        self._check_open()
+        spans, buffers = lookup.spans, lookup.lease.buffers
+        stop = lookup.tokens if stop is None else -(-stop // self.cache.unit) * self.cache.unit
+        held = spans[-1].stop if spans and len(buffers) >= len(spans) else 0
+        if held < stop:
+            raise LeaseExpiredError(f"{stop} tokens were asked for, {held} are held: look up again")
+        tables = self._mover.tables(block_ids)
+        for span, buffer in zip(spans, buffers, strict=False):
+            if span.stop > start and span.start < stop:
+                self._mover.scatter(tables, span.start, span.stop, buffer, write=(start, stop))
+        self._mover.synchronize()
+        metrics.RETRIEVED_TOKENS.inc(max(0, stop - start))
+        return max(0, stop - start)
+
+    def store(
+        self,
+        tokens: TokenIds,
+        block_ids: Sequence[Sequence[int]],
+        *,
+        start: int = 0,
+        tail: bool = True,
+        tags: Mapping[str, str] | None = None,
+        placeholders: Sequence[PlaceholderSpan] = (),
+    ) -> int:
+        """Store the chunks of ``tokens`` that end after ``start`` and that no tier holds; returns tokens copied.
+
+        tail: also store the whole blocks behind the last full chunk.
+        What finds no room in memory is not stored: a future miss, counted.
+        """
+        self._check_open()
+        prompt = self.database.prompt(pack_tokens(tokens), tags, placeholders)
+        spans = prompt.chunks + (prompt.tails(len(prompt.chunks))[:1] if tail else [])
+        spans = [span for span in spans if span.stop > start]
+        spans = spans[self.storage.contains([span.key for span in spans]) :]
+        if not spans:
+            return 0
+        tables = self._mover.tables(block_ids)
+        stored: list[tuple[Span, Buffer]] = []
+        try:
+            for span in spans:
+                if not self._has_pages(block_ids, span):
+                    continue
+                buffer = self.storage.allocate(self.cache.chunk_bytes(span.stop - span.start))
+                if buffer is None:
+                    metrics.STORE_REFUSED_TOKENS.inc(span.stop - span.start)
+                    break
+                stored.append((span, buffer))
+                self._mover.gather(tables, span.start, span.stop, buffer)
+            self._mover.synchronize()
+        except BaseException:
+            for _, buffer in stored:
+                buffer.release()
+            raise
+        for span, buffer in stored:
+            self.storage.put(span.key, buffer)
+        count = sum(span.stop - span.start for span, _ in stored)
+        metrics.STORED_TOKENS.inc(count)
+        return count
+
+    def clear(self) -> int:
+        """Forget every chunk of this format, in every tier; returns how many."""
+        self._check_open()
+        return self.storage.clear(self.database.fingerprint)
+
+    def close(self) -> None:
+        """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self.storage.close()
+
+    def __enter__(self) -> CacheEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _cached_prefix(self, prompt: PromptKeys) -> list[Span]:
+        count = self.storage.contains([span.key for span in prompt.chunks])
+        found = prompt.chunks[:count]
+        for tail in prompt.tails(count):
+            if self.storage.contains([tail.key]):
+                return [*found, tail]
+        return found
+
+    def _has_pages(self, block_ids: Sequence[Sequence[int]], span: Span) -> bool:
+        # A sliding window gives pages back early: a chunk that has lost some of them cannot be stored.
+        for plane in self.cache.planes:
+            first, last = span.start // plane.block_tokens, span.stop // plane.block_tokens
+            ids = block_ids[plane.group][first:last]
+            if len(ids) < last - first or min(ids) < 0:
+                return False
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise ClosedError("this CacheEngine is closed")

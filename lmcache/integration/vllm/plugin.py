@@ -1,0 +1,11 @@
+"""Entry point of vllm.general_plugins: makes ``--kv-transfer-config '{"kv_connector": "LMCacheConnector", ...}'`` work."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Register the connector's short name. vLLM calls this in every process, sometimes twice."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if "LMCacheConnector" not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector("LMCacheConnector", "lmcache.connector", "LMCacheConnector")

@@ -1,0 +1,62 @@
+"""Configuration: one way in, and a typo is an error that names what is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmcache.config import CONFIG_FILE_VARIABLE, load_config
+from lmcache.errors import ConfigError
+
+
+def test_defaults_work_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONFIG_FILE_VARIABLE, raising=False)
+    assert load_config().memory.capacity == 1 << 30
+
+
+def test_file_then_overrides_and_mappings_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("chunk_tokens: 256\nmemory: {capacity: 2GiB, eviction: lru}\n")
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, str(file))
+    config = load_config(overrides={"memory": {"capacity": "3GiB"}, "memory.huge_pages": False, "write_queue": "1MiB"})
+    assert config.chunk_tokens == 256
+    assert (config.memory.capacity, config.memory.huge_pages) == (3 << 30, False)
+    assert config.write_queue == 1 << 20
+
+
+def test_an_explicit_path_beats_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CONFIG_FILE_VARIABLE, str(tmp_path / "absent.yaml"))
+    file = tmp_path / "c.yaml"
+    file.write_text("chunk_tokens: 32\n")
+    assert load_config(file).chunk_tokens == 32
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"chunk_token": 3}, "unknown key chunk_token; known: chunk_tokens, model_id"),
+        ({"memory.capactiy": "1GiB"}, "memory: unknown key capactiy; known: capacity"),
+        ({"chunk_tokens": "many"}, "chunk_tokens: .*got 'many'"),
+        ({"memory": {"capacity": "lots"}}, r"memory\.capacity.*got 'lots'"),
+        ({"read_timeout_s": 0}, "read_timeout_s.*greater than 0"),
+    ],
+)
+def test_mistakes_are_named(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config().chunk_tokens = 3  # type: ignore[misc]
