@@ -91,7 +91,8 @@ def load_config(
 ) -> LMCacheConfig:
     """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top.
 
-    overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, anything else replaces.
+    overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, other values
+        replace.
     Raises ConfigError for a file that cannot be read or parsed, an unknown key or a wrong value.
     """
     source = path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE)

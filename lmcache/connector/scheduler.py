@@ -1,7 +1,7 @@
 """The scheduler half: which tokens of a request are cached, and what the workers shall load and store.
 
-A request's lookup starts when it arrives. Its chunks are read into the workers' memory while it waits; only what *is* in
-memory, verified and leased, is ever promised to vLLM, so that a promise cannot fail for lack of the bytes.
+A request's lookup starts when it arrives. Its chunks are read into the workers' memory while it waits; only what *is*
+in memory, verified and leased, is ever promised to vLLM, so that a promise cannot fail for lack of the bytes.
 
     new request ─ lookup ─ (None: still reading) ─ matched tokens ─ allocated ─ Load ─ computed ─ Store ─ finished
 """
@@ -101,7 +101,10 @@ class SchedulerHalf:
         return (count, self._whole_request) if count > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, block_ids: BlockIds | None, num_external_tokens: int) -> None:
-        """Blocks are allocated: the lookup is used, or not needed. block_ids: None when only known at the step's end."""
+        """Blocks are allocated: the lookup is used, or not needed.
+
+        block_ids: None when they are known only at the step's end.
+        """
         tracked = self._track(request)
         pending, tracked.pending = tracked.pending, None
         if pending is None:

@@ -1,4 +1,4 @@
-"""Entry point of vllm.general_plugins: makes ``--kv-transfer-config '{"kv_connector": "LMCacheConnector", ...}'`` work."""
+"""Entry point of vllm.general_plugins: makes the short name "LMCacheConnector" work in --kv-transfer-config."""
 
 from __future__ import annotations
 
