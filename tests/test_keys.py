@@ -148,4 +148,7 @@ def test_chunk_keys_survive_a_round_trip_and_refuse_other_lengths() -> None:
         ChunkKey.from_bytes(b"abc")
 
 
-GOLDEN = "3f429ada5c781401ee1d731c7cffe1d9a0cbb19c426ae4306bf392398ea50fbeea69ddce3d0550632568ee1a0a8473145c3530bb2f30039ca5e88e8fcc609cfc"
+GOLDEN = (
+    "3f429ada5c781401ee1d731c7cffe1d9a0cbb19c426ae4306bf392398ea50fbe"
+    "ea69ddce3d0550632568ee1a0a8473145c3530bb2f30039ca5e88e8fcc609cfc"
+)

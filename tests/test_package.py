@@ -25,7 +25,7 @@ def test_all_four_import_from_the_repository_root() -> None:
 
 
 def test_all_four_import_from_an_installed_wheel(tmp_path: Path) -> None:
-    build = "import setuptools.build_meta as b; print(b.build_wheel(r'%s'))" % tmp_path
+    build = f"import setuptools.build_meta as b; print(b.build_wheel(r'{tmp_path}'))"
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", "--no-hardlinks", str(ROOT), str(source)], check=True)
     # The working tree, not the last commit, is what is tested.

@@ -1,0 +1,128 @@
+"""Fixtures that start real vLLM engines in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+import tiny_models  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random model, by family."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda family: tiny_models.make(family, root / family)
+
+
+def connector(
+    disk: Path | None = None, *, name: str = "LMCacheConnector", policy: str = "recompute", **options: Any
+) -> dict[str, Any]:
+    """A KVTransferConfig as a mapping."""
+    extra: dict[str, Any] = {"memory": {"capacity": "256MiB"}, **options}
+    if disk is not None:
+        extra["tiers"] = [{"type": "disk", "path": str(disk), "capacity": "1GiB"}]
+    path = {"kv_connector_module_path": "lmcache.connector"} if name == "LMCacheConnector" else {}
+    return {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": extra,
+        **path,
+    }
+
+
+def command(scenario: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(HERE / "drive.py"), json.dumps(scenario)]
+
+
+def environment(*, processes: bool = False) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+class Failed(Exception):
+    """vLLM did not start or died; the text is what it printed."""
+
+
+@pytest.fixture(scope="session")
+def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """Run a scenario in a fresh vLLM; returns the results of its steps. Failed with the log when it ends badly."""
+
+    def run(model: Path, kv: dict[str, Any] | None, steps: list[Any], processes: bool = False, **options: Any) -> Any:
+        scenario = {"model": str(model), "connector": kv, "steps": steps, "options": options}
+        log = tmp_path_factory.mktemp("vllm") / "log"
+        with log.open("w") as err:
+            done = subprocess.run(
+                command(scenario),
+                env=environment(processes=processes),
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+        last = [line for line in done.stdout.splitlines() if line.startswith('@@{"results"')]
+        if done.returncode or not last:
+            raise Failed(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{log.read_text()[-6000:]}")
+        run.log = log.read_text()  # type: ignore[attr-defined]
+        return json.loads(last[-1][2:])["results"]
+
+    return run
+
+
+@pytest.fixture
+def vllm_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a scenario without waiting for it; whatever still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(model: Path, kv: dict[str, Any], steps: list[Any], **options: Any) -> subprocess.Popen[str]:
+        scenario = {"model": str(model), "connector": kv, "steps": steps, "options": options}
+        process = subprocess.Popen(
+            command(scenario),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,0 +1,132 @@
+"""Runs one vLLM engine in this process through a scenario and prints what came out, as JSON on the last line.
+
+    python tests/connector/drive.py '{"model": ..., "connector": null | {...}, "steps": [...], ...}'
+
+Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts"), {"reset": "vllm" | "all"},
+{"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
+{"say": text} (a line on stdout, for whoever wants to send a signal then), {"stats": true}, {"used": true}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="0", VLLM_LOGGING_LEVEL="WARNING"
+)
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def main(scenario: dict[str, Any]) -> list[Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.3,
+        "max_model_len": 4096,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "seed": 0,
+        **scenario.get("options", {}),
+    }
+    if scenario.get("connector"):
+        options["kv_transfer_config"] = KVTransferConfig(**scenario["connector"])
+    llm = LLM(model=scenario["model"], **options)
+    say("started")
+    results = [step(llm, each) for each in scenario["steps"]]
+    core = llm.llm_engine.engine_core
+    core.shutdown()
+    return results
+
+
+def step(llm: Any, each: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    if "say" in each:
+        return say(each["say"])
+    if "reset" in each:
+        return llm.reset_prefix_cache(reset_connector=each["reset"] == "all")
+    if "break_loads" in each:
+        return break_loads(each["break_loads"])
+    if "used" in each:
+        return used_memory()
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=each.get("max_tokens", 8),
+        logprobs=each.get("logprobs"),
+        detokenize=False,
+        ignore_eos=True,
+    )
+    if "abort" in each:
+        engine = llm.llm_engine
+        engine.add_request("victim", TokensPrompt(prompt_token_ids=each["abort"]), params)
+        for _ in range(each.get("after", 1)):
+            engine.step()
+        engine.abort_request(["victim"])
+        while engine.has_unfinished_requests():
+            engine.step()
+        return None
+    salts = each.get("salts") or [None] * len(each["generate"])
+    prompts = [
+        TokensPrompt(prompt_token_ids=ids, **({"cache_salt": salt} if salt else {}))
+        for ids, salt in zip(each["generate"], salts, strict=True)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        {
+            "tokens": list(out.outputs[0].token_ids),
+            "cached": out.num_cached_tokens,
+            "reason": out.outputs[0].finish_reason,
+            "ttft": out.metrics.first_token_latency if out.metrics else None,
+            "logprobs": [
+                {str(token): entry.logprob for token, entry in position.items()}
+                for position in out.outputs[0].logprobs or []
+            ],
+        }
+        for out in outputs
+    ]
+
+
+def break_loads(count: int) -> None:
+    """The next loads of this process raise in the worker, as a failing device copy would."""
+    from lmcache.engine.engine import CacheEngine
+
+    retrieve = CacheEngine.retrieve
+    left = [count]
+
+    def broken(self: CacheEngine, *args: Any, **kwargs: Any) -> int:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError("injected")
+        return retrieve(self, *args, **kwargs)
+
+    CacheEngine.retrieve = broken  # type: ignore[method-assign]
+
+
+def used_memory() -> dict[str, int]:
+    """The worker's storage statistics (single-process engines only)."""
+    import gc
+
+    from lmcache.storage.manager import StorageManager
+
+    (manager,) = [o for o in gc.get_objects() if isinstance(o, StorageManager)]
+    manager.flush(10)
+    return manager.stats()
+
+
+def say(text: str) -> None:
+    print(f"@@{text}", flush=True)
+
+
+if __name__ == "__main__":
+    results = main(json.loads(sys.argv[1]))
+    print("@@" + json.dumps({"results": results}), flush=True)

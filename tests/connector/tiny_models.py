@@ -1,0 +1,76 @@
+"""Random-weight models of every attention family that vLLM's CPU backend runs, small enough to start in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 1024
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _config(family: str) -> Any:
+    from transformers import DeepseekV2Config, Gemma3TextConfig, LlamaConfig, Qwen3Config
+
+    if family == "llama":
+        return LlamaConfig(**_COMMON, num_hidden_layers=4, num_key_value_heads=2)
+    if family == "qwen3":
+        return Qwen3Config(**_COMMON, num_hidden_layers=4, num_key_value_heads=2, head_dim=64)
+    if family == "gemma3":
+        layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        return Gemma3TextConfig(
+            **_COMMON, num_hidden_layers=6, num_key_value_heads=2, head_dim=64, sliding_window=256, layer_types=layers
+        )
+    if family == "deepseek":
+        return DeepseekV2Config(
+            **_COMMON,
+            num_hidden_layers=3,
+            num_key_value_heads=4,
+            q_lora_rank=None,
+            kv_lora_rank=512,
+            qk_rope_head_dim=64,
+            qk_nope_head_dim=64,
+            v_head_dim=64,
+            n_routed_experts=None,
+            first_k_dense_replace=3,
+        )
+    raise ValueError(f"family must be llama, qwen3, gemma3 or deepseek, got {family!r}")
+
+
+def make(family: str, folder: Path) -> Path:
+    """Write the model once; returns its folder."""
+    if (folder / "done").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    with torch.no_grad():
+        # Wider than the usual 0.02, so that the greedy choice is far from a tie.
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.06)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.setdefault("architectures", [type(model).__name__])
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "done").touch()
+    return folder
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Token ids, the same on every machine."""
+    import numpy as np
+
+    return [int(t) for t in np.random.default_rng(seed).integers(3, VOCABULARY, length)]
