@@ -3,7 +3,8 @@
     python tests/connector/drive.py '{"model": ..., "connector": null | {...}, "steps": [...], ...}'
 
 Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts"), {"reset": "vllm" | "all"},
-{"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
+{"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise), {"garble_loads": true} (every load
+writes other bytes than were stored),
 {"say": text} (a line on stdout, for whoever wants to send a signal then), {"stats": true}, {"used": true}.
 """
 
@@ -57,6 +58,8 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return llm.reset_prefix_cache(reset_connector=each["reset"] == "all")
     if "break_loads" in each:
         return break_loads(each["break_loads"])
+    if "garble_loads" in each:
+        return garble_loads()
     if "used" in each:
         return used_memory()
     params = SamplingParams(
@@ -110,6 +113,20 @@ def break_loads(count: int) -> None:
         return retrieve(self, *args, **kwargs)
 
     CacheEngine.retrieve = broken  # type: ignore[method-assign]
+
+
+def garble_loads() -> None:
+    """The error that the tests of this folder exist to see: KV that is not that text's."""
+    from lmcache.engine.gpu_connector import PageMover
+
+    scatter = PageMover.scatter
+
+    def garbled(self: PageMover, tables: Any, start: int, stop: int, chunk: Any, **kwargs: Any) -> None:
+        half = len(chunk.view) // 2
+        chunk.view[:half] = bytes(chunk.view[half : 2 * half])  # the later layers' KV in the earlier ones
+        scatter(self, tables, start, stop, chunk, **kwargs)
+
+    PageMover.scatter = garbled  # type: ignore[method-assign]
 
 
 def used_memory() -> dict[str, int]:

@@ -16,6 +16,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "tie_word_embeddings": False,
 }
 
 
@@ -41,7 +42,6 @@ def _config(family: str) -> Any:
             qk_rope_head_dim=64,
             qk_nope_head_dim=64,
             v_head_dim=64,
-            n_routed_experts=None,
             first_k_dense_replace=3,
         )
     raise ValueError(f"family must be llama, qwen3, gemma3 or deepseek, got {family!r}")
@@ -57,10 +57,11 @@ def make(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
     with torch.no_grad():
-        # Wider than the usual 0.02, so that the greedy choice is far from a tie.
+        # Wide enough that attention is peaked and every output depends on the KV of the whole context: with the usual
+        # 0.02 a random model hardly looks back, and wrong KV would go unnoticed.
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.normal_(0, 0.06)
+                parameter.normal_(0, 0.15 if ".self_attn." in name else 0.06)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.setdefault("architectures", [type(model).__name__])
