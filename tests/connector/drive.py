@@ -3,7 +3,8 @@
     python tests/connector/drive.py '{"model": ..., "connector": null | {...}, "steps": [...], ...}'
 
 Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts"), {"reset": "vllm" | "all"},
-{"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise), {"garble_loads": true} (every load
+{"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
+{"garble_loads": true} (every load
 writes other bytes than were stored),
 {"say": text} (a line on stdout, for whoever wants to send a signal then), {"stats": true}, {"used": true}.
 """
