@@ -1,0 +1,472 @@
+"""Copies between the pages of a paged KV cache and a contiguous chunk, all layers in one launch.
+
+A plane is L layers, each a view `[B, H, N, C]`: blocks, heads, tokens a block, content elements. Two granularities:
+
+    gather_pages / scatter_pages     whole pages, verbatim: how a page is laid out inside is the engine's business
+    gather_tokens / scatter_tokens   single tokens: slot s is token s % N of block s // N
+
+Both are one operation on *units* (`_Units`): a page is a unit of one strip of H*N*C elements, a token is a unit of H
+strips of C elements, or of one strip of H*C where the heads of a token are neighbours in memory.
+
+    chunk [L, n, unit]   |unit 0: strip|strip|..|unit 1: strip|strip|..|  ...          one layer, contiguous
+    layer                .. strip ..... strip ............ strip ..... strip ..        any strides
+
+Bytes move as integer words, the widest that every address allows, so any dtype is copied bit for bit. A negative id
+skips its unit: that part of the destination keeps what it held. Writing one unit twice in a scatter leaves either of
+the two values. Ids beyond the cache are refused on a CPU; on a GPU, where looking would stall the stream, keeping them
+in range is the caller's duty. Nothing is synchronised: on a GPU the copy is queued on the current stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lmcache.errors import KernelArgumentError
+from lmcache.kernels.launch import lazy_jit, runs_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# A run of neighbouring units that is at least this large is one strided copy; shorter ones are indexed together.
+_RUN_BYTES = 128 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """Where the units of a layer lie, in bytes. Unit i is unit i % per_block of block i // per_block."""
+
+    blocks: int
+    per_block: int
+    strips: int
+    strip_bytes: int
+    block_stride: int
+    unit_stride: int
+    strip_stride: int
+
+    @property
+    def count(self) -> int:
+        return self.blocks * self.per_block
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.strips * self.strip_bytes
+
+
+class PagedLayers:
+    """The layers of one plane, inspected once so that every copy afterwards is cheap. Immutable and thread-safe.
+
+    `layers` are views `[B, H, N, C]` with the same shape, strides, dtype and device, C contiguous, at any addresses.
+    Raises KernelArgumentError for anything else. The views are kept, so their memory stays alive.
+    """
+
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        _check_layers(layers)
+        self.layers = tuple(layers)
+        first = self.layers[0]
+        self.num_layers = len(self.layers)
+        self.num_blocks, self.heads, self.block_tokens, self.content = first.shape
+        self.dtype = first.dtype
+        self.device = first.device
+        self.token_bytes = self.heads * self.content * self.dtype.itemsize
+        self.page_bytes = self.block_tokens * self.token_bytes
+        self.pages_are_dense = _is_dense(first)
+        self.pointers = torch.tensor([t.data_ptr() for t in self.layers], dtype=torch.int64, device=self.device)
+        self._page_units = _page_units(first) if self.pages_are_dense else None
+        self._token_units = _token_units(first)
+        self._groups = _storage_groups(self.layers)
+        self._address_gcd = math.gcd(*(t.data_ptr() for t in self.layers))
+        self._plane_cache: dict[tuple[_Units, int], list[tuple[int, torch.Tensor]]] = {}
+
+    def _word_bytes(self, units: _Units) -> int:
+        """The widest integer (8, 4, 2 or 1 bytes) that all strips of all layers can be cut into."""
+        spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride)
+        return math.gcd(8, *spans, *(_byte_offset(t) for t in self.layers), *(step for _, _, step in self._groups))
+
+    def _planes(self, units: _Units, word: int) -> list[tuple[int, torch.Tensor]]:
+        """(first layer, words `[l, blocks, strips, per_block, words]`) of each storage group; one group is the rule."""
+        planes = self._plane_cache.get((units, word))
+        if planes is None:
+            shape = (units.blocks, units.strips, units.per_block, units.strip_bytes // word)
+            steps = (units.block_stride // word, units.strip_stride // word, units.unit_stride // word, 1)
+            planes = [
+                (first, _reinterpret(self.layers[first], word, (number, *shape), (step // word, *steps)))
+                for first, number, step in self._groups
+            ]
+            self._plane_cache[units, word] = planes
+        return planes
+
+
+def gather_pages(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
+    """Copy pages `block_ids[i]` of layers first_layer.. to `out[:, i]`; a negative id leaves its rows of `out` alone.
+
+    `block_ids`: int64 `[n]`. `out`: any dtype, `[l, n, ...]` holding `page_bytes` a row, rows of a layer contiguous,
+    layers at any stride; l says how many layers. Both on the device of `pages`. Needs `pages.pages_are_dense`.
+    """
+    _copy(pages, _dense_pages(pages), block_ids, out, first_layer, scatter=False, what="block_ids")
+
+
+def scatter_pages(pages: PagedLayers, block_ids: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
+    """The inverse of gather_pages: write `chunk[:, i]` to pages `block_ids[i]`; a negative id writes nothing."""
+    _copy(pages, _dense_pages(pages), block_ids, chunk, first_layer, scatter=True, what="block_ids")
+
+
+def gather_tokens(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
+    """Copy the tokens at `slots[t]` of layers first_layer.. to `out[:, t]`; a negative slot leaves its rows alone.
+
+    `slots`: int64 `[T]`. `out`: any dtype, `[l, T, ...]` holding `token_bytes` a row in the order `[H, C]`, rows of a
+    layer contiguous, layers at any stride. Only meaningful where a block is a plain `[H, N, C]`: vLLM's CPU attention
+    packs blocks its own way, and its pages can only be moved whole.
+    """
+    _copy(pages, pages._token_units, slots, out, first_layer, scatter=False, what="slots")
+
+
+def scatter_tokens(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
+    """The inverse of gather_tokens: write `chunk[:, t]` to `slots[t]`; a negative slot writes nothing."""
+    _copy(pages, pages._token_units, slots, chunk, first_layer, scatter=True, what="slots")
+
+
+def gather_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
+    """The definition of gather_pages in torch, and what runs on a CPU."""
+    _copy_torch(pages, _dense_pages(pages), block_ids, out, first_layer, scatter=False)
+
+
+def scatter_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
+    """The definition of scatter_pages in torch, and what runs on a CPU."""
+    _copy_torch(pages, _dense_pages(pages), block_ids, chunk, first_layer, scatter=True)
+
+
+def gather_tokens_torch(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
+    """The definition of gather_tokens in torch, and what runs on a CPU."""
+    _copy_torch(pages, pages._token_units, slots, out, first_layer, scatter=False)
+
+
+def scatter_tokens_torch(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
+    """The definition of scatter_tokens in torch, and what runs on a CPU."""
+    _copy_torch(pages, pages._token_units, slots, chunk, first_layer, scatter=True)
+
+
+def _copy(
+    pages: PagedLayers,
+    units: _Units,
+    ids: torch.Tensor,
+    chunk: torch.Tensor,
+    first_layer: int,
+    *,
+    scatter: bool,
+    what: str,
+) -> None:
+    _check_ids(pages, units, ids, what)
+    _check_chunk(pages, units, ids, chunk, first_layer, "chunk" if scatter else "out")
+    if ids.numel() == 0 or chunk.numel() == 0:
+        return
+    if runs_kernel(pages.device):
+        _copy_triton(pages, units, ids, chunk, first_layer, scatter=scatter)
+    else:
+        _copy_torch(pages, units, ids, chunk, first_layer, scatter=scatter)
+
+
+@lazy_jit(do_not_specialize=["first_layer", "num_rows"])
+def _copy_rows(
+    pointers: tl.tensor,  # int64 [L]: address of each layer
+    ids: tl.tensor,  # int64 [n]
+    chunk: tl.tensor,  # word [l, n, STRIPS, STRIP]
+    first_layer: tl.tensor,
+    num_rows: tl.tensor,  # n * STRIPS
+    chunk_layer_stride: tl.tensor,  # this and the next three in words
+    block_stride: tl.tensor,
+    unit_stride: tl.tensor,
+    strip_stride: tl.tensor,
+    PER_BLOCK: tl.constexpr,  # units a block; 0 where all units of a layer are evenly spaced
+    STRIPS: tl.constexpr,
+    STRIP: tl.constexpr,  # words a strip
+    ALIGN: tl.constexpr,  # bytes that divide the address of every strip, in the layers and in the chunk
+    SCATTER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """Program (i, j, k) moves BLOCK_R strips of layer first_layer + j, words k * BLOCK_W .. of each."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    j = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
+
+    unit = tl.load(ids + row // STRIPS, mask=row < num_rows, other=-1)  # [BLOCK_R]
+    live = (unit >= 0)[:, None] & (word < STRIP)[None, :]  # [BLOCK_R, BLOCK_W]
+    offset = row % STRIPS * strip_stride
+    if PER_BLOCK == 0:
+        offset += unit * unit_stride
+    else:
+        offset += unit // PER_BLOCK * block_stride + unit % PER_BLOCK * unit_stride
+
+    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(chunk.dtype.element_ty))
+    page_rows = tl.multiple_of(layer + offset, ALIGN)  # [BLOCK_R]
+    chunk_rows = tl.multiple_of(chunk + j * chunk_layer_stride + row * STRIP, ALIGN)  # [BLOCK_R]
+    page_words = page_rows[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
+    chunk_words = chunk_rows[:, None] + word[None, :]
+    if SCATTER:
+        tl.store(page_words, tl.load(chunk_words, mask=live), mask=live)
+    else:
+        tl.store(chunk_words, tl.load(page_words, mask=live), mask=live)
+
+
+# 8 KiB a program: 4 loads of 16 bytes in flight a thread on NVIDIA (128 threads), 2 on AMD (256 threads).
+_TILE_BYTES = 8192
+_NUM_WARPS = 4
+
+
+def _tile(units: _Units, num_rows: int, word: int) -> tuple[int, int]:
+    """BLOCK_R, BLOCK_W: whole strips if they are small, else the largest power of two that leaves no ragged end."""
+    strip = units.strip_bytes // word
+    exact = strip & -strip
+    width = exact if exact * word >= 64 else 1 << (strip - 1).bit_length()
+    width = min(width, _TILE_BYTES // word)
+    rows = min(_TILE_BYTES // word // width, 1 << (num_rows - 1).bit_length())
+    return rows, width
+
+
+def _copy_triton(
+    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
+) -> None:
+    num_layers, n = chunk.shape[:2]
+    layer_stride = chunk.stride(0) * chunk.element_size()
+    spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride, layer_stride)
+    align = math.gcd(16, chunk.data_ptr(), _byte_offset(chunk), pages._address_gcd, *spans)
+    word = min(align, 8)
+    num_rows = n * units.strips
+    block_r, block_w = _tile(units, num_rows, word)
+    strip = units.strip_bytes // word
+    grid = (-(-num_rows // block_r), num_layers, -(-strip // block_w))
+    _copy_rows.launch(
+        grid,
+        pages.device,
+        pages.pointers,
+        ids,
+        _reinterpret(chunk, word, (1,), (1,)),
+        first_layer,
+        num_rows,
+        layer_stride // word,
+        units.block_stride // word,
+        units.unit_stride // word,
+        units.strip_stride // word,
+        PER_BLOCK=0 if units.blocks == 1 else units.per_block,
+        STRIPS=units.strips,
+        STRIP=strip,
+        ALIGN=align,
+        SCATTER=scatter,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def _copy_torch(
+    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
+) -> None:
+    num_layers, n = chunk.shape[:2]
+    if num_layers * n == 0:
+        return
+    layer_stride = chunk.stride(0) * chunk.element_size()
+    word = math.gcd(pages._word_bytes(units), _byte_offset(chunk), layer_stride)
+    strip = units.strip_bytes // word
+    strides = (layer_stride // word, units.unit_bytes // word, strip, 1)
+    chunk_words = _reinterpret(chunk, word, (num_layers, n, units.strips, strip), strides)
+    runs = _runs(ids.cpu().numpy(), units)
+    if not runs:
+        return
+    for first, plane in pages._planes(units, word):
+        low, high = max(first, first_layer), min(first + plane.shape[0], first_layer + num_layers)
+        if low >= high:
+            continue
+        layers = plane[low - first : high - first]  # [l, blocks, strips, per_block, words]
+        part = chunk_words[low - first_layer : high - first_layer]  # [l, n, strips, words]
+        rows = _row_view(layers, units, word)
+        short = units.unit_bytes * n * (high - low) < _RUN_BYTES * len(runs)
+        if rows is not None and short and len(runs) > 1:
+            _copy_indexed(rows, units, ids, part, scatter=scatter)
+        else:
+            _copy_runs(layers, units, runs, part, scatter=scatter)
+
+
+def _runs(ids: np.ndarray, units: _Units) -> list[tuple[int, int, int]]:
+    """(position, id, length) of each maximal run of successive ids >= 0 that are evenly spaced in memory."""
+    cut = (np.diff(ids) != 1) | (ids[:-1] < 0)
+    if units.blocks > 1:
+        cut |= ids[1:] % units.per_block == 0
+    starts = np.concatenate(([0], np.flatnonzero(cut) + 1))
+    ends = np.append(starts[1:], len(ids))
+    return [
+        (s, i, e - s) for s, i, e in zip(starts.tolist(), ids[starts].tolist(), ends.tolist(), strict=True) if i >= 0
+    ]
+
+
+def _copy_runs(
+    layers: torch.Tensor, units: _Units, runs: list[tuple[int, int, int]], part: torch.Tensor, *, scatter: bool
+) -> None:
+    for position, unit, length in runs:
+        block, start = divmod(unit, units.per_block)
+        there = layers[:, block, :, start : start + length].transpose(1, 2)  # [l, length, strips, words]
+        here = part[:, position : position + length]
+        if scatter:
+            there.copy_(here)
+        else:
+            here.copy_(there)
+
+
+def _row_view(layers: torch.Tensor, units: _Units, word: int) -> torch.Tensor | None:
+    """The layers as `[l, rows, words]` with one strip a row, or None where strips do not lie on such a grid."""
+    if units.strips == 1 and units.blocks == 1:
+        return layers[:, 0, 0]
+    strides = (units.block_stride, units.unit_stride, units.strip_stride)
+    if any(s % units.strip_bytes for s in strides):
+        return None
+    span = sum(s * (k - 1) for s, k in zip(strides, (units.blocks, units.per_block, units.strips), strict=True))
+    strip = units.strip_bytes // word
+    shape = (layers.shape[0], span // units.strip_bytes + 1, strip)
+    return layers.as_strided(shape, (layers.stride(0), strip, 1))
+
+
+def _copy_indexed(rows: torch.Tensor, units: _Units, ids: torch.Tensor, part: torch.Tensor, *, scatter: bool) -> None:
+    live = None if bool((ids >= 0).all()) else torch.nonzero(ids >= 0).flatten()
+    if live is not None:
+        ids = ids[live]
+    if units.strips > 1 or units.blocks > 1:
+        first = ids // units.per_block * (units.block_stride // units.strip_bytes)
+        first = first + ids % units.per_block * (units.unit_stride // units.strip_bytes)
+        strip = torch.arange(units.strips, device=ids.device) * (units.strip_stride // units.strip_bytes)
+        ids = (first[:, None] + strip).flatten()  # [n * strips]
+    if scatter:
+        source = part if live is None else part.index_select(1, live)
+        rows.index_copy_(1, ids, source.flatten(1, 2))
+        return
+    # One index_select a layer: measured at 1.3 to 1.8 times the rate of one along dimension 1.
+    for layer, out in zip(rows, part, strict=True):
+        if live is None:
+            torch.index_select(layer, 0, ids, out=out.flatten(0, 1))
+        else:
+            out.index_copy_(0, live, layer.index_select(0, ids).view(-1, *out.shape[1:]))
+
+
+def _strides(layer: torch.Tensor) -> tuple[int, int, int]:
+    """Bytes from block to block, head to head, token to token."""
+    block, head, token = (s * layer.element_size() for s in layer.stride()[:3])
+    return block, head, token
+
+
+def _is_dense(layer: torch.Tensor) -> bool:
+    """Whether the bytes of a page are one run, in either order of heads and tokens."""
+    _, heads, tokens, content = layer.shape
+    _, head, token, _ = layer.stride()
+    by_head = (tokens == 1 or token == content) and (heads == 1 or head == tokens * content)
+    by_token = (heads == 1 or head == content) and (tokens == 1 or token == heads * content)
+    return by_head or by_token
+
+
+def _page_units(layer: torch.Tensor) -> _Units:
+    page = layer[0].numel() * layer.element_size()
+    return _Units(1, layer.shape[0], 1, page, 0, _strides(layer)[0], 0)
+
+
+def _token_units(layer: torch.Tensor) -> _Units:
+    blocks, heads, tokens, content = layer.shape
+    block, head, token = _strides(layer)
+    strip = content * layer.element_size()
+    if heads == 1 or head == strip:
+        heads, strip, head = 1, heads * strip, 0
+    if tokens == 1:
+        return _Units(1, blocks, heads, strip, 0, block, head)
+    if blocks == 1 or block == tokens * token:
+        return _Units(1, blocks * tokens, heads, strip, 0, token, head)
+    return _Units(blocks, tokens, heads, strip, block, token, head)
+
+
+def _byte_offset(tensor: torch.Tensor) -> int:
+    return tensor.storage_offset() * tensor.element_size()
+
+
+def _reinterpret(tensor: torch.Tensor, word: int, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """A view of the same memory, from the same address, as integers of `word` bytes."""
+    words = torch.empty(0, dtype=_WORDS[word], device=tensor.device)
+    return words.set_(tensor.untyped_storage(), _byte_offset(tensor) // word, tuple(shape), tuple(strides))
+
+
+def _storage_groups(layers: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
+    """(first layer, number, layer stride in bytes): all layers together if evenly spaced in one storage, else each."""
+    steps = {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(layers)}
+    storages = {t.untyped_storage().data_ptr() for t in layers}
+    if len(storages) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0:
+        return [(0, len(layers), min(steps, default=0))]
+    return [(i, 1, 0) for i in range(len(layers))]
+
+
+def _check_layers(layers: Sequence[torch.Tensor]) -> None:
+    if not layers:
+        raise KernelArgumentError("layers is empty; give at least one tensor [B, H, N, C]")
+    first = layers[0]
+    if first.dim() != 4 or first.numel() == 0:
+        raise KernelArgumentError(
+            f"layers[0] has shape {tuple(first.shape)}; each must be [B, H, N, C], none of them 0"
+        )
+    if first.stride(3) != 1 and first.shape[3] > 1:
+        raise KernelArgumentError(f"layers[0] has strides {first.stride()}; the last must be 1 (contiguous content)")
+    for i, layer in enumerate(layers):
+        for name in ("shape", "dtype", "device"):
+            given, wanted = getattr(layer, name), getattr(first, name)
+            if given != wanted:
+                raise KernelArgumentError(
+                    f"layers[{i}] has {name} {given}; all layers must have that of the first, {wanted}"
+                )
+        if layer.stride() != first.stride():
+            raise KernelArgumentError(
+                f"layers[{i}] has strides {layer.stride()}; all layers must have those of the first, {first.stride()}"
+            )
+
+
+def _dense_pages(pages: PagedLayers) -> _Units:
+    if pages._page_units is None:
+        layer = pages.layers[0]
+        raise KernelArgumentError(
+            f"pages of shape {tuple(layer.shape)}, strides {layer.stride()} are not one run of bytes "
+            "each, so they cannot be moved whole; use gather_tokens and scatter_tokens"
+        )
+    return pages._page_units
+
+
+def _check_ids(pages: PagedLayers, units: _Units, ids: torch.Tensor, what: str) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
+        raise KernelArgumentError(
+            f"{what} is {ids.dtype} of shape {tuple(ids.shape)}, strides {ids.stride()}; it must be a dense int64 [n]"
+        )
+    if ids.device != pages.device:
+        raise KernelArgumentError(f"{what} is on {ids.device}; it must be on {pages.device}, as the pages are")
+    if ids.device.type == "cpu" and ids.numel() and (highest := int(ids.max())) >= units.count:
+        raise KernelArgumentError(f"{what} holds {highest}; the cache has {units.count}, and a negative one is skipped")
+
+
+def _check_chunk(
+    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, what: str
+) -> None:
+    if chunk.device != pages.device:
+        raise KernelArgumentError(f"{what} is on {chunk.device}; it must be on {pages.device}, as the pages are")
+    if chunk.dim() < 3 or chunk.shape[1] != len(ids):
+        raise KernelArgumentError(
+            f"{what} has shape {tuple(chunk.shape)}; it must be [layers, {len(ids)}, ...] for {len(ids)} ids"
+        )
+    if first_layer < 0 or first_layer + chunk.shape[0] > pages.num_layers:
+        raise KernelArgumentError(
+            f"{what} holds {chunk.shape[0]} layers, from first_layer={first_layer}; there are {pages.num_layers}"
+        )
+    row_bytes = math.prod(chunk.shape[2:]) * chunk.element_size()
+    if row_bytes != units.unit_bytes:
+        raise KernelArgumentError(
+            f"{what} of shape {tuple(chunk.shape)}, {chunk.dtype}, has {row_bytes} bytes a row; "
+            f"{units.unit_bytes} are moved"
+        )
+    if chunk.numel() and not chunk[0].is_contiguous():
+        raise KernelArgumentError(f"{what} has strides {chunk.stride()}; the rows of a layer must be contiguous")
