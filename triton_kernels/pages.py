@@ -5,7 +5,7 @@ A plane is L layers, each a view `[B, H, N, C]`: blocks, heads, tokens a block, 
     gather_pages / scatter_pages     whole pages, verbatim: how a page is laid out inside is the engine's business
     gather_tokens / scatter_tokens   single tokens: slot s is token s % N of block s // N
 
-Both are one operation on *units* (`_Units`): a page is a unit of one strip of H*N*C elements, a token is a unit of H
+Both are one operation on *units* (`Units`): a page is a unit of one strip of H*N*C elements, a token is a unit of H
 strips of C elements, or of one strip of H*C where the heads of a token are neighbours in memory.
 
     chunk [L, n, unit]   |unit 0: strip|strip|..|unit 1: strip|strip|..|  ...          one layer, contiguous
@@ -19,89 +19,21 @@ in range is the caller's duty. Nothing is synchronised: on a GPU the copy is que
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
+from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
 from lmcache.kernels.launch import lazy_jit, runs_kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # A run of neighbouring units that is at least this large is one strided copy; shorter ones are indexed together.
 _RUN_BYTES = 128 * 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class _Units:
-    """Where the units of a layer lie, in bytes. Unit i is unit i % per_block of block i // per_block."""
-
-    blocks: int
-    per_block: int
-    strips: int
-    strip_bytes: int
-    block_stride: int
-    unit_stride: int
-    strip_stride: int
-
-    @property
-    def count(self) -> int:
-        return self.blocks * self.per_block
-
-    @property
-    def unit_bytes(self) -> int:
-        return self.strips * self.strip_bytes
-
-
-class PagedLayers:
-    """The layers of one plane, inspected once so that every copy afterwards is cheap. Immutable and thread-safe.
-
-    `layers` are views `[B, H, N, C]` with the same shape, strides, dtype and device, C contiguous, at any addresses.
-    Raises KernelArgumentError for anything else. The views are kept, so their memory stays alive.
-    """
-
-    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
-        _check_layers(layers)
-        self.layers = tuple(layers)
-        first = self.layers[0]
-        self.num_layers = len(self.layers)
-        self.num_blocks, self.heads, self.block_tokens, self.content = first.shape
-        self.dtype = first.dtype
-        self.device = first.device
-        self.token_bytes = self.heads * self.content * self.dtype.itemsize
-        self.page_bytes = self.block_tokens * self.token_bytes
-        self.pages_are_dense = _is_dense(first)
-        self.pointers = torch.tensor([t.data_ptr() for t in self.layers], dtype=torch.int64, device=self.device)
-        self._page_units = _page_units(first) if self.pages_are_dense else None
-        self._token_units = _token_units(first)
-        self._groups = _storage_groups(self.layers)
-        self._address_gcd = math.gcd(*(t.data_ptr() for t in self.layers))
-        self._plane_cache: dict[tuple[_Units, int], list[tuple[int, torch.Tensor]]] = {}
-
-    def _word_bytes(self, units: _Units) -> int:
-        """The widest integer (8, 4, 2 or 1 bytes) that all strips of all layers can be cut into."""
-        spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride)
-        return math.gcd(8, *spans, *(_byte_offset(t) for t in self.layers), *(step for _, _, step in self._groups))
-
-    def _planes(self, units: _Units, word: int) -> list[tuple[int, torch.Tensor]]:
-        """(first layer, words `[l, blocks, strips, per_block, words]`) of each storage group; one group is the rule."""
-        planes = self._plane_cache.get((units, word))
-        if planes is None:
-            shape = (units.blocks, units.strips, units.per_block, units.strip_bytes // word)
-            steps = (units.block_stride // word, units.strip_stride // word, units.unit_stride // word, 1)
-            planes = [
-                (first, _reinterpret(self.layers[first], word, (number, *shape), (step // word, *steps)))
-                for first, number, step in self._groups
-            ]
-            self._plane_cache[units, word] = planes
-        return planes
 
 
 def gather_pages(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
@@ -110,12 +42,12 @@ def gather_pages(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor,
     `block_ids`: int64 `[n]`. `out`: any dtype, `[l, n, ...]` holding `page_bytes` a row, rows of a layer contiguous,
     layers at any stride; l says how many layers. Both on the device of `pages`. Needs `pages.pages_are_dense`.
     """
-    _copy(pages, _dense_pages(pages), block_ids, out, first_layer, scatter=False, what="block_ids")
+    _copy(pages, pages.page_units, block_ids, out, first_layer, scatter=False, what="block_ids")
 
 
 def scatter_pages(pages: PagedLayers, block_ids: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
     """The inverse of gather_pages: write `chunk[:, i]` to pages `block_ids[i]`; a negative id writes nothing."""
-    _copy(pages, _dense_pages(pages), block_ids, chunk, first_layer, scatter=True, what="block_ids")
+    _copy(pages, pages.page_units, block_ids, chunk, first_layer, scatter=True, what="block_ids")
 
 
 def gather_tokens(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
@@ -125,37 +57,37 @@ def gather_tokens(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, fi
     layer contiguous, layers at any stride. Only meaningful where a block is a plain `[H, N, C]`: vLLM's CPU attention
     packs blocks its own way, and its pages can only be moved whole.
     """
-    _copy(pages, pages._token_units, slots, out, first_layer, scatter=False, what="slots")
+    _copy(pages, pages.token_units, slots, out, first_layer, scatter=False, what="slots")
 
 
 def scatter_tokens(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
     """The inverse of gather_tokens: write `chunk[:, t]` to `slots[t]`; a negative slot writes nothing."""
-    _copy(pages, pages._token_units, slots, chunk, first_layer, scatter=True, what="slots")
+    _copy(pages, pages.token_units, slots, chunk, first_layer, scatter=True, what="slots")
 
 
 def gather_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
     """The definition of gather_pages in torch, and what runs on a CPU."""
-    _copy_torch(pages, _dense_pages(pages), block_ids, out, first_layer, scatter=False)
+    _copy_torch(pages, pages.page_units, block_ids, out, first_layer, scatter=False)
 
 
 def scatter_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
     """The definition of scatter_pages in torch, and what runs on a CPU."""
-    _copy_torch(pages, _dense_pages(pages), block_ids, chunk, first_layer, scatter=True)
+    _copy_torch(pages, pages.page_units, block_ids, chunk, first_layer, scatter=True)
 
 
 def gather_tokens_torch(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
     """The definition of gather_tokens in torch, and what runs on a CPU."""
-    _copy_torch(pages, pages._token_units, slots, out, first_layer, scatter=False)
+    _copy_torch(pages, pages.token_units, slots, out, first_layer, scatter=False)
 
 
 def scatter_tokens_torch(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
     """The definition of scatter_tokens in torch, and what runs on a CPU."""
-    _copy_torch(pages, pages._token_units, slots, chunk, first_layer, scatter=True)
+    _copy_torch(pages, pages.token_units, slots, chunk, first_layer, scatter=True)
 
 
 def _copy(
     pages: PagedLayers,
-    units: _Units,
+    units: Units,
     ids: torch.Tensor,
     chunk: torch.Tensor,
     first_layer: int,
@@ -221,7 +153,7 @@ _TILE_BYTES = 8192
 _NUM_WARPS = 4
 
 
-def _tile(units: _Units, num_rows: int, word: int) -> tuple[int, int]:
+def _tile(units: Units, num_rows: int, word: int) -> tuple[int, int]:
     """BLOCK_R, BLOCK_W: whole strips if they are small, else the largest power of two that leaves no ragged end."""
     strip = units.strip_bytes // word
     exact = strip & -strip
@@ -232,12 +164,12 @@ def _tile(units: _Units, num_rows: int, word: int) -> tuple[int, int]:
 
 
 def _copy_triton(
-    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
+    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
 ) -> None:
     num_layers, n = chunk.shape[:2]
     layer_stride = chunk.stride(0) * chunk.element_size()
     spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride, layer_stride)
-    align = math.gcd(16, chunk.data_ptr(), _byte_offset(chunk), pages._address_gcd, *spans)
+    align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, *spans)
     word = min(align, 8)
     num_rows = n * units.strips
     block_r, block_w = _tile(units, num_rows, word)
@@ -248,7 +180,7 @@ def _copy_triton(
         pages.device,
         pages.pointers,
         ids,
-        _reinterpret(chunk, word, (1,), (1,)),
+        reinterpret(chunk, word, (1,), (1,)),
         first_layer,
         num_rows,
         layer_stride // word,
@@ -267,20 +199,20 @@ def _copy_triton(
 
 
 def _copy_torch(
-    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
+    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
 ) -> None:
     num_layers, n = chunk.shape[:2]
     if num_layers * n == 0:
         return
     layer_stride = chunk.stride(0) * chunk.element_size()
-    word = math.gcd(pages._word_bytes(units), _byte_offset(chunk), layer_stride)
+    word = math.gcd(pages.word_bytes(units), byte_offset(chunk), layer_stride)
     strip = units.strip_bytes // word
     strides = (layer_stride // word, units.unit_bytes // word, strip, 1)
-    chunk_words = _reinterpret(chunk, word, (num_layers, n, units.strips, strip), strides)
+    chunk_words = reinterpret(chunk, word, (num_layers, n, units.strips, strip), strides)
     runs = _runs(ids.cpu().numpy(), units)
     if not runs:
         return
-    for first, plane in pages._planes(units, word):
+    for first, plane in pages.planes(units, word):
         low, high = max(first, first_layer), min(first + plane.shape[0], first_layer + num_layers)
         if low >= high:
             continue
@@ -294,7 +226,7 @@ def _copy_torch(
             _copy_runs(layers, units, runs, part, scatter=scatter)
 
 
-def _runs(ids: np.ndarray, units: _Units) -> list[tuple[int, int, int]]:
+def _runs(ids: np.ndarray, units: Units) -> list[tuple[int, int, int]]:
     """(position, id, length) of each maximal run of successive ids >= 0 that are evenly spaced in memory."""
     cut = (np.diff(ids) != 1) | (ids[:-1] < 0)
     if units.blocks > 1:
@@ -307,7 +239,7 @@ def _runs(ids: np.ndarray, units: _Units) -> list[tuple[int, int, int]]:
 
 
 def _copy_runs(
-    layers: torch.Tensor, units: _Units, runs: list[tuple[int, int, int]], part: torch.Tensor, *, scatter: bool
+    layers: torch.Tensor, units: Units, runs: list[tuple[int, int, int]], part: torch.Tensor, *, scatter: bool
 ) -> None:
     for position, unit, length in runs:
         block, start = divmod(unit, units.per_block)
@@ -319,7 +251,7 @@ def _copy_runs(
             here.copy_(there)
 
 
-def _row_view(layers: torch.Tensor, units: _Units, word: int) -> torch.Tensor | None:
+def _row_view(layers: torch.Tensor, units: Units, word: int) -> torch.Tensor | None:
     """The layers as `[l, rows, words]` with one strip a row, or None where strips do not lie on such a grid."""
     if units.strips == 1 and units.blocks == 1:
         return layers[:, 0, 0]
@@ -332,7 +264,7 @@ def _row_view(layers: torch.Tensor, units: _Units, word: int) -> torch.Tensor | 
     return layers.as_strided(shape, (layers.stride(0), strip, 1))
 
 
-def _copy_indexed(rows: torch.Tensor, units: _Units, ids: torch.Tensor, part: torch.Tensor, *, scatter: bool) -> None:
+def _copy_indexed(rows: torch.Tensor, units: Units, ids: torch.Tensor, part: torch.Tensor, *, scatter: bool) -> None:
     live = None if bool((ids >= 0).all()) else torch.nonzero(ids >= 0).flatten()
     if live is not None:
         ids = ids[live]
@@ -353,92 +285,7 @@ def _copy_indexed(rows: torch.Tensor, units: _Units, ids: torch.Tensor, part: to
             out.index_copy_(0, live, layer.index_select(0, ids).view(-1, *out.shape[1:]))
 
 
-def _strides(layer: torch.Tensor) -> tuple[int, int, int]:
-    """Bytes from block to block, head to head, token to token."""
-    block, head, token = (s * layer.element_size() for s in layer.stride()[:3])
-    return block, head, token
-
-
-def _is_dense(layer: torch.Tensor) -> bool:
-    """Whether the bytes of a page are one run, in either order of heads and tokens."""
-    _, heads, tokens, content = layer.shape
-    _, head, token, _ = layer.stride()
-    by_head = (tokens == 1 or token == content) and (heads == 1 or head == tokens * content)
-    by_token = (heads == 1 or head == content) and (tokens == 1 or token == heads * content)
-    return by_head or by_token
-
-
-def _page_units(layer: torch.Tensor) -> _Units:
-    page = layer[0].numel() * layer.element_size()
-    return _Units(1, layer.shape[0], 1, page, 0, _strides(layer)[0], 0)
-
-
-def _token_units(layer: torch.Tensor) -> _Units:
-    blocks, heads, tokens, content = layer.shape
-    block, head, token = _strides(layer)
-    strip = content * layer.element_size()
-    if heads == 1 or head == strip:
-        heads, strip, head = 1, heads * strip, 0
-    if tokens == 1:
-        return _Units(1, blocks, heads, strip, 0, block, head)
-    if blocks == 1 or block == tokens * token:
-        return _Units(1, blocks * tokens, heads, strip, 0, token, head)
-    return _Units(blocks, tokens, heads, strip, block, token, head)
-
-
-def _byte_offset(tensor: torch.Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
-
-
-def _reinterpret(tensor: torch.Tensor, word: int, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    """A view of the same memory, from the same address, as integers of `word` bytes."""
-    words = torch.empty(0, dtype=_WORDS[word], device=tensor.device)
-    return words.set_(tensor.untyped_storage(), _byte_offset(tensor) // word, tuple(shape), tuple(strides))
-
-
-def _storage_groups(layers: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
-    """(first layer, number, layer stride in bytes): all layers together if evenly spaced in one storage, else each."""
-    steps = {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(layers)}
-    storages = {t.untyped_storage().data_ptr() for t in layers}
-    if len(storages) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0:
-        return [(0, len(layers), min(steps, default=0))]
-    return [(i, 1, 0) for i in range(len(layers))]
-
-
-def _check_layers(layers: Sequence[torch.Tensor]) -> None:
-    if not layers:
-        raise KernelArgumentError("layers is empty; give at least one tensor [B, H, N, C]")
-    first = layers[0]
-    if first.dim() != 4 or first.numel() == 0:
-        raise KernelArgumentError(
-            f"layers[0] has shape {tuple(first.shape)}; each must be [B, H, N, C], none of them 0"
-        )
-    if first.stride(3) != 1 and first.shape[3] > 1:
-        raise KernelArgumentError(f"layers[0] has strides {first.stride()}; the last must be 1 (contiguous content)")
-    for i, layer in enumerate(layers):
-        for name in ("shape", "dtype", "device"):
-            given, wanted = getattr(layer, name), getattr(first, name)
-            if given != wanted:
-                raise KernelArgumentError(
-                    f"layers[{i}] has {name} {given}; all layers must have that of the first, {wanted}"
-                )
-        if layer.stride() != first.stride():
-            raise KernelArgumentError(
-                f"layers[{i}] has strides {layer.stride()}; all layers must have those of the first, {first.stride()}"
-            )
-
-
-def _dense_pages(pages: PagedLayers) -> _Units:
-    if pages._page_units is None:
-        layer = pages.layers[0]
-        raise KernelArgumentError(
-            f"pages of shape {tuple(layer.shape)}, strides {layer.stride()} are not one run of bytes "
-            "each, so they cannot be moved whole; use gather_tokens and scatter_tokens"
-        )
-    return pages._page_units
-
-
-def _check_ids(pages: PagedLayers, units: _Units, ids: torch.Tensor, what: str) -> None:
+def _check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
         raise KernelArgumentError(
             f"{what} is {ids.dtype} of shape {tuple(ids.shape)}, strides {ids.stride()}; it must be a dense int64 [n]"
@@ -450,7 +297,7 @@ def _check_ids(pages: PagedLayers, units: _Units, ids: torch.Tensor, what: str) 
 
 
 def _check_chunk(
-    pages: PagedLayers, units: _Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, what: str
+    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, what: str
 ) -> None:
     if chunk.device != pages.device:
         raise KernelArgumentError(f"{what} is on {chunk.device}; it must be on {pages.device}, as the pages are")
