@@ -18,7 +18,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 class Units:
     """Where the units of a layer lie, in bytes. Unit i is unit i % per_block of block i // per_block."""
 
-    blocks: int
+    blocks: int  # 1 where all units of a layer are evenly spaced
     per_block: int
     strips: int
     strip_bytes: int
@@ -60,6 +60,17 @@ class PagedLayers:
         self.address_gcd = math.gcd(*(t.data_ptr() for t in self.layers))
         self._plane_cache: dict[tuple[Units, int], list[tuple[int, torch.Tensor]]] = {}
 
+    @property
+    def page_units(self) -> Units:
+        """Raises KernelArgumentError where a page is not one run of bytes."""
+        if self._page_units is None:
+            layer = self.layers[0]
+            raise KernelArgumentError(
+                f"pages of shape {tuple(layer.shape)}, strides {layer.stride()} are not one run of bytes each, so they "
+                "cannot be moved whole; use gather_tokens and scatter_tokens"
+            )
+        return self._page_units
+
     def word_bytes(self, units: Units) -> int:
         """The widest integer (8, 4, 2 or 1 bytes) that all strips of all layers can be cut into."""
         spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride)
@@ -81,7 +92,7 @@ class PagedLayers:
 
 def _strides(layer: torch.Tensor) -> tuple[int, int, int]:
     """Bytes from block to block, head to head, token to token."""
-    block, head, token = (s * layer.element_size() for s in layer.stride()[:3])
+    block, head, token = (int(s) * layer.element_size() for s in layer.stride()[:3])
     return block, head, token
 
 
@@ -113,6 +124,7 @@ def _token_units(layer: torch.Tensor) -> Units:
 
 
 def byte_offset(tensor: torch.Tensor) -> int:
+    """Bytes from the start of its storage."""
     return tensor.storage_offset() * tensor.element_size()
 
 
@@ -126,8 +138,9 @@ def _storage_groups(layers: Sequence[torch.Tensor]) -> list[tuple[int, int, int]
     """(first layer, number, layer stride in bytes): all layers together if evenly spaced in one storage, else each."""
     steps = {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(layers)}
     storages = {t.untyped_storage().data_ptr() for t in layers}
-    if len(storages) == 1 and len(steps) <= 1 and min(steps, default=0) >= 0:
-        return [(0, len(layers), min(steps, default=0))]
+    step = min(steps, default=1)
+    if len(storages) == 1 and len(steps) <= 1 and step > 0:
+        return [(0, len(layers), step if steps else 0)]
     return [(i, 1, 0) for i in range(len(layers))]
 
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
 from lmcache.kernels.launch import lazy_jit, runs_kernel
+from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
 
 if TYPE_CHECKING:
     import triton.language as tl
