@@ -92,8 +92,8 @@ class PagedLayers:
 
 def _strides(layer: torch.Tensor) -> tuple[int, int, int]:
     """Bytes from block to block, head to head, token to token."""
-    block, head, token = (int(s) * layer.element_size() for s in layer.stride()[:3])
-    return block, head, token
+    size = layer.element_size()
+    return layer.stride(0) * size, layer.stride(1) * size, layer.stride(2) * size
 
 
 def _is_dense(layer: torch.Tensor) -> bool:
@@ -125,7 +125,7 @@ def _token_units(layer: torch.Tensor) -> Units:
 
 def byte_offset(tensor: torch.Tensor) -> int:
     """Bytes from the start of its storage."""
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def reinterpret(tensor: torch.Tensor, word: int, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
