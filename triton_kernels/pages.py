@@ -148,19 +148,17 @@ def _copy_rows(
         tl.store(chunk_words, tl.load(page_words, mask=live), mask=live)
 
 
-# 8 KiB a program: 4 loads of 16 bytes in flight a thread on NVIDIA (128 threads), 2 on AMD (256 threads).
-_TILE_BYTES = 8192
+# 8 KiB of 8-byte words a program: 4 loads of 16 bytes in flight a thread on NVIDIA (128 threads), 2 on AMD (256).
+_TILE_WORDS = 1024
 _NUM_WARPS = 4
 
 
-def _tile(units: Units, num_rows: int, word: int) -> tuple[int, int]:
-    """BLOCK_R, BLOCK_W: whole strips if they are small, else the largest power of two that leaves no ragged end."""
-    strip = units.strip_bytes // word
-    exact = strip & -strip
+def _tile(strip: int, word: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_W) for strips of that many words: as wide as leaves no ragged end, unless that is narrow."""
+    exact = strip & -strip  # the largest power of two that divides it
     width = exact if exact * word >= 64 else 1 << (strip - 1).bit_length()
-    width = min(width, _TILE_BYTES // word)
-    rows = min(_TILE_BYTES // word // width, 1 << (num_rows - 1).bit_length())
-    return rows, width
+    width = min(width, _TILE_WORDS)
+    return _TILE_WORDS // width, width
 
 
 def _copy_triton(
@@ -172,8 +170,8 @@ def _copy_triton(
     align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, *spans)
     word = min(align, 8)
     num_rows = n * units.strips
-    block_r, block_w = _tile(units, num_rows, word)
     strip = units.strip_bytes // word
+    block_r, block_w = _tile(strip, word)
     grid = (-(-num_rows // block_r), num_layers, -(-strip // block_w))
     _copy_rows.launch(
         grid,
