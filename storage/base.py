@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
+from lmcache.config import Config
 from lmcache.keys import ChunkKey
 
 
@@ -44,9 +45,14 @@ class StorageBackend(ABC):
     Outside process memory a chunk carries the header of ``storage/chunk.py``; whatever is off (magic, version, key,
     length, checksum) is a miss plus a metric plus removal of the bad entry, never data.
     Errors: a miss is a value. StorageError when the place itself fails (disk full, connection refused, ...).
+    Construction: from one ``Config`` of its own; ConfigError when it cannot work.
     """
 
-    name: str
+    name: ClassVar[str]
+    Config: ClassVar[type[Config]]
+
+    @abstractmethod
+    def __init__(self, config: Any) -> None: ...
 
     @abstractmethod
     def contains(self, keys: Sequence[ChunkKey]) -> int:

@@ -1,0 +1,1 @@
+"""The built-in backends, loaded by name through ``storage/registry.py``."""
