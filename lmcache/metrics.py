@@ -15,6 +15,8 @@ TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
 TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
 TIER_SHED_BYTES = Counter("lmcache_tier_shed_bytes", "bytes not written because the queue was full", ["tier"])
 TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
-CORRUPT_CHUNKS = Counter("lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"])
+CORRUPT_CHUNKS = Counter(
+    "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
+)
 EVICTED_CHUNKS = Counter("lmcache_evicted_chunks", "chunks evicted for lack of capacity", ["tier"])
 MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")

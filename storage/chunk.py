@@ -1,8 +1,8 @@
 """The header of a chunk outside process memory: 4096 bytes, so that the payload behind it stays page-aligned.
 
-    0     8        12       16          80       112        120          128          136            4096
-    magic version  reserved  chunk key  codec    payload    payload      header       zero
-                             64 bytes   32 bytes length     xxh3-64      xxh3-64
+0     8        12       16          80       112        120          128          136            4096
+magic version  reserved  chunk key  codec    payload    payload      header       zero
+                         64 bytes   32 bytes length     xxh3-64      xxh3-64
 """
 
 from __future__ import annotations

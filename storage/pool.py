@@ -1,8 +1,8 @@
 """One block of host memory a process, handed out in 4 KiB-aligned buffers.
 
-    0        4K                                              capacity
-    ├─ used ─┼──── free ────┼── used ──┼── used ──┼── free ──┤
-    a released block merges with the free runs at both sides; a request takes the smallest run that fits
+0        4K                                              capacity
+├─ used ─┼──── free ────┼── used ──┼── used ──┼── free ──┤
+a released block merges with the free runs at both sides; a request takes the smallest run that fits
 """
 
 from __future__ import annotations
@@ -140,6 +140,12 @@ class PoolBuffer:
     def address(self) -> int:
         self._check()
         return self._pool.address + self._start
+
+    @property
+    def shared(self) -> bool:
+        """Whether other handles on the same bytes exist."""
+        self._check()
+        return self._pool._references[self._start] > 1
 
     def share(self) -> PoolBuffer:
         self._check()

@@ -1,0 +1,167 @@
+"""A lower tier as the manager runs it: a backend, its threads, its breaker and its write queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from lmcache import metrics
+from lmcache.config import LMCacheConfig
+from lmcache.keys import ChunkKey
+from lmcache.storage.base import StorageBackend
+from lmcache.storage.breaker import CircuitBreaker
+from lmcache.storage.pool import PoolBuffer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+READ_THREADS = 2
+WRITE_BATCH_BYTES = 16 << 20
+
+
+class LowerTier:
+    """Runs a backend's blocking calls on threads of its own, so that one that hangs holds up nobody else."""
+
+    def __init__(self, backend: StorageBackend, config: LMCacheConfig, queue_bytes: int) -> None:
+        self.backend = backend
+        self.name = backend.name
+        self.breaker = CircuitBreaker(config.breaker)
+        self._queue_bytes = queue_bytes
+        self._reads: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._asks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._writes: deque[tuple[ChunkKey, PoolBuffer]] = deque()
+        self._changed = threading.Condition()
+        self._pending_bytes = 0
+        self._generation = 0
+        self._stopping = False
+        for jobs in [self._reads] * READ_THREADS + [self._asks]:
+            threading.Thread(target=_run, args=(jobs,), name=f"lmcache-{self.name}", daemon=True).start()
+        self._writer = threading.Thread(target=self._write_loop, name=f"lmcache-{self.name}-write", daemon=True)
+        self._writer.start()
+
+    def guarded(self, call: Callable[[], T], otherwise: T) -> T:
+        """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged."""
+        try:
+            result = call()
+        # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
+        except Exception as error:
+            self.failed(str(error))
+            return otherwise
+        self.breaker.succeeded()
+        return result
+
+    def failed(self, why: str) -> None:
+        """Count a failure; the breaker opens after some."""
+        metrics.TIER_ERRORS.labels(self.name).inc()
+        was_open = self.breaker.is_open
+        self.breaker.failed()
+        metrics.TIER_BREAKER_OPEN.labels(self.name).set(self.breaker.is_open)
+        if not was_open:
+            then = "; it is left alone for a while" if self.breaker.is_open else ""
+            logger.warning("tier %s: %s%s", self.name, why, then)
+
+    def read(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on a reading thread."""
+        self._reads.put(job)
+
+    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
+        """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
+        if not self.breaker.allows():
+            return otherwise
+        answer: list[T] = []
+        done = threading.Event()
+
+        def job() -> None:
+            answer.append(self.guarded(call, otherwise))
+            done.set()
+
+        self._asks.put(job)
+        if done.wait(timeout_s):
+            return answer[0]
+        self.failed(f"no answer within {timeout_s} s")
+        return otherwise
+
+    def write(self, key: ChunkKey, buffer: PoolBuffer) -> None:
+        """Queue a write, taking the handle over; sheds it when the queue is full or the breaker open."""
+        with self._changed:
+            full = self._pending_bytes + buffer.nbytes > self._queue_bytes
+            if not full and not self._stopping and not (self.breaker.is_open and not self.breaker.allows()):
+                self._writes.append((key, buffer))
+                self._pending_bytes += buffer.nbytes
+                self._changed.notify_all()
+                return
+        metrics.TIER_SHED_BYTES.labels(self.name).inc(buffer.nbytes)
+        buffer.release()
+
+    def clear(self, fingerprint: bytes | None, timeout_s: float) -> int:
+        """Drop queued writes and stored chunks of a format; a write under way is undone by its thread."""
+        with self._changed:
+            self._generation += 1
+            kept = deque((k, b) for k, b in self._writes if fingerprint not in (None, k.fingerprint))
+            dropped = [b for k, b in self._writes if fingerprint in (None, k.fingerprint)]
+            self._writes = kept
+            self._pending_bytes -= sum(b.nbytes for b in dropped)
+        for buffer in dropped:
+            buffer.release()
+        return self.ask(lambda: self.backend.clear(fingerprint), 0, timeout_s)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or being written."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending_bytes, timeout_s)
+
+    def close(self) -> None:
+        """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
+        with self._changed:
+            self._stopping = True
+            dropped, self._writes = self._writes, deque()
+            self._pending_bytes -= sum(buffer.nbytes for _, buffer in dropped)
+            self._changed.notify_all()
+        for _, buffer in dropped:
+            buffer.release()
+        for _ in range(READ_THREADS):
+            self._reads.put(None)
+        self._asks.put(None)
+        self._writer.join(timeout=1.0)
+        if not self._writer.is_alive():
+            self.guarded(self.backend.close, None)
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._pending_bytes
+
+    def _write_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._writes or self._stopping)
+                if self._stopping:
+                    return
+                generation, batch, nbytes = self._generation, [], 0
+                while self._writes and nbytes < WRITE_BATCH_BYTES:
+                    batch.append(self._writes.popleft())
+                    nbytes += batch[-1][1].nbytes
+            keys = [key for key, _ in batch]
+            self.guarded(lambda: self.backend.put(keys, [buffer for _, buffer in batch]), 0)  # noqa: B023
+            for _, buffer in batch:
+                buffer.release()
+            with self._changed:
+                stale = generation != self._generation
+            if stale:
+                # Cleared meanwhile: what was just written must not come back.
+                self.guarded(lambda: self.backend.remove(keys), 0)  # noqa: B023
+            with self._changed:
+                self._pending_bytes -= nbytes
+                self._changed.notify_all()
+
+
+def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        try:
+            job()
+        # The entry loop of a thread: a job that fails must not take the thread with it.
+        except Exception:
+            logger.exception("a storage job failed")
