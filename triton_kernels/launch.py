@@ -21,7 +21,7 @@ def interpreting() -> bool:
 
 
 def runs_kernel(device: torch.device) -> bool:
-    """Whether tensors on `device` go through the Triton kernel rather than through the torch definition."""
+    """Whether tensors on `device` go through the Triton kernel rather than through the host copy."""
     return device.type != "cpu" or interpreting()
 
 

@@ -20,7 +20,8 @@ in range is the caller's duty. Nothing is synchronised: on a GPU the copy is que
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,9 +32,6 @@ from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-# A run of neighbouring units that is at least this large is one strided copy; shorter ones are indexed together.
-_RUN_BYTES = 128 * 1024
 
 
 def gather_pages(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
@@ -66,22 +64,22 @@ def scatter_tokens(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor,
 
 
 def gather_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
-    """The definition of gather_pages in torch, and what runs on a CPU."""
+    """The definition of gather_pages in torch."""
     _copy_torch(pages, pages.page_units, block_ids, out, first_layer, scatter=False)
 
 
 def scatter_pages_torch(pages: PagedLayers, block_ids: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
-    """The definition of scatter_pages in torch, and what runs on a CPU."""
+    """The definition of scatter_pages in torch."""
     _copy_torch(pages, pages.page_units, block_ids, chunk, first_layer, scatter=True)
 
 
 def gather_tokens_torch(pages: PagedLayers, slots: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
-    """The definition of gather_tokens in torch, and what runs on a CPU."""
+    """The definition of gather_tokens in torch."""
     _copy_torch(pages, pages.token_units, slots, out, first_layer, scatter=False)
 
 
 def scatter_tokens_torch(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int = 0) -> None:
-    """The definition of scatter_tokens in torch, and what runs on a CPU."""
+    """The definition of scatter_tokens in torch."""
     _copy_torch(pages, pages.token_units, slots, chunk, first_layer, scatter=True)
 
 
@@ -102,7 +100,7 @@ def _copy(
     if runs_kernel(pages.device):
         _copy_triton(pages, units, ids, chunk, first_layer, scatter=scatter)
     else:
-        _copy_torch(pages, units, ids, chunk, first_layer, scatter=scatter)
+        _copy_host(pages, units, ids, chunk, first_layer, scatter=scatter)
 
 
 @lazy_jit(do_not_specialize=["first_layer", "num_rows"])
@@ -199,88 +197,62 @@ def _copy_triton(
 def _copy_torch(
     pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
 ) -> None:
+    """The definition: `chunk[l, i] = layer[block, :, unit]` or the reverse, in words, for every id >= 0."""
+    live = torch.nonzero(ids >= 0).flatten()
+    block, unit = ids[live] // units.per_block, ids[live] % units.per_block
+    for layer, part in _layer_pairs(pages, units, chunk, first_layer):
+        for there, here in zip(layer, part, strict=True):  # [blocks, strips, per_block, words], [n, strips, words]
+            if scatter:
+                there[block, :, unit] = here[live]
+            else:
+                here[live] = there[block, :, unit]
+
+
+def _copy_host(
+    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
+) -> None:
+    """On a CPU: one strided copy, all layers at once, for each run of successive ids.
+
+    numpy copies in the calling thread, with the GIL released. torch would use all threads of its pool, which gains
+    little (one core nearly fills the memory bus) and loses two orders of magnitude as soon as another process wants a
+    core, because every small copy then waits for the slowest thread.
+    """
+    runs = _runs(ids.numpy(), units)
+    for layers, part in _layer_pairs(pages, units, chunk, first_layer):
+        there = layers.numpy().swapaxes(2, 3)  # [l, blocks, per_block, strips, words]
+        here = part.numpy()  # [l, n, strips, words]
+        for position, block, unit, length in runs:
+            page_side = there[:, block, unit : unit + length]
+            chunk_side = here[:, position : position + length]
+            if scatter:
+                np.copyto(page_side, chunk_side)
+            else:
+                np.copyto(chunk_side, page_side)
+
+
+def _runs(ids: np.ndarray[Any, np.dtype[np.int64]], units: Units) -> list[tuple[int, int, int, int]]:
+    """(position, block, unit, length) of each maximal run of successive ids >= 0 within one block."""
+    cut = (np.diff(ids) != 1) | (ids[:-1] < 0) | (ids[1:] % units.per_block == 0)
+    starts = np.concatenate(([0], np.flatnonzero(cut) + 1))
+    lengths = np.diff(starts, append=len(ids))
+    found = zip(starts.tolist(), ids[starts].tolist(), lengths.tolist(), strict=True)
+    return [(start, *divmod(first, units.per_block), length) for start, first, length in found if first >= 0]
+
+
+def _layer_pairs(
+    pages: PagedLayers, units: Units, chunk: torch.Tensor, first_layer: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """By storage: layers `[l, blocks, strips, per_block, words]` with their part of the chunk `[l, n, strips, words]`."""
     num_layers, n = chunk.shape[:2]
-    if num_layers * n == 0:
-        return
     layer_stride = chunk.stride(0) * chunk.element_size()
     word = math.gcd(pages.word_bytes(units), byte_offset(chunk), layer_stride)
     strip = units.strip_bytes // word
     strides = (layer_stride // word, units.unit_bytes // word, strip, 1)
     chunk_words = reinterpret(chunk, word, (num_layers, n, units.strips, strip), strides)
-    runs = _runs(ids.cpu().numpy(), units)
-    if not runs:
-        return
     for first, plane in pages.planes(units, word):
         low, high = max(first, first_layer), min(first + plane.shape[0], first_layer + num_layers)
-        if low >= high:
-            continue
-        layers = plane[low - first : high - first]  # [l, blocks, strips, per_block, words]
-        part = chunk_words[low - first_layer : high - first_layer]  # [l, n, strips, words]
-        rows = _row_view(layers, units, word)
-        short = units.unit_bytes * n * (high - low) < _RUN_BYTES * len(runs)
-        if rows is not None and short and len(runs) > 1:
-            _copy_indexed(rows, units, ids, part, scatter=scatter)
-        else:
-            _copy_runs(layers, units, runs, part, scatter=scatter)
-
-
-def _runs(ids: np.ndarray, units: Units) -> list[tuple[int, int, int]]:
-    """(position, id, length) of each maximal run of successive ids >= 0 that are evenly spaced in memory."""
-    cut = (np.diff(ids) != 1) | (ids[:-1] < 0)
-    if units.blocks > 1:
-        cut |= ids[1:] % units.per_block == 0
-    starts = np.concatenate(([0], np.flatnonzero(cut) + 1))
-    ends = np.append(starts[1:], len(ids))
-    return [
-        (s, i, e - s) for s, i, e in zip(starts.tolist(), ids[starts].tolist(), ends.tolist(), strict=True) if i >= 0
-    ]
-
-
-def _copy_runs(
-    layers: torch.Tensor, units: Units, runs: list[tuple[int, int, int]], part: torch.Tensor, *, scatter: bool
-) -> None:
-    for position, unit, length in runs:
-        block, start = divmod(unit, units.per_block)
-        there = layers[:, block, :, start : start + length].transpose(1, 2)  # [l, length, strips, words]
-        here = part[:, position : position + length]
-        if scatter:
-            there.copy_(here)
-        else:
-            here.copy_(there)
-
-
-def _row_view(layers: torch.Tensor, units: Units, word: int) -> torch.Tensor | None:
-    """The layers as `[l, rows, words]` with one strip a row, or None where strips do not lie on such a grid."""
-    if units.strips == 1 and units.blocks == 1:
-        return layers[:, 0, 0]
-    strides = (units.block_stride, units.unit_stride, units.strip_stride)
-    if any(s % units.strip_bytes for s in strides):
-        return None
-    span = sum(s * (k - 1) for s, k in zip(strides, (units.blocks, units.per_block, units.strips), strict=True))
-    strip = units.strip_bytes // word
-    shape = (layers.shape[0], span // units.strip_bytes + 1, strip)
-    return layers.as_strided(shape, (layers.stride(0), strip, 1))
-
-
-def _copy_indexed(rows: torch.Tensor, units: Units, ids: torch.Tensor, part: torch.Tensor, *, scatter: bool) -> None:
-    live = None if bool((ids >= 0).all()) else torch.nonzero(ids >= 0).flatten()
-    if live is not None:
-        ids = ids[live]
-    if units.strips > 1 or units.blocks > 1:
-        first = ids // units.per_block * (units.block_stride // units.strip_bytes)
-        first = first + ids % units.per_block * (units.unit_stride // units.strip_bytes)
-        strip = torch.arange(units.strips, device=ids.device) * (units.strip_stride // units.strip_bytes)
-        ids = (first[:, None] + strip).flatten()  # [n * strips]
-    if scatter:
-        source = part if live is None else part.index_select(1, live)
-        rows.index_copy_(1, ids, source.flatten(1, 2))
-        return
-    # One index_select a layer: measured at 1.3 to 1.8 times the rate of one along dimension 1.
-    for layer, out in zip(rows, part, strict=True):
-        if live is None:
-            torch.index_select(layer, 0, ids, out=out.flatten(0, 1))
-        else:
-            out.index_copy_(0, live, layer.index_select(0, ids).view(-1, *out.shape[1:]))
+        if low < high:
+            yield plane[low - first : high - first], chunk_words[low - first_layer : high - first_layer]
 
 
 def _check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) -> None:

@@ -1,6 +1,6 @@
 """One mode a process, because TRITON_INTERPRET counts only before triton is imported.
 
-LMCACHE_KERNEL_MODE=cpu (default)  the torch definitions against loops in numpy, and the checks of arguments
+LMCACHE_KERNEL_MODE=cpu (default)  the host copies and the torch definitions against loops in numpy
                    interpret       the same tests through the Triton kernels, under the interpreter
                    aot             compile for GPUs that are not here, and look at the machine code
                    gpu             the same tests through compiled kernels; so does `pytest -m gpu`

@@ -147,8 +147,7 @@ def test_caches_at_any_address(what: str, start: int, device: torch.device) -> N
 
 @pytest.mark.parametrize("pattern", ["random", "runs"])
 @pytest.mark.parametrize("what", TOKENS + PAGES)
-def test_large_copies_take_every_torch_path(what: str, pattern: str, device: torch.device) -> None:
-    # Large enough that a run of successive units is worth one strided copy on a CPU.
+def test_large_copies(what: str, pattern: str, device: torch.device) -> None:
     layout = Layout("LBHNC", Shape(L=3, B=40, H=4, N=16, C=128), torch.bfloat16)
     limit = 640 if what in TOKENS else 40
     check(what, layout, some_ids(limit - 20, limit, pattern), device)
@@ -338,7 +337,7 @@ def test_a_cpu_needs_no_triton(before: str) -> None:
 
 @pytest.mark.interpret
 def test_interpret_mode_really_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "_copy_torch", None)
+    monkeypatch.setattr(pages, "_copy_host", None)
     check("gather_tokens", Layout("LBHNC", Shape(), torch.bfloat16), [3, 1], torch.device("cpu"))
 
 
