@@ -1,6 +1,6 @@
-"""The small language model of the demo and the tests: SmolLM2-135M-Instruct, out of a package, as a Hugging Face folder.
+"""The small language model of demo and tests: SmolLM2-135M-Instruct, out of a package, as a Hugging Face folder.
 
-    python -m experiments.model        prints the folder
+python -m experiments.model        prints the folder
 """
 
 from __future__ import annotations

@@ -1,0 +1,93 @@
+"""The process that one vLLM lives in: a job on stdin, JSON events on stdout, logs on stderr (see engine.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.workloads import WARM_UP
+
+
+def main(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+    started = time.perf_counter()
+    llm = start(job)
+    tell({"started": time.perf_counter() - started, **describe()})
+    ask(llm, job, WARM_UP, max_tokens=4)
+    for step in job["steps"]:
+        for request in step["requests"]:
+            if step["reset"] != "none":
+                llm.reset_prefix_cache(reset_connector=step["reset"] == "all")
+            answer = ask(llm, job, request["user"], job["max_tokens"])
+            about = {"phase": step["phase"], "document": request["document"], "question": request["question"]}
+            tell({"row": {**about, "run": job["run"], **answer}})
+    ended = time.perf_counter()
+    llm.llm_engine.engine_core.shutdown()  # a connector writes what it still holds
+    tell({"closed": time.perf_counter() - ended})
+
+
+def start(job: dict[str, Any]) -> Any:
+    import torch
+
+    engine = job["engine"]
+    torch.set_num_threads(engine["threads"])
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    options: dict[str, Any] = {
+        key: engine[key] for key in ("dtype", "max_model_len", "gpu_memory_utilization", "enforce_eager")
+    }
+    if engine["block_size"]:
+        options["block_size"] = engine["block_size"]
+    if job["kv_transfer"]:
+        options["kv_transfer_config"] = KVTransferConfig(**job["kv_transfer"])
+    return LLM(model=job["model"], seed=job["seed"], disable_log_stats=False, max_num_seqs=8, **options)
+
+
+def ask(llm: Any, job: dict[str, Any], user: str, max_tokens: int) -> dict[str, Any]:
+    """One request, greedily, alone in the engine."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    tokenizer = llm.get_tokenizer()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = TokensPrompt(prompt_token_ids=tokenizer.encode(text, add_special_tokens=False))
+    began = time.perf_counter()
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, seed=job["seed"])
+    (out,) = llm.generate([prompt], params, use_tqdm=False)
+    return {
+        "prompt_tokens": len(out.prompt_token_ids),
+        "cached_tokens": out.num_cached_tokens or 0,
+        "ttft_s": out.metrics.first_token_latency,
+        "total_s": time.perf_counter() - began,
+        "tokens": list(out.outputs[0].token_ids),
+        "text": out.outputs[0].text.strip(),
+    }
+
+
+def describe() -> dict[str, Any]:
+    """Hardware and versions, for captions."""
+    import torch
+    import vllm
+
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        hardware = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "vllm": vllm.__version__}
+    return {"hardware": hardware, "cores": os.cpu_count(), "versions": versions}
+
+
+if __name__ == "__main__":
+    # stdout is for events only: what vLLM prints there goes to the log.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    main(json.load(sys.stdin), lambda event: print(json.dumps(event), file=channel, flush=True))

@@ -1,0 +1,67 @@
+"""A run's engines, one after another: shows progress, gathers rows."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.config import ExperimentConfig
+from experiments.engine import Job, Row, Step, model_path, run_engine
+from experiments.report import Results
+
+
+class Session:
+    """Starts one vLLM after another for an experiment; every request becomes a row of ``results``."""
+
+    def __init__(self, config: ExperimentConfig, results: Results, requests: int) -> None:
+        self.config, self.results = config, results
+        self.model = model_path(config.engine)
+        self.work = results.folder / "work"
+        self.work.mkdir()
+        self.told: dict[str, Any] = {}
+        self.runs = 0
+        self.bar = tqdm(total=requests, unit="request", file=sys.stderr, dynamic_ncols=True)
+        self.began = time.monotonic()
+
+    def engine(self, name: str, steps: list[Step], cached: bool) -> None:
+        """Run ``steps`` in a new vLLM, with the cache or without; its log is ``log/<run>-<name>.txt``."""
+        config = self.config
+        job = Job(
+            model=self.model,
+            engine=config.engine.model_dump(mode="json"),
+            kv_transfer=config.kv_transfer(self.work) if cached else None,
+            steps=steps,
+            max_tokens=config.workload.max_tokens,
+            seed=config.seed,
+            run=self.runs,
+        )
+        self.bar.set_description(f"{name}: vLLM starts")
+        told = run_engine(job, self.results.log / f"{self.runs}-{name}.txt", self._on_row)
+        self.told.update({key: told[key] for key in ("hardware", "cores", "versions")})
+        self.runs += 1
+
+    def _on_row(self, row: Row) -> None:
+        self.results.add(row)
+        self.bar.set_description(f"{row.phase}: {row.document} {row.ttft_s:.2f} s")
+        self.bar.update()
+
+    def close(self) -> None:
+        import shutil
+
+        self.bar.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    @property
+    def caption(self) -> str:
+        """Hardware, model and versions, for a figure."""
+        engine, versions = self.config.engine, self.told["versions"]
+        model = Path(self.model).name
+        threads = f", {engine.threads} of {self.told['cores']} cores computing" if "+cpu" in versions["torch"] else ""
+        return f"{model}, {engine.dtype}, vLLM {versions['vllm']} on {self.told['hardware']}{threads}"
+
+    def facts(self) -> dict[str, Any]:
+        return {**self.told, "model": self.model, "seconds": round(time.monotonic() - self.began, 1)}
