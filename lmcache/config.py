@@ -58,7 +58,7 @@ class LMCacheConfig(Config):
     model_id: str | None = Field(
         None, description="identity of the weights; null: hub name and revision, or a fingerprint of the local folder"
     )
-    memory: MemoryConfig = Field(default_factory=MemoryConfig, description="the L1 tier")
+    memory: MemoryConfig = Field(MemoryConfig(), description="the L1 tier")
     tiers: tuple[dict[str, Any], ...] = Field((), description="tiers below memory, nearest first: {type: disk, ...}")
     store_generated: bool = Field(True, description="also store the KV of generated tokens, block by block")
     write_queue: ByteSize = Field(
@@ -70,7 +70,7 @@ class LMCacheConfig(Config):
     )
     lease_timeout_s: float = Field(120.0, gt=0, description="how long found chunks are held for a request that waits")
     close_timeout_s: float = Field(10.0, gt=0, description="how long close() waits for queued writes")
-    breaker: BreakerConfig = Field(default_factory=BreakerConfig, description="circuit breaker of every lower tier")
+    breaker: BreakerConfig = Field(BreakerConfig(), description="circuit breaker of every lower tier")
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:

@@ -234,7 +234,7 @@ class LookupClient:
                 metrics.LOOKUP_ERRORS.inc()
 
     def _receive(self, wait_s: float) -> bool:
-        ready = self._poller.poll(wait_s * 1000)
+        ready = self._poller.poll(int(wait_s * 1000))
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
             if reply.lookup_id in self._answers:

@@ -22,9 +22,9 @@ from lmcache.engine.layout import PagedCache, chunk_tokens
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
 from lmcache.errors import ClosedError, ConfigError, LeaseExpiredError
 from lmcache.keys import KVFormat, PlaceholderSpan
-from lmcache.storage.base import Buffer
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
+from lmcache.storage.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class CacheEngine:
         if not spans:
             return 0
         tables = self._mover.tables(block_ids)
-        stored: list[tuple[Span, Buffer]] = []
+        stored: list[tuple[Span, PoolBuffer]] = []
         try:
             for span in spans:
                 if not self._has_pages(block_ids, span):
@@ -200,11 +200,11 @@ class CacheEngine:
                 self._mover.gather(tables, span.start, span.stop, buffer)
             self._mover.synchronize()
         except BaseException:
-            for _, buffer in stored:
-                buffer.release()
+            for _, taken in stored:
+                taken.release()
             raise
-        for span, buffer in stored:
-            self.storage.put(span.key, buffer)
+        for span, taken in stored:
+            self.storage.put(span.key, taken)
         count = sum(span.stop - span.start for span, _ in stored)
         metrics.STORED_TOKENS.inc(count)
         return count

@@ -153,7 +153,7 @@ class DiskBackend(StorageBackend):
             raise StorageError(f"cannot read {self._path(key)}: {error}") from error
         finally:
             os.close(file)
-        check_chunk(header, key, view)
+        check_chunk(memoryview(header), key, view)
         with self._lock:
             self._policy.touch(key)
         with contextlib.suppress(OSError):
