@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny_models  # noqa: E402
+import tiny_models
+from harness import Failed, command, environment
 
 
 @pytest.fixture(scope="session")
@@ -25,40 +24,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """Folder of a tiny random model, by family."""
     root = tmp_path_factory.mktemp("models")
     return lambda family: tiny_models.make(family, root / family)
-
-
-def connector(
-    disk: Path | None = None, *, name: str = "LMCacheConnector", policy: str = "recompute", **options: Any
-) -> dict[str, Any]:
-    """A KVTransferConfig as a mapping."""
-    extra: dict[str, Any] = {"memory": {"capacity": "256MiB"}, **options}
-    if disk is not None:
-        extra["tiers"] = [{"type": "disk", "path": str(disk), "capacity": "1GiB"}]
-    path = {"kv_connector_module_path": "lmcache.connector"} if name == "LMCacheConnector" else {}
-    return {
-        "kv_connector": name,
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": policy,
-        "kv_connector_extra_config": extra,
-        **path,
-    }
-
-
-def command(scenario: dict[str, Any]) -> list[str]:
-    return [sys.executable, str(HERE / "drive.py"), json.dumps(scenario)]
-
-
-def environment(*, processes: bool = False) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-class Failed(Exception):
-    """vLLM did not start or died; the text is what it printed."""
 
 
 @pytest.fixture(scope="session")

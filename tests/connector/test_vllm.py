@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Failed, connector
+from harness import Failed, connector
 from tiny_models import prompt
 
 Run = Callable[..., Any]

@@ -1,0 +1,46 @@
+"""What the tests of this folder share besides fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def connector(
+    disk: Path | None = None, *, name: str = "LMCacheConnector", policy: str = "recompute", **options: Any
+) -> dict[str, Any]:
+    """A KVTransferConfig as a mapping."""
+    extra: dict[str, Any] = {"memory": {"capacity": "256MiB"}, **options}
+    if disk is not None:
+        extra["tiers"] = [{"type": "disk", "path": str(disk), "capacity": "1GiB"}]
+    path = {"kv_connector_module_path": "lmcache.connector"} if name == "LMCacheConnector" else {}
+    return {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": extra,
+        **path,
+    }
+
+
+def command(scenario: dict[str, Any]) -> list[str]:
+    return [sys.executable, str(HERE / "drive.py"), json.dumps(scenario)]
+
+
+def environment(*, processes: bool = False) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if processes else "0",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+class Failed(Exception):
+    """vLLM did not start or died; the text is what it printed."""
