@@ -165,7 +165,7 @@ class PoolBuffer:
 def _pin(address: int, nbytes: int) -> bool:
     import torch
 
-    code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+    code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
     if code:
         logger.warning("cudaHostRegister failed with code %d: copies will go through pageable memory", code)
     return code == 0
@@ -174,4 +174,4 @@ def _pin(address: int, nbytes: int) -> bool:
 def _unpin(address: int) -> None:
     import torch
 
-    torch.cuda.cudart().cudaHostUnregister(address)
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
