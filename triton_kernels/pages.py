@@ -213,9 +213,9 @@ def _copy_host(
 ) -> None:
     """On a CPU: one strided copy, all layers at once, for each run of successive ids.
 
-    numpy copies in the calling thread, with the GIL released. torch would use all threads of its pool, which gains
-    little (one core nearly fills the memory bus) and loses two orders of magnitude as soon as another process wants a
-    core, because every small copy then waits for the slowest thread.
+    numpy copies in the calling thread, with the GIL released. torch would use all threads of its pool: up to twice
+    the rate on an idle machine of two cores, but a tenth or less of it as soon as anyone else wants a core, because
+    every small copy then waits for the slowest thread (measured; README.md).
     """
     runs = _runs(ids.numpy(), units)
     for layers, part in _layer_pairs(pages, units, chunk, first_layer):
@@ -242,7 +242,7 @@ def _runs(ids: np.ndarray[Any, np.dtype[np.int64]], units: Units) -> list[tuple[
 def _layer_pairs(
     pages: PagedLayers, units: Units, chunk: torch.Tensor, first_layer: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """By storage: layers `[l, blocks, strips, per_block, words]` with their part of the chunk `[l, n, strips, words]`."""
+    """By storage: layers `[l, blocks, strips, per_block, words]`, their part of the chunk `[l, n, strips, words]`."""
     num_layers, n = chunk.shape[:2]
     layer_stride = chunk.stride(0) * chunk.element_size()
     word = math.gcd(pages.word_bytes(units), byte_offset(chunk), layer_stride)
