@@ -10,7 +10,7 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
-# One eviction frees this share of the pool beyond what is asked for, so that it does not run for every chunk.
+# One eviction frees at least this share of the pool, so that it does not run for every chunk.
 LOW_WATERMARK = 1 / 64
 
 
@@ -66,7 +66,7 @@ class MemoryTier:
         if nbytes > self.pool.capacity:
             return None
         while (buffer := self.pool.allocate(nbytes)) is None:
-            if not self._evict(nbytes + int(self.pool.capacity * LOW_WATERMARK)):
+            if not self._evict(max(nbytes, int(self.pool.capacity * LOW_WATERMARK))):
                 return None
         return buffer
 
