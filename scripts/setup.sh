@@ -63,7 +63,8 @@ if ! $venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
     "$python" -m venv $venv
 fi
 rm -f $venv/.ready
-pip() { $venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+# -qq: errors only; what we say is the progress.
+pip() { $venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 say "1/3 torch (a minute; several GB where the index has the CUDA build)"
 pip install -r requirements/torch.txt
 case $device in
