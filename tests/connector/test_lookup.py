@@ -1,0 +1,146 @@
+"""The socket between scheduler and worker: answers, lateness, garbage, death."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+import lmcache
+from lmcache.connector.lookup import LookupClient, LookupServer, socket_path
+from lmcache.engine.engine import CacheEngine, pack_tokens
+from lmcache.engine.layout import PagedCache
+
+TOKENS = pack_tokens(list(range(64)))
+
+
+@pytest.fixture
+def engine() -> Iterator[CacheEngine]:
+    config = lmcache.load_config(overrides={"memory.capacity": "4MiB", "chunk_tokens": 32})
+    with CacheEngine.open(config, "m", PagedCache.from_layers([torch.zeros(8, 2, 16, 8)])) as engine:
+        engine.store(TOKENS, [[1, 2, 3, 4]])
+        yield engine
+    assert engine.storage.pool.used_bytes == 0
+
+
+@pytest.fixture
+def server(engine: CacheEngine, tmp_path: Path) -> Iterator[LookupServer]:
+    server = LookupServer(engine, f"ipc://{tmp_path}/s")
+    yield server
+    server.close()
+    server.close()
+
+
+@pytest.fixture
+def client(server: LookupServer, tmp_path: Path) -> Iterator[LookupClient]:
+    client = LookupClient([f"ipc://{tmp_path}/s"])
+    yield client
+    client.close()
+
+
+def test_a_lookup_is_held_until_it_is_taken_or_released(
+    engine: CacheEngine, server: LookupServer, client: LookupClient
+) -> None:
+    first = client.acquire(TOKENS, {}, ())
+    assert client.answer(first, 10) == 64
+    lookup = server.take(first)
+    assert lookup is not None
+    assert lookup.tokens == 64
+    lookup.close()
+    assert server.take(first) is None
+    second = client.acquire(TOKENS, {}, ())
+    assert client.answer(second, 10) == 64
+    client.release(second)
+    assert client.clear(10) is True  # answered after the release was handled: one socket keeps its order
+    assert server.take(second) is None
+    assert engine.storage.stats()["leases"] == 0
+
+
+def test_tags_reach_the_keys(client: LookupClient) -> None:
+    assert client.answer(client.acquire(TOKENS, {"cache_salt": "x"}, ()), 10) == 0
+
+
+def test_several_workers_answer_with_what_all_of_them_hold(
+    engine: CacheEngine, server: LookupServer, tmp_path: Path
+) -> None:
+    config = lmcache.load_config(overrides={"memory.capacity": "4MiB", "chunk_tokens": 32})
+    with CacheEngine.open(config, "m", PagedCache.from_layers([torch.zeros(8, 2, 16, 8)])) as other:
+        other.store(TOKENS[: 4 * 32], [[1, 2]])
+        second = LookupServer(other, f"ipc://{tmp_path}/t")
+        client = LookupClient([f"ipc://{tmp_path}/s", f"ipc://{tmp_path}/t"])
+        assert client.answer(client.acquire(TOKENS, {}, ()), 10) == 32
+        client.close()
+        second.close()
+
+
+def test_nobody_there_is_no_answer_within_the_wait(tmp_path: Path) -> None:
+    client = LookupClient([f"ipc://{tmp_path}/nobody"])
+    start = time.monotonic()
+    lookup = client.acquire(TOKENS, {}, ())
+    assert client.answer(lookup, 0.1) is None
+    assert client.clear(0.1) is False
+    assert time.monotonic() - start < 2
+    client.release(lookup)
+    assert client.answer(lookup) == 0
+    client.close()
+
+
+def test_garbage_does_not_stop_the_server(
+    client: LookupClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(f"ipc://{tmp_path}/s")
+    for body in (b"", b"\xff" * 100, msgspec.msgpack.encode({"type": "Acquire", "lookup_id": "x"})):
+        socket.send(body)
+    socket.send(msgspec.msgpack.encode({"type": "Acquire", "lookup_id": 7, "tokens": 5, "tags": {}}))
+    assert socket.poll(10_000)
+    assert msgspec.msgpack.decode(socket.recv()) == {"lookup_id": 7, "tokens": -1}
+    socket.close(0)
+    context.term()
+    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == 64
+    assert "counts as a miss" in caplog.text
+
+
+def test_a_failing_engine_is_a_miss(
+    engine: CacheEngine, client: LookupClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("broken")
+
+    monkeypatch.setattr(engine, "lookup", fail)
+    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == -1
+    assert "broken" in caplog.text
+
+
+def test_answers_that_end_on_other_threads_arrive(engine: CacheEngine, client: LookupClient) -> None:
+    original, waiting = engine.lookup, threading.Event()
+
+    def slow(tokens: bytes, on_done=None, **kwargs: object):  # type: ignore[no-untyped-def]
+        lookup = original(tokens, **kwargs)  # type: ignore[arg-type]
+        threading.Thread(target=lambda: waiting.wait(10) and on_done(lookup)).start()
+        return lookup
+
+    engine.lookup = slow  # type: ignore[method-assign]
+    lookup_id = client.acquire(TOKENS, {}, ())
+    assert client.answer(lookup_id, 0.05) is None
+    waiting.set()
+    assert client.answer(lookup_id, 10) == 64
+    client.release(lookup_id)
+
+
+def test_the_socket_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert socket_path("e", 0).startswith(f"ipc://{tmp_path}/lmcache-{os.getuid()}/e.0")
+    folder = tmp_path / f"lmcache-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(PermissionError, match="mode 0700"):
+        socket_path("e", 0)
