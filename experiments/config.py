@@ -68,6 +68,15 @@ class ExperimentConfig(Config):
         base = {key: value for key, value in CONNECTOR.items() if self.is_ours or key != "kv_connector_module_path"}
         return {**base, **self.connector, "kv_connector_extra_config": _place(self.cache, work)}
 
+    def labelled(self, labels: dict[str, str]) -> dict[str, str]:
+        """Labels that name LMCache, naming instead what this run used in its place."""
+        other = "no connector" if self.cache is None else str(self.connector.get("kv_connector"))
+        return (
+            labels
+            if self.cache is not None and self.is_ours
+            else {phase: label.replace("LMCache", other) for phase, label in labels.items()}
+        )
+
     @property
     def is_ours(self) -> bool:
         return self.connector.get("kv_connector", CONNECTOR["kv_connector"]) == CONNECTOR["kv_connector"]

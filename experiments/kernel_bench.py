@@ -43,7 +43,26 @@ class Case:
     chunk: torch.Tensor
     op: Callable[[PagedLayers, torch.Tensor, torch.Tensor], None]
     naive: Callable[[torch.Tensor], None]
+    memory: torch.Tensor  # the whole cache, contiguous
     floor: bool
+
+    def memcpys(self) -> list[Callable[[], object]]:
+        """Copies of as many contiguous bytes, between the chunk and other parts of the cache each time."""
+        parts = itertools.cycle(self.memory.view(-1).split(self.chunk.numel()))
+        chunk = torch.ones_like(self.chunk).view(-1)
+
+        def ends() -> tuple[torch.Tensor, torch.Tensor]:
+            return (chunk, next(parts)) if self.op in (gather_pages, gather_tokens) else (next(parts), chunk)
+
+        def by_torch() -> None:
+            target, source = ends()
+            target.copy_(source)
+
+        def by_numpy() -> None:
+            target, source = ends()
+            np.copyto(target.numpy(), source.numpy())
+
+        return [by_numpy, by_torch] if self.memory.device.type == "cpu" else [by_torch]
 
     def run(self) -> None:
         self.op(self.plane, next(self.ids), self.chunk)
@@ -127,8 +146,8 @@ def _pair(
             memory[layer][i] = chunk[layer]
 
     gather, scatter = (gather_pages, scatter_pages) if unit == "pages" else (gather_tokens, scatter_tokens)
-    yield Case(f"gather_{unit}", shape, plane, itertools.cycle(ids), chunk, gather, naive_gather, floor)
-    yield Case(f"scatter_{unit}", shape, plane, itertools.cycle(ids), chunk, scatter, naive_scatter, floor)
+    yield Case(f"gather_{unit}", shape, plane, itertools.cycle(ids), chunk, gather, naive_gather, memory, floor)
+    yield Case(f"scatter_{unit}", shape, plane, itertools.cycle(ids), chunk, scatter, naive_scatter, memory, floor)
 
 
 def _measure(functions: list[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
@@ -153,11 +172,7 @@ def _report(case: Case, repeats: int, device: torch.device) -> bool:
     if not case.is_right():
         print(f"{case.name:<15} {case.shape:<34} WRONG RESULT, so no figure")
         return False
-    source, target = torch.ones_like(case.chunk), torch.ones_like(case.chunk)
-    copies: list[Callable[[], object]] = [lambda: target.copy_(source)]
-    if device.type == "cpu":
-        copies.insert(0, lambda: np.copyto(target.numpy(), source.numpy()))
-    timed = _measure([case.run, *copies, case.run_naive], repeats, device)
+    timed = _measure([case.run, *case.memcpys(), case.run_naive], repeats, device)
     op, *copy, naive = (statistics.median(t) for t in timed)
     moved = 2 * case.chunk.numel() * case.chunk.element_size()
     low, _, high = statistics.quantiles(timed[0], n=4)

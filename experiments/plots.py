@@ -41,7 +41,7 @@ def ttft_figure(
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FADED)
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
-    figure.text(0.02, 0.015, caption, fontsize=8.5, color=FADED, ha="left")
+    figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
     figure.tight_layout(rect=(0, 0.05, 1, 0.99))
     figure.savefig(path)
     plt.close(figure)

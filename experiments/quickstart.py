@@ -67,7 +67,7 @@ def alone(corpus: Corpus, questions: int) -> list[Step]:
 
 
 def report(config: Config, session: Session, results: Results) -> Outcome:
-    rows = results.rows
+    rows, labels = results.rows, config.labelled(LABELS)
     failures = judge(rows, config.judge)
     found = spreads(rows)
     gain = {phase: found[NONE].median_s / found[phase].median_s for phase in (MEMORY, DISK)}
@@ -76,8 +76,8 @@ def report(config: Config, session: Session, results: Results) -> Outcome:
     caption = f"{session.caption}; documents of about {tokens} tokens; disk: page cache dropped"
     if failures:
         title = "TTFT of questions about documents (this run failed)"
-    plots.ttft_figure(rows, LABELS, COLOURS, title, caption, results.folder / "ttft.png")
-    print(table(rows, LABELS, NONE), flush=True)
+    plots.ttft_figure(rows, labels, COLOURS, title, caption, results.folder / "ttft.png")
+    print(table(rows, labels, NONE), flush=True)
     line = (
         f"TTFT {found[NONE].median_s:.2f} s without cache, {found[MEMORY].median_s:.2f} s from memory "
         f"({gain[MEMORY]:.1f}x), {found[DISK].median_s:.2f} s from disk after a restart ({gain[DISK]:.1f}x); "

@@ -68,15 +68,15 @@ def pairs(corpus: Corpus, cached: bool) -> list[Step]:
 
 
 def report(config: Config, session: Session, results: Results) -> Outcome:
-    rows = results.rows
+    rows, labels = results.rows, config.labelled(LABELS)
     failures = judge(rows, config.judge)
     found = spreads(rows)
     warm = found[MEMORY].median_s / found[LOCAL].median_s
     cold = found[COLD].median_s / found[NONE].median_s
     caption = f"{session.caption}; {config.rounds} engines of each kind, taking turns"
     title = f"Warm: {warm:.2f}x vLLM's own prefix cache; cold: {cold:.2f}x vLLM alone"
-    plots.ttft_figure(rows, LABELS, COLOURS, title, caption, results.folder / "ttft.png")
-    print(table(rows, LABELS, NONE), flush=True)
+    plots.ttft_figure(rows, labels, COLOURS, title, caption, results.folder / "ttft.png")
+    print(table(rows, labels, NONE), flush=True)
     limits = config.judge
     line = (
         f"warm {warm:.2f}x vLLM's own hit (limit {limits.max_warm_ratio:g}), "

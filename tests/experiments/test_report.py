@@ -99,3 +99,12 @@ def test_figure_leaves_out_phases_without_requests(tmp_path: Path) -> None:
     rows = [each for each in good_ttft() if each.phase != ttft_bench.MEMORY]
     plots.ttft_figure(rows, ttft_bench.LABELS, ttft_bench.COLOURS, "title", "caption", tmp_path / "some.png")
     assert (tmp_path / "some.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [("cache=null", "no connector"), ("connector.kv_connector=Other", "Other"), ("seed=1", "LMCache")],
+)
+def test_labels_name_what_ran(override: str, name: str) -> None:
+    _, config = run.load(str(CONFIGS / "ttft.yaml"), [override])
+    assert config.labelled({"memory": "LMCache, from memory"}) == {"memory": f"{name}, from memory"}
