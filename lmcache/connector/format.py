@@ -82,6 +82,8 @@ def paged_cache(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Te
             if kernel_tokens != spec.block_size:
                 # The order of bytes inside a page depends on how the backend splits it.
                 kind += f"/kernel_block={kernel_tokens}"
+            if pages[0].shape[1] > 1 and pages[0].stride(2) > pages[0].stride(1):
+                kind += "/token_major"  # heads of a token lie together; only matters where pages move verbatim
             window = getattr(spec, "sliding_window", None) or 0
             planes.append(Plane(index, names, PagedLayers(pages), kind, window))
     on_cpu = bool(planes) and planes[0].pages.device.type == "cpu"
