@@ -48,7 +48,7 @@ class Case:
 
     def memcpys(self) -> list[Callable[[], object]]:
         """Copies of as many contiguous bytes, between the chunk and other parts of the cache each time."""
-        parts = itertools.cycle(self.memory.view(-1).split(self.chunk.numel()))
+        parts = itertools.cycle(torch.split(self.memory.view(-1), self.chunk.numel()))
         chunk = torch.ones_like(self.chunk).view(-1)
 
         def ends() -> tuple[torch.Tensor, torch.Tensor]:

@@ -211,16 +211,26 @@ def _copy_torch(
 def _copy_host(
     pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
 ) -> None:
-    """On a CPU: one strided copy, all layers at once, for each run of successive ids.
+    """On a CPU: one strided copy, all layers at once, for each run of successive ids; row by row where runs are short.
 
     numpy copies in the calling thread, with the GIL released. torch would use all threads of its pool: up to twice
     the rate on an idle machine of two cores, but a tenth or less of it as soon as anyone else wants a core, because
     every small copy then waits for the slowest thread (measured; README.md).
     """
-    runs = _runs(ids.numpy(), units)
+    rows = ids.numpy()
+    runs = _runs(rows, units)
+    all_live = sum(length for *_, length in runs) == len(rows)
+    short = units.blocks == units.strips == 1 and all_live and 2 * len(runs) > len(rows) > 1
     for layers, part in _layer_pairs(pages, units, chunk, first_layer):
         there = layers.numpy().swapaxes(2, 3)  # [l, blocks, per_block, strips, words]
         here = part.numpy()  # [l, n, strips, words]
+        if short and (scatter or layers[0, 0, 0].is_contiguous()):  # np.take would copy all of a strided layer first
+            for layer, chunk_rows in zip(there[:, 0, :, 0], here[:, :, 0], strict=True):
+                if scatter:
+                    layer[rows] = chunk_rows
+                else:
+                    np.take(layer, rows, axis=0, out=chunk_rows, mode="clip")
+            continue
         for position, block, unit, length in runs:
             page_side = there[:, block, unit : unit + length]
             chunk_side = here[:, position : position + length]

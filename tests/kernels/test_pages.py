@@ -30,6 +30,8 @@ def some_ids(n: int, limit: int, pattern: str) -> list[int]:
     rng = random.Random(n)
     if pattern == "random":
         return [i if rng.random() < 0.9 else -rng.randint(1, 9) for i in rng.sample(range(limit), n)]
+    if pattern == "all":
+        return rng.sample(range(limit), n)
     if pattern == "runs":
         start = rng.randrange(limit - n + 1)
         return [*[-1] * (n // 4), *range(start + n // 4, start + n)]
@@ -77,7 +79,7 @@ def test_pages_in_every_dense_order_and_dtype(what: str, order: str, dtype: torc
     check(what, Layout(order, Shape(), dtype), some_ids(9, 24, "random"), device, chunk_dtype=dtype)
 
 
-@pytest.mark.parametrize("pattern", ["random", "runs", "reversed"])
+@pytest.mark.parametrize("pattern", ["random", "all", "runs", "reversed"])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("order", ["LBHNC", "LBNHC"])
 @pytest.mark.parametrize("what", TOKENS)
@@ -86,7 +88,7 @@ def test_any_number_of_tokens(what: str, order: str, count: int, pattern: str, d
     check(what, Layout(order, shape, torch.bfloat16), some_ids(count, shape.B * shape.N, pattern), device)
 
 
-@pytest.mark.parametrize("pattern", ["random", "runs", "reversed"])
+@pytest.mark.parametrize("pattern", ["random", "all", "runs", "reversed"])
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("what", PAGES)
 def test_any_number_of_pages(what: str, count: int, pattern: str, device: torch.device) -> None:
@@ -122,7 +124,8 @@ def test_non_contiguous_tokens(what: str, order: str, shape: Shape, device: torc
 @pytest.mark.parametrize("order", DENSE_ORDERS)
 @pytest.mark.parametrize("what", PAGES)
 def test_pages_with_gaps_between_blocks(what: str, order: str, gap: int, device: torch.device) -> None:
-    check(what, Layout(order, Shape(block_gap=gap), torch.bfloat16), some_ids(9, 24, "random"), device)
+    for pattern in ("random", "all"):
+        check(what, Layout(order, Shape(block_gap=gap), torch.bfloat16), some_ids(9, 24, pattern), device)
 
 
 @pytest.mark.parametrize("what", TOKENS + PAGES)
