@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from lmcache.storage.registry import EVICTION_POLICIES
 logger = logging.getLogger(__name__)
 
 SUFFIX, TEMPORARY = ".kv", ".tmp-"
+# The token tells our temporary files from those of a killed process that had our pid, as in a restarted container.
+_TOKEN = secrets.token_hex(4)
+_serial = itertools.count()
 
 
 class DiskConfig(Config):
@@ -54,7 +58,6 @@ class DiskBackend(StorageBackend):
         self._sizes: dict[ChunkKey, int] = {}
         self._used = 0
         self._lock = threading.Lock()
-        self._serial = itertools.count()
         self._check_writable()
         self._rebuild_index()
 
@@ -163,7 +166,7 @@ class DiskBackend(StorageBackend):
     def _write(self, key: ChunkKey, view: memoryview) -> None:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(self._serial)}")
+        temporary = path.with_name(_temporary_name())
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             try:
@@ -215,7 +218,7 @@ class DiskBackend(StorageBackend):
             self._used -= size
 
     def _check_writable(self) -> None:
-        probe = self._root / f"{TEMPORARY}{os.getpid()}-probe"
+        probe = self._root / _temporary_name()
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
@@ -263,13 +266,26 @@ def _key(directory: Path, name: str) -> ChunkKey | None:
         return None
 
 
+def _temporary_name() -> str:
+    return f"{TEMPORARY}{os.getpid()}-{_TOKEN}-{next(_serial)}"
+
+
 def _remove_if_orphaned(entry: os.DirEntry[str]) -> None:
-    try:
-        os.kill(int(entry.name.removeprefix(TEMPORARY).split("-")[0]), 0)
-    except ProcessLookupError:
+    pid, _, rest = entry.name.removeprefix(TEMPORARY).partition("-")
+    if not pid.isdecimal() or not rest:
+        return  # not one of ours
+    if int(pid) == os.getpid():
+        orphaned = not rest.startswith(_TOKEN)
+    else:
+        try:
+            os.kill(int(pid), 0)
+            orphaned = False
+        except PermissionError:
+            orphaned = False
+        except (ProcessLookupError, OverflowError):
+            orphaned = True
+    if orphaned:
         os.unlink(entry.path)
-    except (ValueError, PermissionError):
-        return
 
 
 def _all(call: object, file: int, views: list[memoryview]) -> None:

@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -119,9 +120,28 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tm
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (folder / f".tmp-{dead.pid}-0").write_text("half")
-    (folder / f".tmp-{os.getpid()}-99").write_text("half")
-    open_disk(tmp_path)
-    assert {f.name for f in folder.glob(".tmp-*")} == {f".tmp-{os.getpid()}-99"}
+    (folder / f".tmp-{os.getpid()}-0").write_text("half")  # of a killed process that had our pid
+    (folder / f".tmp-{os.getppid()}-99").write_text("half")
+    disk = open_disk(tmp_path)
+    assert {f.name for f in folder.glob(".tmp-*")} == {f".tmp-{os.getppid()}-99"}
+    put(disk, pool, make_key(2), CHUNK, seed=2)
+
+
+def test_two_backends_of_one_process_write_to_one_folder_at_once(tmp_path: Path, pool: PinnedPool) -> None:
+    buffer = take(pool, CHUNK)
+    held: list[int] = []
+
+    def work(number: int) -> None:
+        disk = open_disk(tmp_path)
+        held.append(sum(disk.put([make_key(1000 * number + n)], [buffer]) for n in range(200)))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    buffer.release()
+    assert held == [200, 200]
 
 
 def test_capacity_holds_across_restarts_and_the_oldest_goes_first(tmp_path: Path, pool: PinnedPool) -> None:
