@@ -45,7 +45,6 @@ class StorageManager:
         self._tiers = [LowerTier(backend, config, queue_bytes) for backend in backends]
         self._leases: set[Lease] = set()
         self._lock = threading.Lock()
-        self._generation = 0
         self._closed = False
 
     def allocate(self, nbytes: int) -> PoolBuffer | None:
@@ -99,10 +98,10 @@ class StorageManager:
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one KVFormat, or all, in every tier. Returns the largest number that one tier had."""
-        with self._lock:
-            self._generation += 1
         counts = [self._memory.clear(fingerprint)]
         counts += [tier.clear(fingerprint, self._config.read_timeout_s) for tier in self._tiers]
+        # Once more, for what a read found in a tier before that tier was cleared.
+        self._memory.clear(fingerprint)
         return max(counts)
 
     def flush(self, timeout_s: float) -> bool:
@@ -122,7 +121,7 @@ class StorageManager:
             tier.close()
         for lease in list(self._leases):
             lease.close()
-        self._memory.clear()
+        self._memory.close()
         self.pool.close()
 
     def stats(self) -> dict[str, int]:
@@ -187,13 +186,13 @@ class StorageManager:
 
     def _read_batch(self, lease: Lease, tier: LowerTier) -> None:
         """Read the next keys of ``lease`` from ``tier`` into L1, and hold them."""
-        generation, first = self._generation, lease.ready
+        generation, first = self._memory.generation, lease.ready
         last, nbytes = first, 0
         while last < len(lease.keys) and (last == first or nbytes + lease.sizes[last] <= READ_BATCH_BYTES):
             nbytes += lease.sizes[last]
             last += 1
         keys = lease.keys[first:last]
-        found = tier.guarded(lambda: tier.backend.contains(keys), 0)
+        found = tier.guarded(lambda: tier.backend.contains(keys), 0, transfers=False)
         buffers: list[PoolBuffer] = []
         for size in lease.sizes[first : first + found]:
             buffer = self.allocate(size)
@@ -209,10 +208,7 @@ class StorageManager:
         metrics.TIER_HITS.labels(tier.name).inc(got)
         lease._extend([buffer.share() for buffer in buffers[:got]])
         for key, buffer in zip(keys, buffers[:got], strict=False):
-            if generation == self._generation:
-                self._memory.insert(key, buffer)
-            else:
-                buffer.release()
+            self._memory.insert(key, buffer, generation)
 
     def _sweep(self) -> int:
         """Close leases that ran out and forget closed ones; returns how many ran out."""

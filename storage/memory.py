@@ -24,6 +24,9 @@ class MemoryTier:
         self._policy = policy
         self._buffers: dict[ChunkKey, PoolBuffer] = {}
         self._lock = threading.Lock()
+        self._closed = False
+        self.generation = 0
+        """Goes up with every clear; a read notes it before it starts."""
 
     def __len__(self) -> int:
         return len(self._buffers)
@@ -52,10 +55,13 @@ class MemoryTier:
                 self._policy.touch(key)
         return handles
 
-    def insert(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Take ``buffer`` over. A key that is here keeps its buffer, and the new one is released."""
+    def insert(self, key: ChunkKey, buffer: PoolBuffer, generation: int | None = None) -> None:
+        """Take ``buffer`` over. A key that is here keeps its buffer, and the new one is released.
+
+        So is what was read before a clear, told by its ``generation``, and whatever comes after close().
+        """
         with self._lock:
-            if key in self._buffers:
+            if key in self._buffers or self._closed or generation not in (None, self.generation):
                 buffer.release()
                 return
             self._buffers[key] = buffer
@@ -66,20 +72,29 @@ class MemoryTier:
         if nbytes > self.pool.capacity:
             return None
         while (buffer := self.pool.allocate(nbytes)) is None:
-            if not self._evict(max(nbytes, int(self.pool.capacity * LOW_WATERMARK))):
+            if not self._evict(nbytes):
                 return None
         return buffer
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one format, or all."""
         with self._lock:
+            self.generation += 1
             keys = [key for key in self._buffers if fingerprint in (None, key.fingerprint)]
             for key in keys:
                 self._policy.remove(key)
                 self._buffers.pop(key).release()
         return len(keys)
 
+    def close(self) -> None:
+        """Forget everything, and keep nothing that still comes. The pool is its owner's to close."""
+        with self._lock:
+            self._closed = True
+        self.clear()
+
     def _evict(self, nbytes: int) -> int:
+        """Make room for ``nbytes`` and some more; evicts nothing when that cannot be had beside what is held."""
+        goal = max(nbytes, int(self.pool.capacity * LOW_WATERMARK))
         with self._lock:
             victims, freed = [], 0
             for key in self._policy.victims():
@@ -87,8 +102,10 @@ class MemoryTier:
                 if not buffer.shared:
                     victims.append(key)
                     freed += buffer.nbytes
-                    if freed >= nbytes:
+                    if freed >= goal:
                         break
+            if freed + self.pool.free_bytes < nbytes:
+                return 0
             for key in victims:
                 self._policy.remove(key)
                 self._buffers.pop(key).release()

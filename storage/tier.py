@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -37,22 +38,43 @@ class LowerTier:
         self._changed = threading.Condition()
         self._pending_bytes = 0
         self._generation = 0
+        self._clearing = 0
+        self._writing = False
+        self._owed: set[bytes | None] = set()  # formats that could not be cleared yet
         self._stopping = False
+        self._timeout_s = config.read_timeout_s
         for jobs in [self._reads] * READ_THREADS + [self._asks]:
             threading.Thread(target=_run, args=(jobs,), name=f"lmcache-{self.name}", daemon=True).start()
         self._writer = threading.Thread(target=self._write_loop, name=f"lmcache-{self.name}-write", daemon=True)
         self._writer.start()
 
-    def guarded(self, call: Callable[[], T], otherwise: T) -> T:
-        """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged."""
+    def guarded(self, call: Callable[[], T], otherwise: T, *, transfers: bool = True) -> T:
+        """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged.
+
+        transfers: whether it moves bytes. A quick look into an index says little about reads that come late, so its
+        success closes an open breaker, but does not make up for failures.
+        """
+        started = time.monotonic()
         try:
+            for fingerprint in list(self._owed):
+                self.backend.clear(fingerprint)
+                self._owed.discard(fingerprint)
             result = call()
         # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
         except Exception as error:
             self.failed(str(error))
             return otherwise
-        self.breaker.succeeded()
+        # An answer after the deadline came too late for whoever asked: it does not speak for the tier.
+        if time.monotonic() - started <= self._timeout_s and (transfers or self.breaker.is_open):
+            self._succeeded()
         return result
+
+    def _succeeded(self) -> None:
+        was_open = self.breaker.is_open
+        self.breaker.succeeded()
+        if was_open:
+            metrics.TIER_BREAKER_OPEN.labels(self.name).set(0)
+            logger.warning("tier %s: answers again", self.name)
 
     def failed(self, why: str) -> None:
         """Count a failure; the breaker opens after some."""
@@ -70,13 +92,14 @@ class LowerTier:
 
     def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
         """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
-        if not self.breaker.allows():
-            return otherwise
+        return self._ask(call, otherwise, timeout_s) if self.breaker.allows() else otherwise
+
+    def _ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
         answer: list[T] = []
         done = threading.Event()
 
         def job() -> None:
-            answer.append(self.guarded(call, otherwise))
+            answer.append(self.guarded(call, otherwise, transfers=False))
             done.set()
 
         self._asks.put(job)
@@ -98,16 +121,34 @@ class LowerTier:
         buffer.release()
 
     def clear(self, fingerprint: bytes | None, timeout_s: float) -> int:
-        """Drop queued writes and stored chunks of a format; a write under way is undone by its thread."""
+        """Drop queued writes and stored chunks of a format. Does not ask the breaker.
+
+        Waits for a write under way, which is undone by its thread when it takes too long. A tier that cannot be cleared
+        now is cleared before it is used again, so that its chunks do not come back.
+        """
+        deadline = time.monotonic() + timeout_s
         with self._changed:
             self._generation += 1
+            self._clearing += 1
             kept = deque((k, b) for k, b in self._writes if fingerprint not in (None, k.fingerprint))
             dropped = [b for k, b in self._writes if fingerprint in (None, k.fingerprint)]
             self._writes = kept
             self._pending_bytes -= sum(b.nbytes for b in dropped)
         for buffer in dropped:
             buffer.release()
-        return self.ask(lambda: self.backend.clear(fingerprint), 0, timeout_s)
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._writing, timeout_s / 2)
+            left = max(0.0, deadline - time.monotonic())
+            cleared = self._ask(lambda: self.backend.clear(fingerprint), None, left)
+        finally:
+            with self._changed:
+                self._clearing -= 1
+                self._changed.notify_all()
+        if cleared is None:
+            self._owed.add(fingerprint)
+            logger.error("tier %s: could not be cleared now; it will be before it is used again", self.name)
+        return cleared or 0
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or being written."""
@@ -137,9 +178,10 @@ class LowerTier:
     def _write_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._writes or self._stopping)
+                self._changed.wait_for(lambda: (self._writes and not self._clearing) or self._stopping)
                 if self._stopping:
                     return
+                self._writing = True
                 generation, batch, nbytes = self._generation, [], 0
                 while self._writes and nbytes < WRITE_BATCH_BYTES:
                     batch.append(self._writes.popleft())
@@ -154,6 +196,7 @@ class LowerTier:
                 # Cleared meanwhile: what was just written must not come back.
                 self.guarded(lambda: self.backend.remove(keys), 0)  # noqa: B023
             with self._changed:
+                self._writing = False
                 self._pending_bytes -= nbytes
                 self._changed.notify_all()
 

@@ -289,7 +289,7 @@ def test_a_read_that_was_under_way_does_not_bring_cleared_chunks_back(open_manag
     done = threading.Thread(target=manager.clear)
     done.start()
     deadline = time.monotonic() + WAIT
-    while manager._generation == 0:
+    while manager._memory.generation == 0:
         assert time.monotonic() < deadline
     tier.gate.set()
     done.join()
