@@ -79,7 +79,8 @@ class ExperimentConfig(Config):
 
     @property
     def is_ours(self) -> bool:
-        return self.connector.get("kv_connector", CONNECTOR["kv_connector"]) == CONNECTOR["kv_connector"]
+        name: object = self.connector.get("kv_connector", CONNECTOR["kv_connector"])
+        return name == CONNECTOR["kv_connector"]
 
 
 ExperimentT = TypeVar("ExperimentT", bound=ExperimentConfig)

@@ -1,14 +1,15 @@
-"""A real vLLM in a process of its own: started, taken through steps, shut down; its requests come back as rows."""
+"""A real vLLM in a process of its own: started, sent steps, shut down; its requests come back as rows."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,75 +57,98 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """What the child process is told."""
+    """How the engine of one child process is started."""
 
     model: str
     engine: dict[str, Any]
     kv_transfer: dict[str, Any] | None
-    steps: list[Step]
     max_tokens: int
     seed: int
     run: int = 0
-    system: dict[str, str] = field(default_factory=dict)
 
 
 class EngineFailed(RuntimeError):
     """vLLM did not start, or died; the message ends with the end of its log."""
 
 
-def run_engine(job: Job, log: Path, on_row: Callable[[Row], None]) -> dict[str, Any]:
-    """Run ``job`` in a fresh process, with ``on_row`` called as each request finishes.
+class Engine:
+    """One vLLM in a process of its own. Leaving the ``with`` block shuts it down; by an exception, kills it.
 
-    Returns what the child tells of itself: seconds to start, hardware, versions. Raises EngineFailed.
+    The child reads a job and then steps from its stdin, a JSON line each, and writes events to its stdout.
+    Raises EngineFailed when the child ends before it is told to, or with another status than 0.
     """
-    told: dict[str, Any] = {}
-    for event in events(job, log):
-        if "row" in event:
-            on_row(Row(**event["row"]))
-        else:
-            told.update(event)
-    if "closed" not in told:
-        raise EngineFailed(f"vLLM ended before its work was done; see {log}")
-    return told
 
-
-def events(job: Job, log: Path) -> Iterator[dict[str, Any]]:
-    """The child's events: {"started": seconds, ...}, {"row": ...} for each request, {"closed": seconds}."""
-    command = [sys.executable, "-m", "experiments.engine_process"]
-    with log.open("w") as err:
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(EngineConfig(**job.engine)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=err,
-            text=True,
-            start_new_session=True,
-        )
-        assert child.stdin
-        assert child.stdout
+    def __init__(self, job: Job, log: Path) -> None:
+        self._log = log
+        with log.open("w") as err:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "experiments.engine_process"],
+                cwd=ROOT,
+                env=environment(EngineConfig(**job.engine)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
         try:
-            with child.stdin:
-                json.dump(asdict(job), child.stdin)
-            for line in child.stdout:
-                yield json.loads(line)
-            status = child.wait()
-        except BrokenPipeError:
-            status = child.wait()
+            self._send(asdict(job))
+            self.told = self._event()  # {"started": seconds, "hardware": ..., "cores": ..., "versions": ...}
+        except BaseException:
+            self._kill()
+            raise
+
+    def run(self, step: Step) -> Iterator[Row]:
+        """Send ``step``; yields a row as each of its requests finishes."""
+        self._send(asdict(step))
+        for _ in step.requests:
+            yield Row(**self._event())
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._shut_down()
         finally:
-            stop(child)
-    if status:
-        raise EngineFailed(f"vLLM's process ended with {status}; the end of {log}:\n{tail(log)}")
+            self._kill()
 
+    def _shut_down(self) -> None:
+        assert self._child.stdin
+        self._child.stdin.close()
+        if status := self._child.wait():
+            raise EngineFailed(f"vLLM's process ended with {status}; the end of {self._log}:\n{tail(self._log)}")
 
-def stop(child: subprocess.Popen[str]) -> None:
-    """End the child and whatever it started, if it still runs (an interrupt, an error on our side)."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    if child.stdout:
-        child.stdout.close()
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._child.stdin
+        try:
+            self._child.stdin.write(json.dumps(message) + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def _event(self) -> dict[str, Any]:
+        assert self._child.stdout
+        line = self._child.stdout.readline()
+        if not line:
+            raise self._died()
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def _died(self) -> EngineFailed:
+        status = self._child.wait()
+        return EngineFailed(f"vLLM's process ended with {status}; the end of {self._log}:\n{tail(self._log)}")
+
+    def _kill(self) -> None:
+        """End the child, and whatever it started, if it still runs."""
+        if self._child.poll() is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def environment(engine: EngineConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The process that one vLLM lives in: a job on stdin, JSON events on stdout, logs on stderr (see engine.py)."""
+"""The process of one vLLM: a job and then steps on stdin, events on stdout, logs on stderr (see engine.py)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.workloads import WARM_UP
 
 
-def main(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def main(messages: Iterator[dict[str, Any]], tell: Callable[[dict[str, Any]], None]) -> None:
+    job = next(messages)
     started = time.perf_counter()
     llm = start(job)
-    tell({"started": time.perf_counter() - started, **describe()})
     ask(llm, job, WARM_UP, max_tokens=4)
-    for step in job["steps"]:
+    tell({"started": time.perf_counter() - started, **describe()})
+    for step in messages:
         for request in step["requests"]:
             if step["reset"] != "none":
                 llm.reset_prefix_cache(reset_connector=step["reset"] == "all")
             answer = ask(llm, job, request["user"], job["max_tokens"])
             about = {"phase": step["phase"], "document": request["document"], "question": request["question"]}
-            tell({"row": {**about, "run": job["run"], **answer}})
-    ended = time.perf_counter()
+            tell({**about, "run": job["run"], **answer})
     llm.llm_engine.engine_core.shutdown()  # a connector writes what it still holds
-    tell({"closed": time.perf_counter() - ended})
 
 
 def start(job: dict[str, Any]) -> Any:
@@ -90,4 +89,4 @@ if __name__ == "__main__":
     # stdout is for events only: what vLLM prints there goes to the log.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    main(json.load(sys.stdin), lambda event: print(json.dumps(event), file=channel, flush=True))
+    main(map(json.loads, sys.stdin), lambda event: print(json.dumps(event), file=channel, flush=True))

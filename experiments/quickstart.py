@@ -48,11 +48,14 @@ def run(config: Config, results: Results) -> Outcome:
     documents, questions = len(corpus.documents), config.workload.questions
     session = Session(config, results, requests=documents * (2 * questions + 2))
     try:
-        session.engine("alone", alone(corpus, questions), cached=False)
-        others = [request for number in range(1, questions) for request in corpus.round(number)]
-        session.engine("memory", [Step(COLD, corpus.round(0)), Step(MEMORY, others, reset="vllm")], cached=True)
+        with session.engine("alone", cached=False) as engine:
+            session.ask(engine, *alone(corpus, questions))
+        with session.engine("memory", cached=True) as engine:
+            others = [request for number in range(1, questions) for request in corpus.round(number)]
+            session.ask(engine, Step(COLD, corpus.round(0)), Step(MEMORY, others, reset="vllm"))
         forget_page_cache(session.work)
-        session.engine("disk", [Step(DISK, corpus.round(questions - 1))], cached=True)
+        with session.engine("disk", cached=True) as engine:
+            session.ask(engine, Step(DISK, corpus.round(questions - 1)))
     finally:
         session.close()
     return report(config, session, results)

@@ -1,7 +1,8 @@
-"""A run's engines, one after another: shows progress, gathers rows."""
+"""A run's engines: starts them, shows progress, gathers rows."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.config import ExperimentConfig
-from experiments.engine import Job, Row, Step, model_path, run_engine
+from experiments.engine import Engine, Job, Step, model_path
 from experiments.report import Results
 
 
 class Session:
-    """Starts one vLLM after another for an experiment; every request becomes a row of ``results``."""
+    """Starts the vLLMs of an experiment and sends them requests."""
 
     def __init__(self, config: ExperimentConfig, results: Results, requests: int) -> None:
         self.config, self.results = config, results
@@ -27,31 +28,32 @@ class Session:
         self.bar = tqdm(total=requests, unit="request", file=sys.stderr, dynamic_ncols=True)
         self.began = time.monotonic()
 
-    def engine(self, name: str, steps: list[Step], cached: bool) -> None:
-        """Run ``steps`` in a new vLLM, with the cache or without; its log is ``log/<run>-<name>.txt``."""
+    def engine(self, name: str, cached: bool) -> Engine:
+        """Start a new vLLM, with the cache or without; its log is ``log/<number>-<name>.txt``."""
         config = self.config
         job = Job(
             model=self.model,
             engine=config.engine.model_dump(mode="json"),
             kv_transfer=config.kv_transfer(self.work) if cached else None,
-            steps=steps,
             max_tokens=config.workload.max_tokens,
             seed=config.seed,
             run=self.runs,
         )
         self.bar.set_description(f"{name}: vLLM starts")
-        told = run_engine(job, self.results.log / f"{self.runs}-{name}.txt", self._on_row)
-        self.told.update({key: told[key] for key in ("hardware", "cores", "versions")})
+        engine = Engine(job, self.results.log / f"{self.runs}-{name}.txt")
+        self.told.update({key: engine.told[key] for key in ("hardware", "cores", "versions")})
         self.runs += 1
+        return engine
 
-    def _on_row(self, row: Row) -> None:
-        self.results.add(row)
-        self.bar.set_description(f"{row.phase}: {row.document} {row.ttft_s:.2f} s")
-        self.bar.update()
+    def ask(self, engine: Engine, *steps: Step) -> None:
+        """Send steps to ``engine``; every request becomes a row of the results."""
+        for step in steps:
+            for row in engine.run(step):
+                self.results.add(row)
+                self.bar.set_description(f"{row.phase}: {row.document} {row.ttft_s:.2f} s")
+                self.bar.update()
 
     def close(self) -> None:
-        import shutil
-
         self.bar.close()
         shutil.rmtree(self.work, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The two promises about TTFT, against vLLM alone in the same run, with engines that take turns (A B B A ...).
+"""The two promises about TTFT, against vLLM alone in the same run, from two engines that take turns (A B B A ...).
 
 A warm request from memory takes little longer than a hit in vLLM's own prefix cache; a cold one takes little longer
 than without us, although it is being stored.
@@ -39,7 +39,7 @@ class JudgeConfig(Model):
 
 
 class Config(ExperimentConfig):
-    rounds: int = Field(2, ge=1, description="engines of each kind")
+    rounds: int = Field(2, ge=1, description="how often every document is gone over")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
 
 
@@ -47,24 +47,21 @@ def run(config: Config, results: Results) -> Outcome:
     corpus = load_corpus(config.workload, config.seed)
     session = Session(config, results, requests=config.rounds * 4 * len(corpus.documents))
     try:
-        for number in range(config.rounds):
-            for cached in (False, True) if number % 2 == 0 else (True, False):
-                name = "lmcache" if cached else "alone"
-                session.engine(name, pairs(corpus, cached), cached=cached)
+        with session.engine("alone", cached=False) as alone, session.engine("lmcache", cached=True) as ours:
+            for number, document in enumerate(list(corpus.documents) * config.rounds):
+                for engine in (alone, ours) if number % 2 == 0 else (ours, alone):
+                    session.ask(engine, *pair(corpus, document, cached=engine is ours))
     finally:
         session.close()
     return report(config, session, results)
 
 
-def pairs(corpus: Corpus, cached: bool) -> list[Step]:
-    """For each document a cold request and at once a warm one, with another question."""
-    steps = []
-    for document in corpus.documents:
-        first, second = (corpus.request(document, number) for number in (0, 1))
-        steps.append(Step(COLD if cached else NONE, [first], reset="all"))
-        # With us vLLM's own cache is emptied, so that the hit is ours; without us the hit is vLLM's.
-        steps.append(Step(MEMORY, [second], reset="vllm") if cached else Step(LOCAL, [second]))
-    return steps
+def pair(corpus: Corpus, document: str, cached: bool) -> tuple[Step, Step]:
+    """A cold request and at once a warm one, with another question."""
+    first, second = (corpus.request(document, number) for number in (0, 1))
+    if cached:  # vLLM's own cache is emptied in between, so that the hit is ours
+        return Step(COLD, [first], reset="all"), Step(MEMORY, [second], reset="vllm")
+    return Step(NONE, [first], reset="all"), Step(LOCAL, [second])
 
 
 def report(config: Config, session: Session, results: Results) -> Outcome:
@@ -73,7 +70,7 @@ def report(config: Config, session: Session, results: Results) -> Outcome:
     found = spreads(rows)
     warm = found[MEMORY].median_s / found[LOCAL].median_s
     cold = found[COLD].median_s / found[NONE].median_s
-    caption = f"{session.caption}; {config.rounds} engines of each kind, taking turns"
+    caption = f"{session.caption}; two engines taking turns"
     title = f"Warm: {warm:.2f}x vLLM's own prefix cache; cold: {cold:.2f}x vLLM alone"
     plots.ttft_figure(rows, labels, COLOURS, title, caption, results.folder / "ttft.png")
     print(table(rows, labels, NONE), flush=True)
