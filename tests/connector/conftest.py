@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_models
-from harness import Failed, command, environment
+from harness import DRIVE, Failed, environment
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,8 @@ def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
         log = tmp_path_factory.mktemp("vllm") / "log"
         with log.open("w") as err:
             done = subprocess.run(
-                command(scenario),
+                DRIVE,
+                input=json.dumps(scenario),
                 env=environment(processes=processes),
                 stdout=subprocess.PIPE,
                 stderr=err,
@@ -60,14 +61,18 @@ def vllm_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def start(model: Path, kv: dict[str, Any], steps: list[Any], **options: Any) -> subprocess.Popen[str]:
         scenario = {"model": str(model), "connector": kv, "steps": steps, "options": options}
         process = subprocess.Popen(
-            command(scenario),
+            DRIVE,
             env=environment(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
         )
         started.append(process)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(scenario))
+        process.stdin.close()
         return process
 
     yield start

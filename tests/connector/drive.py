@@ -1,12 +1,14 @@
 """Runs one vLLM engine in this process through a scenario and prints what came out, as JSON on the last line.
 
-    python tests/connector/drive.py '{"model": ..., "connector": null | {...}, "steps": [...], ...}'
+    echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/drive.py
 
 Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts"), {"reset": "vllm" | "all"},
 {"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
 {"garble_loads": true} (every load
 writes other bytes than were stored),
-{"say": text} (a line on stdout, for whoever wants to send a signal then), {"stats": true}, {"used": true}.
+{"say": text} (a line on stdout, for whoever wants to send a signal then), {"used": true},
+{"check_pages": true} (from now on every load is read back from the pages and compared), {"checked": true}
+(how many were).
 """
 
 from __future__ import annotations
@@ -61,6 +63,10 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return break_loads(each["break_loads"])
     if "garble_loads" in each:
         return garble_loads()
+    if "check_pages" in each:
+        return check_pages()
+    if "checked" in each:
+        return len(CHECKED)
     if "used" in each:
         return used_memory()
     params = SamplingParams(
@@ -130,6 +136,30 @@ def garble_loads() -> None:
     PageMover.scatter = garbled  # type: ignore[method-assign]
 
 
+CHECKED: list[int] = []
+
+
+def check_pages() -> None:
+    """After every load the pages must hold the leased chunks, bit for bit."""
+    from lmcache.engine.engine import CacheEngine
+
+    retrieve = CacheEngine.retrieve
+
+    def checked(self: CacheEngine, lookup: Any, block_ids: Any, *, start: int = 0, stop: int | None = None) -> int:
+        count = retrieve(self, lookup, block_ids, start=start, stop=stop)
+        tables = self._mover.tables(block_ids)
+        for span, held in zip(lookup.spans, lookup.lease.buffers, strict=False):
+            if span.start >= start and (stop is None or span.stop <= stop):
+                buffer = self.storage.allocate(held.nbytes)
+                self._mover.gather(tables, span.start, span.stop, buffer)
+                assert buffer.view == held.view
+                buffer.release()
+                CHECKED.append(span.stop - span.start)
+        return count
+
+    CacheEngine.retrieve = checked  # type: ignore[method-assign]
+
+
 def used_memory() -> dict[str, int]:
     """The worker's storage statistics (single-process engines only)."""
     import gc
@@ -146,5 +176,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    results = main(json.loads(sys.argv[1]))
+    results = main(json.load(sys.stdin))
     print("@@" + json.dumps({"results": results}), flush=True)

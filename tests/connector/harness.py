@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,8 +28,7 @@ def connector(
     }
 
 
-def command(scenario: dict[str, Any]) -> list[str]:
-    return [sys.executable, str(HERE / "drive.py"), json.dumps(scenario)]
+DRIVE = [sys.executable, str(HERE / "drive.py")]  # takes a scenario on standard input
 
 
 def environment(*, processes: bool = False) -> dict[str, str]:

@@ -85,8 +85,11 @@ def test_mla_gives_the_log_probabilities_of_plain_vllm(vllm_run: Run, tiny_model
     ask = {"generate": PROMPTS[:2], "max_tokens": 1, "logprobs": 20}
     model = tiny_model("deepseek")
     (plain,) = vllm_run(model, None, [ask])
-    _, _, warm = vllm_run(model, connector(tmp_path), [ask, {"reset": "vllm"}, ask])
-    (disk,) = vllm_run(model, connector(tmp_path), [ask])
+    check = [{"check_pages": True}, ask, {"checked": True}]
+    _, _, _, warm, first = vllm_run(model, connector(tmp_path), [ask, {"reset": "vllm"}, *check])
+    _, disk, second = vllm_run(model, connector(tmp_path), check)
+    assert first >= 20
+    assert second >= 20
     for outputs in (warm, disk):
         assert cached(outputs)[0] >= 688
         for got, expected in zip(outputs, plain, strict=True):
@@ -170,7 +173,7 @@ def test_chunked_prefill_preemption_abort_and_a_full_reset(
         {"used": True},
     ]
     # 16 blocks for four requests of up to six: they are preempted and resumed; 256 tokens a step: prefill in chunks.
-    options = {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 256, "max_num_seqs": 4}
+    options = {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 256, "max_num_seqs": 4, "max_model_len": 1792}
     _, cold, _, _, warm, cleared, fresh, used = vllm_run(tiny_model("llama"), connector(tmp_path), steps, **options)
     assert same(cold, reference("llama"))
     assert same(warm, reference("llama"))
