@@ -21,7 +21,7 @@ demo: model ## real documents through real vLLM: TTFT without cache, from memory
 lint: setup ## ruff, mypy --strict, import-linter
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict -p lmcache
+	$(PY) -m mypy --strict -p lmcache -p experiments
 	.venv/bin/lint-imports
 
 test: setup lint test-kernels test-rest ## everything that CI runs

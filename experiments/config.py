@@ -79,8 +79,7 @@ class ExperimentConfig(Config):
 
     @property
     def is_ours(self) -> bool:
-        name: object = self.connector.get("kv_connector", CONNECTOR["kv_connector"])
-        return name == CONNECTOR["kv_connector"]
+        return bool(self.connector.get("kv_connector", CONNECTOR["kv_connector"]) == CONNECTOR["kv_connector"])
 
 
 ExperimentT = TypeVar("ExperimentT", bound=ExperimentConfig)
