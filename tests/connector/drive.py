@@ -6,7 +6,7 @@ Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts")
 {"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
 {"garble_loads": true} (every load
 writes other bytes than were stored),
-{"say": text} (a line on stdout, for whoever wants to send a signal then), {"used": true},
+{"say": text} (a line on stdout, for whoever wants to send a signal then), {"used": true}, {"preemptions": true},
 {"check_pages": true} (from now on every load is read back from the pages and compared), {"checked": true}
 (how many were).
 """
@@ -63,6 +63,8 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return break_loads(each["break_loads"])
     if "garble_loads" in each:
         return garble_loads()
+    if "preemptions" in each:
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     if "check_pages" in each:
         return check_pages()
     if "checked" in each:
@@ -162,11 +164,9 @@ def check_pages() -> None:
 
 def used_memory() -> dict[str, int]:
     """The worker's storage statistics (single-process engines only)."""
-    import gc
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from lmcache.storage.manager import StorageManager
-
-    (manager,) = [o for o in gc.get_objects() if isinstance(o, StorageManager)]
+    manager = get_kv_transfer_group()._worker.engine.storage
     manager.flush(10)
     return manager.stats()
 

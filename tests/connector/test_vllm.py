@@ -171,16 +171,20 @@ def test_chunked_prefill_preemption_abort_and_a_full_reset(
         {"reset": "all"},
         ASK,
         {"used": True},
+        {"preemptions": True},
     ]
     # 16 blocks for four requests of up to six: they are preempted and resumed; 256 tokens a step: prefill in chunks.
     options = {"num_gpu_blocks_override": 16, "max_num_batched_tokens": 256, "max_num_seqs": 4, "max_model_len": 1792}
-    _, cold, _, _, warm, cleared, fresh, used = vllm_run(tiny_model("llama"), connector(tmp_path), steps, **options)
+    _, cold, _, _, warm, cleared, fresh, used, preemptions = vllm_run(
+        tiny_model("llama"), connector(tmp_path), steps, **options
+    )
     assert same(cold, reference("llama"))
     assert same(warm, reference("llama"))
     assert same(fresh, reference("llama"))
     assert cached(warm)[0] >= 640
     assert cleared is True
     assert used["leases"] == 0
+    assert preemptions >= 1, "nothing was preempted, so this test shows less than it says"
 
 
 def test_cache_salts_do_not_share(vllm_run: Run, tiny_model: Model, tmp_path: Path) -> None:
