@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Failed, connector
+from harness import ROOT, Failed, connector
 from tiny_models import prompt
 
 Run = Callable[..., Any]
@@ -70,6 +70,24 @@ def test_memory_and_disk_give_the_tokens_of_plain_vllm(
         assert hit[1] >= 512
         assert hit[2] == 0
         assert hit[3] >= 384
+
+
+def test_smollm2_reads_real_text_as_plain_vllm_does(vllm_run: Run, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from experiments.model import smollm2
+
+    model = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [file.read_text() for file in sorted((ROOT / "data" / "documents").glob("*.txt"))[:2]]
+    ask = {**ASK, "generate": [tokenizer(text)["input_ids"][:900] for text in texts], "max_tokens": 16}
+    (plain,) = vllm_run(model, None, [ask], enable_prefix_caching=False)
+    cold, _, warm = vllm_run(model, connector(tmp_path), [ask, {"reset": "vllm"}, ask])
+    (disk,) = vllm_run(model, connector(tmp_path), [ask])
+    assert same(cold, plain)
+    for outputs in (warm, disk):
+        assert same(outputs, plain)
+        assert cached(outputs) == [896, 896]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
