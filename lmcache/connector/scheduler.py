@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache import metrics
 from lmcache.config import LMCacheConfig
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import BlockIds, Load, StepMetadata, Store
@@ -84,14 +85,23 @@ class SchedulerHalf:
         """Start reading what is cached while the request still queues."""
         tracked = self._track(request)
         if tracked.readable and tracked.pending is None:
-            self._ask(tracked)
+            try:
+                self._ask(tracked)
+            # Whatever a lookup may raise: this request is computed, and vLLM's scheduler goes on.
+            except Exception:
+                self._give_up(tracked)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``num_computed_tokens``, or None while they are being read."""
         tracked = self._track(request)
         if not tracked.readable:
             return 0, False
-        pending = self._current(tracked)
+        try:
+            pending = self._current(tracked)
+        # As above.
+        except Exception:
+            self._give_up(tracked)
+            return 0, False
         if pending.matched is None:
             return None, False
         pending.local = num_computed_tokens
@@ -165,9 +175,20 @@ class SchedulerHalf:
     def _track(self, request: Request) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = _tracked(request)
+            try:
+                tracked = _tracked(request)
+            # A request may carry anything (kv_transfer_params are the client's); what cannot be read is not cached.
+            except Exception:
+                tracked = _Tracked(request, {}, (), readable=False, writable=False)
+                self._give_up(tracked)
             self._tracked[request.request_id] = tracked
         return tracked
+
+    @staticmethod
+    def _give_up(tracked: _Tracked) -> None:
+        metrics.LOOKUP_ERRORS.inc()
+        logger.exception("lmcache: request %s goes on without the cache", tracked.request.request_id)
+        tracked.readable = tracked.writable = False
 
     def _ask(self, tracked: _Tracked) -> _Pending:
         if tracked.pending is not None:
@@ -239,8 +260,10 @@ def _tracked(request: Request) -> _Tracked:
         tags["lora.path"] = request.lora_request.lora_path
     tags["cache_salt"] = request.cache_salt or ""
     params = request.kv_transfer_params or {}
-    for name, value in dict(params.get("lmcache.tags", {})).items():
-        tags[f"tag.{name}"] = str(value)
+    for name, value in params.get("lmcache.tags", {}).items():
+        if not isinstance(value, str):
+            raise TypeError(f"kv_transfer_params['lmcache.tags'] maps names to strings, got {value!r} for {name!r}")
+        tags[f"tag.{name}"] = value
     placeholders = tuple(
         PlaceholderSpan(
             item.mm_position.offset,
@@ -249,6 +272,7 @@ def _tracked(request: Request) -> _Tracked:
         )
         for item in request.mm_features
     )
-    known = request.prompt_token_ids is not None and request.prompt_embeds is None
+    # The tokens of a streaming-input session change behind what was computed; embeddings are not named by tokens.
+    known = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable
     readable = known and not request.skip_reading_prefix_cache
     return _Tracked(request, tags, placeholders, readable=readable, writable=known)
