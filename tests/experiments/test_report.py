@@ -18,6 +18,8 @@ from experiments.engine import Row
 from experiments.report import Results, table
 
 CONFIGS = Path(run.__file__).parent / "configs"
+# What the synthetic rows are rows of.
+SIZE = ["workload.documents=5", "workload.questions=2"]
 TOLD = {"started": 1.0, "hardware": "a test", "cores": 2, "versions": {"vllm": "0", "torch": "2+cpu"}}
 
 
@@ -53,7 +55,7 @@ def test_run_writes_everything_and_passes(
     name: str, rows: list[Row], pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(rows)
-    assert run.run(str(CONFIGS / f"{name}.yaml"), [f"results={tmp_path}"]) == 0
+    assert run.run(str(CONFIGS / f"{name}.yaml"), [f"results={tmp_path}", *SIZE]) == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"{name}-2")
     lines = (folder / "results.jsonl").read_text().splitlines()
@@ -67,7 +69,7 @@ def test_run_writes_everything_and_passes(
 
 def test_failed_run_says_why_and_exits_with_1(pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend(changed(good_quickstart(), quickstart.DISK, ttft_s=3.9))
-    assert run.run(str(CONFIGS / "quickstart.yaml"), [f"results={tmp_path}"]) == 1
+    assert run.run(str(CONFIGS / "quickstart.yaml"), [f"results={tmp_path}", *SIZE]) == 1
     out = capsys.readouterr().out
     assert "FAILED disk: median TTFT 3.900 s" in out
     assert out.splitlines()[-1].startswith("FAILED: ")
