@@ -64,6 +64,7 @@ class LookupServer:
 
     def __init__(self, engine: CacheEngine, address: str) -> None:
         self._engine = engine
+        self._address = address
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -101,6 +102,7 @@ class LookupServer:
             for socket in (self._socket, self._wake_in, self._wake_out):
                 socket.close(linger=0)
             self._context.term()
+        Path(self._address.removeprefix("ipc://")).unlink(missing_ok=True)  # ZMQ leaves the file behind
 
     def _serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(_Request)

@@ -36,6 +36,7 @@ def server(engine: CacheEngine, tmp_path: Path) -> Iterator[LookupServer]:
     yield server
     server.close()
     server.close()
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.fixture
