@@ -45,6 +45,11 @@ class Lease:
         with self._lock:
             return list(self._buffers)
 
+    def share(self) -> list[PoolBuffer]:
+        """Handles of the caller's own on what is held; they outlive ``close``, and the caller releases them."""
+        with self._lock:
+            return [buffer.share() for buffer in self._buffers]
+
     @property
     def done(self) -> bool:
         return self._event.is_set()

@@ -93,7 +93,11 @@ class StorageManager:
         if lease.ready == len(keys) or not self._tiers:
             lease._finish()
         else:
-            self._read_below(lease, timeout_s or self._config.read_timeout_s)
+            try:
+                self._read_below(lease, timeout_s or self._config.read_timeout_s)
+            except BaseException:
+                lease.close()
+                raise
         return lease
 
     def clear(self, fingerprint: bytes | None = None) -> int:
@@ -166,10 +170,11 @@ class StorageManager:
             if not tier.breaker.allows():
                 advance(index + 1)
                 return
-            reading.append(tier)
             tier.read(lambda: step(index))
 
         def step(index: int) -> None:
+            # A tier answers for the time that it works, not for the time that its queue is long.
+            reading.append(self._tiers[index])
             before = lease.ready
             if not lease.done:
                 self._read_batch(lease, self._tiers[index])

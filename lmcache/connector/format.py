@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.errors import UnsupportedLayoutError
+from lmcache.errors import ConfigError, UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
 from lmcache.keys import KVFormat
 
@@ -27,6 +27,7 @@ KINDS = {
     "MLAAttentionSpec": "mla_attention",
 }
 SAMPLE_BYTES, SAMPLES = 4096, 64
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 
 
 def layer_specs(kv_cache_config: KVCacheConfig) -> list[list[tuple[str, Any]]]:
@@ -57,6 +58,8 @@ def check_supported(vllm_config: VllmConfig) -> None:
             "calculate_kv_scales gives every process its own KV scales, so its KV is not reusable: "
             "use a checkpoint with scales, or kv_cache_dtype='auto'"
         )
+    if getattr(vllm_config.parallel_config, "nnodes", 1) > 1:
+        raise UnsupportedLayoutError("a replica that spans hosts: the scheduler reaches its workers on one host only")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(vllm_config.parallel_config, name, 1) > 1:
             raise UnsupportedLayoutError(f"{name} > 1 spreads a token's KV over ranks: not supported, set it to 1")
@@ -118,7 +121,10 @@ def kv_format(
 ) -> KVFormat:
     """Everything about this engine that changes the bytes of a chunk."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    hf_config = hashlib.blake2b(model.hf_text_config.to_json_string().encode(), digest_size=16).hexdigest()
+    described = model.hf_text_config.to_json_string()
+    hf_config = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    # LongRoPE picks its factors by the longest context that vLLM was started with.
+    longest = str(model.max_model_len) if any(name in described for name in ("longrope", '"su"')) else ""
     capability = f"{torch.backends.cpu.get_cpu_capability()}{'+amx' if _has_amx() else ''}"
     opaque = f"vllm-{vllm_version}/{platform.machine()}/{capability}"
     tp_rank, pp_rank = _ranks(parallel)
@@ -134,6 +140,7 @@ def kv_format(
         extras=(
             ("compute_dtype", str(model.dtype)),
             ("hf_config", hf_config),
+            ("longrope_max_model_len", longest),
             ("kv_cache_dtype", str(vllm_config.cache_config.cache_dtype)),
             ("quantization", str(model.quantization)),
         ),
@@ -159,10 +166,14 @@ def model_identity(model: str, revision: str | None) -> str:
     were trained further in place are another model. ``model_id`` in the config overrides it, for hosts that hold the
     same weights in copies.
     """
-    folder = Path(model)
-    if not folder.is_dir():
+    local = Path(model)
+    if not local.exists():
         return f"{model}@{revision or 'main'}{_hub_commit(model, revision)}"
-    weights = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+    weights = [local] if local.is_file() else sorted(p for p in local.iterdir() if p.suffix in WEIGHTS)
+    if not weights:
+        raise ConfigError(
+            f"{model} holds no weight file ({', '.join(sorted(WEIGHTS))}): set model_id to name the weights"
+        )
     digest = hashlib.blake2b(digest_size=16)
     for path in weights:
         stat = path.stat()
@@ -172,6 +183,14 @@ def model_identity(model: str, revision: str | None) -> str:
                 file.seek(i * stat.st_size // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
     return f"folder:{digest.hexdigest()}"
+
+
+def adapter_stamp(path: str) -> str:
+    """Names, sizes and times of an adapter's files, so that one that is trained further in place is another one."""
+    folder = Path(path)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    stats = [f"{file.name}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.blake2b("|".join(stats).encode(), digest_size=16).hexdigest()
 
 
 def _hub_commit(model: str, revision: str | None) -> str:

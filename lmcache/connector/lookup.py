@@ -68,6 +68,7 @@ class LookupServer:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
+        self._socket.set_hwm(0)  # a reply that is dropped would be a lookup that waits for its deadline
         self._socket.bind(address)
         self._wake_in = self._context.socket(zmq.PULL)
         self._wake_in.bind("inproc://wake")
@@ -77,7 +78,7 @@ class LookupServer:
         self._lock = threading.Lock()
         self._wake_out = self._context.socket(zmq.PUSH)
         self._wake_out.connect("inproc://wake")
-        self._stopping = self._closed = False
+        self._stopping = self._closed = self._woken = False
         self._thread = threading.Thread(target=self._serve, name="lmcache-lookup", daemon=True)
         self._thread.start()
 
@@ -113,6 +114,8 @@ class LookupServer:
             ready = dict(poller.poll())
             if self._wake_in in ready:
                 self._wake_in.recv()
+                with self._lock:
+                    self._woken = False
                 self._send_replies()
             if self._socket in ready:
                 client, body = self._socket.recv_multipart()[:2]
@@ -156,7 +159,9 @@ class LookupServer:
 
     def _wake(self) -> None:
         with self._lock:
-            if not self._closed:
+            # One wake at a time: a full pipe would block its sender with the lock that the server needs to drain it.
+            if not self._closed and not self._woken:
+                self._woken = True
                 self._wake_out.send(b"")
 
     def _send_replies(self) -> None:
@@ -176,6 +181,7 @@ class LookupClient:
         for address in addresses:
             socket = self._context.socket(zmq.DEALER)
             socket.linger = 0
+            socket.set_hwm(0)
             socket.connect(address)
             self._poller.register(socket, zmq.POLLIN)
             self._sockets.append(socket)

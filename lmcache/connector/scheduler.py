@@ -9,8 +9,9 @@ in memory, verified and leased, is ever promised to vLLM, so that a promise cann
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
+from lmcache.connector.format import adapter_stamp
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import BlockIds, Load, StepMetadata, Store
 from lmcache.keys import PlaceholderSpan
@@ -28,10 +30,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CONTENT_HASH = re.compile(r"(^|:)[0-9a-f]{64,128}$")
 # A miss is asked again after this long in the queue: another request may have stored the prefix meanwhile.
 ASK_AGAIN_S = 1.0
 # How long one scheduler step may wait for an answer, when the last step computed something and when it did not.
 BUSY_WAIT_S, IDLE_WAIT_S = 0.002, 0.02
+# Lookups that are asked for at arrival; requests further back ask when vLLM comes to them, so that a long queue neither
+# floods the tiers nor pins all of memory.
+EARLY_LOOKUPS = 16
+# After this many unanswered lookups in a row nothing is asked for a while.
+TIMEOUTS, MUTE_S = 3, 30.0
 
 
 @dataclass
@@ -40,7 +48,9 @@ class _Pending:
 
     lookup_id: int
     asked_at: float
+    again: bool = False
     matched: int | None = None
+    seen_at: float = 0.0
     local: int = 0
 
 
@@ -55,6 +65,7 @@ class _Tracked:
     writable: bool
     pending: _Pending | None = None
     stored: int = 0
+    hold_until: float = 0
     packed: bytearray = field(default_factory=bytearray)
 
     def tokens(self, stop: int) -> bytes:
@@ -70,9 +81,19 @@ class SchedulerHalf:
 
     chunk_tokens: as the workers use it. whole_request: loads are vLLM's asynchronous ones, which is the only kind whose
     failure can be reported for models with several cache groups.
+    hold_steps: with several workers, steps for which nothing on top of a load is stored. A load that fails on one
+    worker spoils what all of them compute, and the scheduler hears of it some steps later; infinite: it never does.
     """
 
-    def __init__(self, config: LMCacheConfig, client: LookupClient, *, chunk_tokens: int, whole_request: bool) -> None:
+    def __init__(
+        self,
+        config: LMCacheConfig,
+        client: LookupClient,
+        *,
+        chunk_tokens: int,
+        whole_request: bool,
+        hold_steps: float = 0,
+    ) -> None:
         self._config = config
         self._client = client
         self._chunk_tokens = chunk_tokens
@@ -80,11 +101,17 @@ class SchedulerHalf:
         self._tracked: dict[str, _Tracked] = {}
         self._loads: dict[str, tuple[Load, bool]] = {}
         self._wait_s = IDLE_WAIT_S
+        self._hold_steps = hold_steps
+        self._step = 0
+        self._recent: list[tuple[float, frozenset[int]]] = []  # (step until which to hold, blocks that were loaded)
+        self._timeouts = 0
+        self._muted_until = 0.0
 
     def on_new_request(self, request: Request) -> None:
         """Start reading what is cached while the request still queues."""
         tracked = self._track(request)
-        if tracked.readable and tracked.pending is None:
+        early = sum(other.pending is not None for other in self._tracked.values()) < EARLY_LOOKUPS
+        if tracked.readable and tracked.pending is None and early and not self._muted():
             try:
                 self._ask(tracked)
             # Whatever a lookup may raise: this request is computed, and vLLM's scheduler goes on.
@@ -94,7 +121,7 @@ class SchedulerHalf:
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``num_computed_tokens``, or None while they are being read."""
         tracked = self._track(request)
-        if not tracked.readable:
+        if not tracked.readable or self._muted():
             return 0, False
         try:
             pending = self._current(tracked)
@@ -135,27 +162,43 @@ class SchedulerHalf:
     def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
         """The loads and stores of this step."""
         meta = StepMetadata()
+        self._step += 1
         for load, has_blocks in self._loads.values():
             blocks = load.block_ids if has_blocks else self._block_ids(output, load.request_id)
+            if not blocks:
+                # vLLM counts on this load; going on without it would be wrong KV.
+                raise RuntimeError(f"vLLM names no blocks for the load of request {load.request_id}")
             meta.loads.append(Load(**{**vars(load), "block_ids": _without_null(blocks)}))
+            self._hold(meta.loads[-1])
         self._loads.clear()
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is not None and tracked.writable:
+            if tracked is None or not tracked.writable or self._is_held(tracked, output):
+                continue
+            try:
                 store = self._store(tracked, computed.get(request_id, 0), scheduled, output)
-                if store is not None:
-                    meta.stores.append(store)
+            # A store that cannot be planned is a future miss.
+            except Exception:
+                self._give_up(tracked)
+                continue
+            if store is not None:
+                meta.stores.append(store)
         self._wait_s = BUSY_WAIT_S if output.total_num_scheduled_tokens else IDLE_WAIT_S
         return meta
 
-    def loads_failed(self, request_ids: Sequence[str]) -> None:
-        """Whole-request loads that a worker could not do: compute these requests instead of trying again."""
+    def loads_failed(self, request_ids: Sequence[str], block_ids: Collection[int] = ()) -> None:
+        """Loads that a worker could not do: compute these requests instead of trying again, and store nothing of
+        whatever is held back."""
         for request_id in request_ids:
             if tracked := self._tracked.get(request_id):
                 tracked.readable = tracked.writable = False
+        if request_ids or block_ids:
+            for tracked in self._tracked.values():
+                if tracked.hold_until > self._step:
+                    tracked.writable = False
 
     def request_finished(self, request: Request) -> None:
         """The request ended, was aborted or failed."""
@@ -167,6 +210,11 @@ class SchedulerHalf:
 
     def reset_cache(self) -> bool:
         """Forget every chunk of this model, in every tier of every worker."""
+        for tracked in self._tracked.values():
+            tracked.stored = 0
+            if tracked.pending is not None:
+                self._client.release(tracked.pending.lookup_id)
+                tracked.pending = None
         return self._client.clear(self._config.read_timeout_s + self._config.lookup_timeout_s)
 
     def shutdown(self) -> None:
@@ -190,33 +238,70 @@ class SchedulerHalf:
         logger.exception("lmcache: request %s goes on without the cache", tracked.request.request_id)
         tracked.readable = tracked.writable = False
 
-    def _ask(self, tracked: _Tracked) -> _Pending:
+    def _muted(self) -> bool:
+        return time.monotonic() < self._muted_until
+
+    def _hold(self, load: Load) -> None:
+        if self._hold_steps:
+            until = self._step + self._hold_steps
+            self._recent = [entry for entry in self._recent if entry[0] > self._step]
+            self._recent.append((until, frozenset(block for ids in load.block_ids for block in ids if block > 0)))
+            if tracked := self._tracked.get(load.request_id):
+                tracked.hold_until = until
+
+    def _is_held(self, tracked: _Tracked, output: SchedulerOutput) -> bool:
+        # Also a request that found blocks in vLLM's own prefix cache while they were being loaded for another.
+        recent = [entry for entry in self._recent if entry[0] > self._step]
+        if recent and tracked.hold_until <= self._step:
+            own = {block for ids in self._block_ids(output, tracked.request.request_id) for block in ids}
+            tracked.hold_until = max((until for until, blocks in recent if blocks & own), default=0)
+        return tracked.hold_until > self._step
+
+    def _ask(self, tracked: _Tracked, *, again: bool = False) -> _Pending:
         if tracked.pending is not None:
             self._client.release(tracked.pending.lookup_id)
         tokens = tracked.tokens(tracked.request.num_tokens)
         lookup_id = self._client.acquire(tokens, tracked.tags, tracked.placeholders)
-        tracked.pending = _Pending(lookup_id, time.monotonic())
+        tracked.pending = _Pending(lookup_id, time.monotonic(), again)
         return tracked.pending
 
     def _current(self, tracked: _Tracked) -> _Pending:
         pending = tracked.pending or self._ask(tracked)
-        age = time.monotonic() - pending.asked_at
-        if pending.matched is not None:
-            # A lease must outlive the step that loads it; an old miss may be a hit by now.
-            if age > (self._config.lease_timeout_s / 2 if pending.matched else ASK_AGAIN_S):
-                pending = self._ask(tracked)
-            else:
-                return pending
+        fresh = pending.matched is None
+        if fresh:
+            self._poll(tracked, pending)
+        if pending.matched is not None and self._is_stale(pending, fresh):
+            pending = self._ask(tracked, again=True)
+            self._poll(tracked, pending)
+        return pending
+
+    def _is_stale(self, pending: _Pending, fresh: bool) -> bool:
+        now = time.monotonic()
+        if pending.matched:
+            # A lease must outlive the step that loads it, and it runs since the lookup ended, not since it was seen.
+            return now - pending.asked_at > self._config.lease_timeout_s / 2
+        if fresh:
+            # An old miss may be a hit by now; one that was long in coming is asked for once more, not for ever.
+            return not pending.again and now - pending.asked_at > ASK_AGAIN_S
+        return now - pending.seen_at > ASK_AGAIN_S
+
+    def _poll(self, tracked: _Tracked, pending: _Pending) -> None:
         answer = self._client.answer(pending.lookup_id, self._wait_s)
         if answer is not None:
             pending.matched = max(0, answer)
-        elif age > self._config.read_timeout_s + self._config.lookup_timeout_s:
+            pending.seen_at = time.monotonic()
+            self._timeouts = 0
+            return
+        self._wait_s = 0.0  # the budget is a step's, not a request's
+        age = time.monotonic() - pending.asked_at
+        if age > self._config.read_timeout_s + self._config.lookup_timeout_s:
             logger.warning("lmcache: a lookup was not answered within %.1f s and counts as a miss", age)
             self._client.release(pending.lookup_id)
-            pending.matched = 0
-        # The budget is a step's, not a request's.
-        self._wait_s = 0.0 if answer is None else self._wait_s
-        return pending
+            pending.matched, pending.again = 0, True
+            tracked.readable = False
+            self._timeouts += 1
+            if self._timeouts >= TIMEOUTS:
+                self._timeouts, self._muted_until = 0, time.monotonic() + MUTE_S
 
     def _store(self, tracked: _Tracked, computed: int, scheduled: int, output: SchedulerOutput) -> Store | None:
         request = tracked.request
@@ -258,6 +343,7 @@ def _tracked(request: Request) -> _Tracked:
     if request.lora_request is not None:
         tags["lora.name"] = request.lora_request.lora_name
         tags["lora.path"] = request.lora_request.lora_path
+        tags["lora.files"] = adapter_stamp(request.lora_request.lora_path)
     tags["cache_salt"] = request.cache_salt or ""
     params = request.kv_transfer_params or {}
     for name, value in params.get("lmcache.tags", {}).items():
@@ -274,5 +360,7 @@ def _tracked(request: Request) -> _Tracked:
     )
     # The tokens of a streaming-input session change behind what was computed; embeddings are not named by tokens.
     known = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.resumable
+    # vLLM names an item by a hash of its content, by a counter when its caches are off, or as the client likes.
+    known = known and all(CONTENT_HASH.search(item.identifier) for item in request.mm_features)
     readable = known and not request.skip_reading_prefix_cache
     return _Tracked(request, tags, placeholders, readable=readable, writable=known)

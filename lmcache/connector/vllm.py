@@ -53,7 +53,9 @@ def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
     return load_config(path, {name: value for name, value in extra.items() if name not in VLLM_OPTIONS})
 
 
-def make_scheduler(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool) -> SchedulerHalf:
+def make_scheduler(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool, hears_of_failures: bool = True
+) -> SchedulerHalf:
     """The scheduler half for this engine."""
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
@@ -67,7 +69,15 @@ def make_scheduler(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, w
     chunk_tokens = chunk_size(config.chunk_tokens, unit)
     workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
-    return SchedulerHalf(config, client, chunk_tokens=chunk_tokens, whole_request=whole_request)
+    # Steps that vLLM may have under way when it hears of a failure, and some more.
+    hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
+    return SchedulerHalf(
+        config,
+        client,
+        chunk_tokens=chunk_tokens,
+        whole_request=whole_request,
+        hold_steps=hold if workers > 1 else 0,
+    )
 
 
 def make_worker(
@@ -137,7 +147,8 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._planner.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._planner.loads_failed(tuple(connector_output.failed_recving or ()))
+        failed, blocks = connector_output.failed_recving, connector_output.invalid_block_ids
+        self._planner.loads_failed(tuple(failed or ()), tuple(blocks or ()))
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._planner.request_finished(request)

@@ -75,7 +75,13 @@ class Lookup:
 
     @property
     def spans(self) -> list[Span]:
+        """The chunks that are held now."""
         return self._spans[: self._lease.ready]
+
+    @property
+    def all_spans(self) -> list[Span]:
+        """Every chunk that was looked for, held or not."""
+        return self._spans
 
 
 class CacheEngine:
@@ -151,9 +157,25 @@ class CacheEngine:
         Raises LeaseExpiredError when what was found is no longer held up to ``stop``; nothing is written then.
         """
         self._check_open()
-        spans, buffers = lookup.spans, lookup.lease.buffers
-        stop = lookup.tokens if stop is None else -(-stop // self.cache.unit) * self.cache.unit
-        held = spans[-1].stop if spans and len(buffers) >= len(spans) else 0
+        # Handles of our own: the lease may run out on another thread while its bytes are being copied.
+        buffers = lookup.lease.share()
+        try:
+            return self._scatter(lookup, buffers, block_ids, start, stop)
+        finally:
+            for buffer in buffers:
+                buffer.release()
+
+    def _scatter(
+        self,
+        lookup: Lookup,
+        buffers: Sequence[PoolBuffer],
+        block_ids: Sequence[Sequence[int]],
+        start: int,
+        stop: int | None,
+    ) -> int:
+        spans = lookup.all_spans[: len(buffers)]
+        held = spans[-1].stop if spans else 0
+        stop = held if stop is None else -(-stop // self.cache.unit) * self.cache.unit
         if held < stop:
             raise LeaseExpiredError(f"{stop} tokens were asked for, {held} are held: look up again")
         tables = self._mover.tables(block_ids)

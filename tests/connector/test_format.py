@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmcache.connector import format as vllm_format
-from lmcache.errors import UnsupportedLayoutError
+from lmcache.errors import ConfigError, UnsupportedLayoutError
 
 
 def config(groups: list[tuple[list[str], object]], num_blocks: int = 8) -> SimpleNamespace:
@@ -100,3 +100,28 @@ def test_local_weights_are_known_by_content_and_time(tmp_path: Path) -> None:
 def test_hub_models_are_known_by_name_and_revision() -> None:
     assert vllm_format.model_identity("org/name", "v1") == "org/name@v1"
     assert vllm_format.model_identity("org/name", None) == "org/name@main"
+
+
+def test_a_folder_without_weights_asks_for_a_name_and_a_file_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set model_id"):
+        vllm_format.model_identity(str(tmp_path), None)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"a" * 1000)
+    first = vllm_format.model_identity(str(file), None)
+    file.write_bytes(b"b" * 1000)
+    assert vllm_format.model_identity(str(file), None) != first
+
+
+def test_an_adapter_that_was_trained_further_is_another_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"a")
+    os.utime(tmp_path / "adapter.safetensors", ns=(1, 1))
+    first = vllm_format.adapter_stamp(str(tmp_path))
+    assert vllm_format.adapter_stamp(str(tmp_path)) == first
+    os.utime(tmp_path / "adapter.safetensors", ns=(2, 2))
+    assert vllm_format.adapter_stamp(str(tmp_path)) != first
+
+
+def test_a_replica_over_several_hosts_is_refused() -> None:
+    fake = SimpleNamespace(cache_config=SimpleNamespace(), parallel_config=SimpleNamespace(nnodes=2))
+    with pytest.raises(UnsupportedLayoutError, match="spans hosts"):
+        vllm_format.check_supported(fake)

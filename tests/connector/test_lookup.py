@@ -14,7 +14,7 @@ import torch
 import zmq
 
 import lmcache
-from lmcache.connector.lookup import LookupClient, LookupServer, socket_path
+from lmcache.connector.lookup import LookupClient, LookupServer, Reply, socket_path
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 
@@ -145,3 +145,27 @@ def test_the_socket_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.M
     folder.chmod(0o755)
     with pytest.raises(PermissionError, match="mode 0700"):
         socket_path("e", 0)
+
+
+def test_thousands_of_answers_during_a_long_call_do_not_block_anyone(
+    engine: CacheEngine, server: LookupServer, client: LookupClient
+) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def clear() -> int:
+        entered.set()
+        assert go.wait(20)
+        return 0
+
+    engine.clear = clear  # type: ignore[method-assign]
+    cleared = threading.Thread(target=client.clear, args=(20,))
+    cleared.start()
+    assert entered.wait(10)
+    burst = threading.Thread(target=lambda: [server._answer(b"nobody", Reply(n, 0)) for n in range(5000)])
+    burst.start()
+    burst.join(10)
+    assert not burst.is_alive()
+    assert server.take(12345) is None
+    go.set()
+    cleared.join(10)
+    assert not cleared.is_alive()

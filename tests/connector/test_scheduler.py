@@ -208,7 +208,7 @@ def test_a_broken_socket_leaves_the_request_to_vllm(client: Client, monkeypatch:
 
 
 def test_everything_that_changes_kv_is_asked_for_in_its_own_field(client: Client) -> None:
-    image = SimpleNamespace(modality="image", identifier="h" * 64, mm_position=SimpleNamespace(offset=3, length=4))
+    image = SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=SimpleNamespace(offset=3, length=4))
     live = request(
         lora_request=SimpleNamespace(lora_name="l", lora_path="/p"),
         cache_salt="s",
@@ -217,8 +217,9 @@ def test_everything_that_changes_kv_is_asked_for_in_its_own_field(client: Client
     )
     half(client).on_new_request(live)
     ((_, tags, placeholders),) = client.asked
+    assert len(tags.pop("lora.files")) == 32
     assert tags == {"lora.name": "l", "lora.path": "/p", "cache_salt": "s", "tag.tenant": "t"}
-    assert placeholders == (PlaceholderSpan(3, 7, b"image:" + b"h" * 64),)
+    assert placeholders == (PlaceholderSpan(3, 7, b"image:" + b"ab" * 32),)
 
 
 def test_after_a_failed_load_the_request_is_computed(client: Client) -> None:
@@ -227,3 +228,125 @@ def test_after_a_failed_load_the_request_is_computed(client: Client) -> None:
     scheduler.on_new_request(request())
     scheduler.loads_failed(["r", "unknown"])
     assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
+
+
+def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    client.held = 64
+    scheduler = half(client, lease_timeout_s=120)
+    scheduler.on_new_request(request())
+    now[0] += 300  # far back in the queue: the lease ran out long ago
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (64, False)
+    assert len(client.asked) == 2
+    assert client.released == [1]
+    client.held = 0
+    other = request(request_id="s")
+    scheduler.on_new_request(other)
+    now[0] += 5  # an old miss: another request may have stored it meanwhile
+    client.held = 64
+    monkeypatch.setattr(client, "answer", lambda i, wait_s=0.0: 0 if i == 3 else 64)
+    assert scheduler.get_num_new_matched_tokens(other, 0) == (64, False)
+
+
+def test_a_slow_miss_is_asked_for_once_more_and_not_for_ever(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    scheduler = half(client)
+    scheduler.on_new_request(request())
+    now[0] += 5
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
+    assert len(client.asked) == 2
+
+
+def test_a_reset_drops_what_was_promised_before_it(client: Client) -> None:
+    client.held = 64
+    client.clear = lambda timeout_s: True  # type: ignore[attr-defined]
+    scheduler = half(client)
+    scheduler.get_num_new_matched_tokens(request(), 0)
+    scheduler.build_connector_meta(step({"r": 100}, new={"r": 0}))
+    assert scheduler.reset_cache() is True
+    assert client.released == [1]
+    client.held = 0
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
+    assert len(scheduler.build_connector_meta(step({"r": 100}, cached={"r": 0})).stores) == 1
+
+
+def with_hold(client: Client, steps: float) -> SchedulerHalf:
+    config = lmcache.load_config()
+    scheduler = SchedulerHalf(
+        config,
+        client,
+        chunk_tokens=CHUNK,
+        whole_request=False,
+        hold_steps=steps,  # type: ignore[arg-type]
+    )
+    client.held = 64
+    scheduler.get_num_new_matched_tokens(request(), 0)
+    scheduler.update_state_after_alloc(request(), ([5, 6, 7],), 64)
+    scheduler.on_new_request(request(request_id="sharer"))
+    return scheduler
+
+
+def test_with_several_workers_nothing_on_top_of_a_load_is_stored_until_it_is_known_to_be_good(client: Client) -> None:
+    scheduler = with_hold(client, 3)
+    both = {"r": 100, "sharer": 100}
+    assert scheduler.build_connector_meta(step(both, new={"r": 64, "sharer": 64})).stores == []
+    assert scheduler.build_connector_meta(step(both, cached={"r": 100, "sharer": 100})).stores == []
+    assert scheduler.build_connector_meta(step(both, cached={"r": 100, "sharer": 100})).stores == []
+    stores = scheduler.build_connector_meta(step(both, cached={"r": 100, "sharer": 100})).stores
+    assert {s.request_id for s in stores} == {"r", "sharer"}
+
+
+def test_with_several_workers_a_failed_load_is_never_stored_on(client: Client) -> None:
+    scheduler = with_hold(client, 3)
+    both = {"r": 100, "sharer": 100}
+    scheduler.build_connector_meta(step(both, new={"r": 64, "sharer": 64}))
+    scheduler.loads_failed((), (5,))
+    for _ in range(5):
+        assert scheduler.build_connector_meta(step(both, cached={"r": 100, "sharer": 100})).stores == []
+
+
+def test_a_load_without_blocks_is_an_error_and_never_skipped(client: Client) -> None:
+    client.held = 64
+    scheduler = half(client)
+    scheduler.get_num_new_matched_tokens(request(), 0)
+    scheduler.update_state_after_alloc(request(), None, 64)
+    output = step({"r": 36}, new={"r": 64})
+    output.kv_connector_block_state = None
+    with pytest.raises(RuntimeError, match="names no blocks"):
+        scheduler.build_connector_meta(output)
+
+
+@pytest.mark.parametrize("identifier", ["renderer0-mm-1-image-0", "my-picture", "AB" * 32])
+def test_items_that_no_content_hash_names_are_not_cached(client: Client, identifier: str) -> None:
+    item = SimpleNamespace(modality="image", identifier=identifier, mm_position=SimpleNamespace(offset=3, length=4))
+    scheduler = half(client)
+    scheduler.on_new_request(request(mm_features=[item]))
+    assert client.asked == []
+    assert scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores == []
+
+
+def test_a_long_queue_does_not_ask_all_at_once(client: Client) -> None:
+    scheduler = half(client)
+    for n in range(100):
+        scheduler.on_new_request(request(request_id=str(n)))
+    assert len(client.asked) == 16
+
+
+def test_workers_that_never_answer_are_left_alone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    client.held = None
+    scheduler = half(client)
+    for n in range(3):
+        late = request(request_id=str(n))
+        assert scheduler.get_num_new_matched_tokens(late, 0) == (None, False)
+        now[0] += 60
+        assert scheduler.get_num_new_matched_tokens(late, 0) == (0, False)
+    asked = len(client.asked)
+    assert scheduler.get_num_new_matched_tokens(request(request_id="next"), 0) == (0, False)
+    assert len(client.asked) == asked
+    now[0] += 60
+    client.held = 64
+    assert scheduler.get_num_new_matched_tokens(request(request_id="later"), 0) == (64, False)

@@ -192,3 +192,21 @@ def test_a_cache_without_layers_is_refused() -> None:
 )
 def test_chunks_are_whole_blocks(wanted: int | None, unit: int, got: int) -> None:
     assert chunk_tokens(wanted, unit) == got
+
+
+def test_a_lease_that_runs_out_during_the_copy_does_not_pull_the_bytes_away(open_engine: Open) -> None:
+    source, target = pages(), pages("nan")
+    engine = open_engine(PagedCache.from_layers(source), memory={"capacity": "16KiB"})
+    engine.store(list(range(64)), [[0, 1, 2, 3]])
+    engine.cache = PagedCache.from_layers(target)
+    engine._mover.cache = engine.cache
+    lookup, scatter = engine.lookup(list(range(64))), engine._mover.scatter
+
+    def hostile(*args: Any, **kwargs: Any) -> None:
+        lookup.close()  # what a sweep on another thread does
+        assert engine.storage.allocate(6144) is None, "the bytes being copied are still held"
+        scatter(*args, **kwargs)
+
+    engine._mover.scatter = hostile  # type: ignore[method-assign]
+    assert engine.retrieve(lookup, [[4, 5, 6, 7]]) == 64
+    assert equal(blocks(target, [4, 5, 6, 7]), blocks(source, [0, 1, 2, 3]))

@@ -32,7 +32,9 @@ class LMCacheConnectorV1Impl:
         self._worker: WorkerHalf | None = None
         self._meta = StepMetadata()
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler: SchedulerHalf = make_scheduler(vllm_config, self._kv_cache_config, whole_request=False)
+            self._scheduler: SchedulerHalf = make_scheduler(
+                vllm_config, self._kv_cache_config, whole_request=False, hears_of_failures=False
+            )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)[0]
