@@ -41,9 +41,8 @@ class LazyKernel:
         """The triton JITFunction (an InterpretedFunction under the interpreter)."""
         if self._jitted is None:
             import triton
-            import triton.language
 
-            sys.modules[self._fn.__module__].__dict__["tl"] = triton.language
+            _prepare(self._fn.__module__)
             self._jitted = triton.jit(self._fn, **self._options)
         return self._jitted
 
@@ -57,6 +56,36 @@ class LazyKernel:
             if interpreting():
                 stack.enter_context(_INTERPRETER_LOCK)
             self.jitted[grid](*args, **options)
+
+
+class DeviceFunction:
+    """A function that kernels call; it becomes a `@triton.jit` function when its module's first kernel is launched."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError(f"{self.fn.__name__} runs inside a kernel only")
+
+
+def device_function(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function that the kernels of its module, and of modules that import it, call."""
+    return DeviceFunction(fn)
+
+
+def _prepare(module: str) -> None:
+    """Give a module triton's language, and jit the device functions that it names."""
+    import triton
+    import triton.language
+
+    names = sys.modules[module].__dict__
+    names["tl"] = triton.language
+    for name, value in list(names.items()):
+        if isinstance(value, DeviceFunction):
+            home = value.fn.__module__
+            if home != module:
+                _prepare(home)
+            names[name] = triton.jit(value.fn) if home == module else sys.modules[home].__dict__[name]
 
 
 def lazy_jit(**options: Any) -> Callable[[Callable[..., None]], LazyKernel]:

@@ -19,6 +19,7 @@ in range is the caller's duty. Nothing is synchronised: on a GPU the copy is que
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.launch import lazy_jit, runs_kernel
+from lmcache.kernels.launch import device_function, lazy_jit, runs_kernel
 from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
 
 if TYPE_CHECKING:
@@ -93,14 +94,54 @@ def _copy(
     scatter: bool,
     what: str,
 ) -> None:
-    _check_ids(pages, units, ids, what)
-    _check_chunk(pages, units, ids, chunk, first_layer, "chunk" if scatter else "out")
+    check_ids(pages, units, ids, what)
+    check_chunk(pages, units, ids, chunk, first_layer, "chunk" if scatter else "out", pages.device)
     if ids.numel() == 0 or chunk.numel() == 0:
         return
     if runs_kernel(pages.device):
         _copy_triton(pages, units, ids, chunk, first_layer, scatter=scatter)
     else:
         _copy_host(pages, units, ids, chunk, first_layer, scatter=scatter)
+
+
+@device_function
+def move_tile(
+    layer: tl.tensor,  # pointer to words of a layer
+    ids: tl.tensor,  # int64 [n]
+    chunk: tl.tensor,  # pointer to words [n, STRIPS, STRIP]
+    row: tl.tensor,  # [BLOCK_R] which strips
+    word: tl.tensor,  # [BLOCK_W] which words of each
+    num_rows: tl.tensor,  # n * STRIPS
+    block_stride: tl.tensor,  # in words, as are the next two
+    unit_stride: tl.tensor,
+    strip_stride: tl.tensor,
+    PER_BLOCK: tl.constexpr,
+    STRIPS: tl.constexpr,
+    STRIP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ZEROS: tl.constexpr,  # gather: a skipped unit leaves zeros in the chunk, rather than what was there
+) -> None:
+    """Move a tile of words between one layer and its part of the chunk."""
+    unit = tl.load(ids + row // STRIPS, mask=row < num_rows, other=-1)  # [BLOCK_R]
+    live = (unit >= 0)[:, None] & (word < STRIP)[None, :]  # [BLOCK_R, BLOCK_W]
+    offset = row % STRIPS * strip_stride
+    if PER_BLOCK == 0:
+        offset += unit * unit_stride
+    else:
+        offset += unit // PER_BLOCK * block_stride + unit % PER_BLOCK * unit_stride
+
+    page_rows = tl.multiple_of(layer + offset, ALIGN)  # [BLOCK_R]
+    chunk_rows = tl.multiple_of(chunk + row * STRIP, ALIGN)  # [BLOCK_R]
+    page_words = page_rows[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
+    chunk_words = chunk_rows[:, None] + word[None, :]
+    if SCATTER:
+        tl.store(page_words, tl.load(chunk_words, mask=live), mask=live)
+    elif ZEROS:
+        inside = (row < num_rows)[:, None] & (word < STRIP)[None, :]
+        tl.store(chunk_words, tl.load(page_words, mask=live, other=0), mask=inside)
+    else:
+        tl.store(chunk_words, tl.load(page_words, mask=live), mask=live)
 
 
 @lazy_jit(do_not_specialize=["first_layer", "num_rows"])
@@ -126,24 +167,12 @@ def _copy_rows(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     j = tl.program_id(1).to(tl.int64)
     word = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
-
-    unit = tl.load(ids + row // STRIPS, mask=row < num_rows, other=-1)  # [BLOCK_R]
-    live = (unit >= 0)[:, None] & (word < STRIP)[None, :]  # [BLOCK_R, BLOCK_W]
-    offset = row % STRIPS * strip_stride
-    if PER_BLOCK == 0:
-        offset += unit * unit_stride
-    else:
-        offset += unit // PER_BLOCK * block_stride + unit % PER_BLOCK * unit_stride
-
     layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(chunk.dtype.element_ty))
-    page_rows = tl.multiple_of(layer + offset, ALIGN)  # [BLOCK_R]
-    chunk_rows = tl.multiple_of(chunk + j * chunk_layer_stride + row * STRIP, ALIGN)  # [BLOCK_R]
-    page_words = page_rows[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
-    chunk_words = chunk_rows[:, None] + word[None, :]
-    if SCATTER:
-        tl.store(page_words, tl.load(chunk_words, mask=live), mask=live)
-    else:
-        tl.store(chunk_words, tl.load(page_words, mask=live), mask=live)
+    chunk_layer = chunk + j * chunk_layer_stride
+    move_tile(
+        *(layer, ids, chunk_layer, row, word, num_rows, block_stride, unit_stride, strip_stride),
+        *(PER_BLOCK, STRIPS, STRIP, ALIGN, SCATTER, False),
+    )
 
 
 # 8 KiB of 8-byte words a program: 4 loads of 16 bytes in flight a thread on NVIDIA (128 threads), 2 on AMD (256).
@@ -159,39 +188,47 @@ def _tile(strip: int, word: int) -> tuple[int, int]:
     return _TILE_WORDS // width, width
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a copy is cut into tiles: their number a dimension, and the kernel's integers and constants, in words."""
+
+    grid: tuple[int, int, int]
+    word: int  # bytes
+    num_rows: int
+    strides: tuple[int, int, int, int]  # chunk layer, block, unit, strip
+    constants: dict[str, int | bool]
+
+    @classmethod
+    def of(cls, pages: PagedLayers, units: Units, chunk: torch.Tensor, *, scatter: bool) -> Tiling:
+        num_layers, n = chunk.shape[:2]
+        layer_stride = chunk.stride(0) * chunk.element_size()
+        steps = (layer_stride, units.block_stride, units.unit_stride, units.strip_stride)
+        align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, units.strip_bytes, *steps)
+        word = min(align, 8)
+        num_rows, strip = n * units.strips, units.strip_bytes // word
+        block_r, block_w = _tile(strip, word)
+        constants = {
+            "PER_BLOCK": 0 if units.blocks == 1 else units.per_block,
+            "STRIPS": units.strips,
+            "STRIP": strip,
+            "ALIGN": align,
+            "SCATTER": scatter,
+            "BLOCK_R": block_r,
+            "BLOCK_W": block_w,
+            "num_warps": _NUM_WARPS,
+        }
+        chunk_layer, block, unit, strip_step = (step // word for step in steps)
+        grid = (-(-num_rows // block_r), num_layers, -(-strip // block_w))
+        return cls(grid, word, num_rows, (chunk_layer, block, unit, strip_step), constants)
+
+
 def _copy_triton(
     pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
 ) -> None:
-    num_layers, n = chunk.shape[:2]
-    layer_stride = chunk.stride(0) * chunk.element_size()
-    spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride, layer_stride)
-    align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, *spans)
-    word = min(align, 8)
-    num_rows = n * units.strips
-    strip = units.strip_bytes // word
-    block_r, block_w = _tile(strip, word)
-    grid = (-(-num_rows // block_r), num_layers, -(-strip // block_w))
-    _copy_rows.launch(
-        grid,
-        pages.device,
-        pages.pointers,
-        ids,
-        reinterpret(chunk, word, (1,), (1,)),
-        first_layer,
-        num_rows,
-        layer_stride // word,
-        units.block_stride // word,
-        units.unit_stride // word,
-        units.strip_stride // word,
-        PER_BLOCK=0 if units.blocks == 1 else units.per_block,
-        STRIPS=units.strips,
-        STRIP=strip,
-        ALIGN=align,
-        SCATTER=scatter,
-        BLOCK_R=block_r,
-        BLOCK_W=block_w,
-        num_warps=_NUM_WARPS,
-    )
+    tiling = Tiling.of(pages, units, chunk, scatter=scatter)
+    words = reinterpret(chunk, tiling.word, (1,), (1,))
+    scalars = (first_layer, tiling.num_rows, *tiling.strides)
+    _copy_rows.launch(tiling.grid, pages.device, pages.pointers, ids, words, *scalars, **tiling.constants)
 
 
 def _copy_torch(
@@ -259,13 +296,15 @@ def _layer_pairs(
     strip = units.strip_bytes // word
     strides = (layer_stride // word, units.unit_bytes // word, strip, 1)
     chunk_words = reinterpret(chunk, word, (num_layers, n, units.strips, strip), strides)
-    for first, plane in pages.planes(units, word):
-        low, high = max(first, first_layer), min(first + plane.shape[0], first_layer + num_layers)
-        if low < high:
-            yield plane[low - first : high - first], chunk_words[low - first_layer : high - first_layer]
+    for first, every, plane in pages.planes(units, word):
+        low = max(0, -((first - first_layer) // every))  # the first of the plane's layers that is asked for
+        here = first + low * every - first_layer
+        part = chunk_words[here::every][: max(0, plane.shape[0] - low)]
+        if len(part):
+            yield plane[low : low + len(part)], part
 
 
-def _check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) -> None:
+def check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) -> None:
     if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous():
         raise KernelArgumentError(
             f"{what} is {ids.dtype} of shape {tuple(ids.shape)}, strides {ids.stride()}; it must be a dense int64 [n]"
@@ -276,11 +315,18 @@ def _check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) -
         raise KernelArgumentError(f"{what} holds {highest}; the cache has {units.count}, and a negative one is skipped")
 
 
-def _check_chunk(
-    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, what: str
+def check_chunk(
+    pages: PagedLayers,
+    units: Units,
+    ids: torch.Tensor,
+    chunk: torch.Tensor,
+    first_layer: int,
+    what: str,
+    device: torch.device,
 ) -> None:
-    if chunk.device != pages.device:
-        raise KernelArgumentError(f"{what} is on {chunk.device}; it must be on {pages.device}, as the pages are")
+    if chunk.device != device:
+        where = "as the pages are" if device == pages.device else "in host memory"
+        raise KernelArgumentError(f"{what} is on {chunk.device}; it must be on {device}, {where}")
     if chunk.dim() < 3 or chunk.shape[1] != len(ids):
         raise KernelArgumentError(
             f"{what} has shape {tuple(chunk.shape)}; it must be [layers, {len(ids)}, ...] for {len(ids)} ids"

@@ -1,0 +1,54 @@
+"""What the compiler makes of packing: no spills, wide accesses to the pages, tensor cores for the rotation."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmcache.kernels import PagedLayers, packing
+from lmcache.kernels.quantiser import Quantiser, SideLayout
+
+pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
+
+BUDGETS = tomllib.loads((Path(__file__).parent / "budgets_packing.toml").read_text())
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+QUANTISERS = {
+    "fp8": Quantiser(8, fp8=True),
+    "int8": Quantiser(8),
+    "int4_channel": Quantiser(4, "channel", group=64),
+    "int3_token": Quantiser(3),
+    "int2_channel": Quantiser(2, "channel", group=32),
+    "rotated4": Quantiser(4, rotate=True),
+}
+WIDE = {
+    "pack": {"sm": r"LDG\.E\.128(\..*)?", "gfx": r"(global|buffer)_load_dwordx[24]"},
+    "unpack": {"sm": r"STG\.E\.128(\..*)?", "gfx": r"(global|buffer)_store_dwordx[24]"},
+}
+MATRIX = {"sm_80": r"HMMA.*", "sm_90": r"HG?MMA.*", "sm_100": r"(HMMA|UTC.*MMA).*", "gfx942": r"v_mfma.*"}
+
+
+@pytest.mark.parametrize("way", ["pack", "unpack"])
+@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code_keeps_its_budget(target: str, name: str, way: str) -> None:
+    import aot
+
+    quantiser = QUANTISERS[name]
+    recorder = aot.Recorder(getattr(packing, f"_{way}_tile").jitted)
+    # vLLM's [B, H, N, 2D] with the heads of a token together; the keys.
+    cache = torch.zeros(4, 16, 8, 256, dtype=torch.bfloat16).transpose(1, 2)
+    pages = PagedLayers([cache[..., :128]] * 2)
+    layout = SideLayout(quantiser, 64, 8, 128)
+    packed = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
+    packing._launch(recorder, pages, torch.arange(64), layout, packed, 0)
+    compiled = aot.compile_for(target, recorder)
+    budget = BUDGETS[way]["rotated" if quantiser.rotate else "plain"][target]
+    assert compiled.local == 0, "spills"
+    assert compiled.registers <= budget["registers"]
+    assert compiled.shared <= budget["shared"]
+    assert compiled.count(WIDE[way][target.rstrip("0123456789_")]) >= (2 if quantiser.rotate else 8), compiled.opcodes
+    if quantiser.rotate:
+        assert compiled.count(MATRIX[target]) > 0, compiled.opcodes
