@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if _mode(config) == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter  # only now, because it imports triton
+
+        interpreter.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
