@@ -55,8 +55,12 @@ class StorageBackend(ABC):
     def __init__(self, config: Any) -> None: ...
 
     @abstractmethod
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of the leading run of ``keys`` that is present. Reads no payload."""
+
     def contains(self, keys: Sequence[ChunkKey]) -> int:
-        """Length of the leading run of ``keys`` that is present. Reads no payload."""
+        """Length of that run."""
+        return len(self.sizes(keys))
 
     @abstractmethod
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:

@@ -20,7 +20,7 @@ class Lease:
     def __init__(
         self,
         keys: Sequence[ChunkKey],
-        sizes: Sequence[int],
+        sizes: Sequence[int | range],
         timeout_s: float,
         on_done: Callable[[Lease], None] | None,
     ) -> None:
@@ -33,6 +33,11 @@ class Lease:
         self._event = threading.Event()
         self._closed = False
         self.expires_at = float("inf")
+
+    def fits(self, index: int, nbytes: int) -> bool:
+        """Whether a payload of so many bytes can be what key number ``index`` names."""
+        size = self.sizes[index]
+        return nbytes in size if isinstance(size, range) else nbytes == size
 
     @property
     def ready(self) -> int:

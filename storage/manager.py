@@ -24,7 +24,7 @@ from lmcache.storage.tier import LowerTier
 
 logger = logging.getLogger(__name__)
 
-READ_BATCH_BYTES = 16 << 20
+READ_BATCH_BYTES, READ_BATCH_CHUNKS = 16 << 20, 256
 # How long a question to a tier's index may take; it is asked on paths where something waits.
 ASK_TIMEOUT_S = 1.0
 
@@ -74,11 +74,13 @@ class StorageManager:
     def acquire(
         self,
         keys: Sequence[ChunkKey],
-        sizes: Sequence[int],
+        sizes: Sequence[int | range],
         on_done: Callable[[Lease], None] | None = None,
         timeout_s: float | None = None,
     ) -> Lease:
-        """A lease on the longest prefix of ``keys`` that can be had. sizes: payload bytes of each.
+        """A lease on the longest prefix of ``keys`` that can be had.
+
+        sizes: payload bytes of each, or the range that they are in; a chunk of another size is damaged.
 
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
         on_done: called once, from whatever thread ends it, without a lock held.
@@ -192,14 +194,19 @@ class StorageManager:
     def _read_batch(self, lease: Lease, tier: LowerTier) -> None:
         """Read the next keys of ``lease`` from ``tier`` into L1, and hold them."""
         generation, first = self._memory.generation, lease.ready
-        last, nbytes = first, 0
-        while last < len(lease.keys) and (last == first or nbytes + lease.sizes[last] <= READ_BATCH_BYTES):
-            nbytes += lease.sizes[last]
-            last += 1
-        keys = lease.keys[first:last]
-        found = tier.guarded(lambda: tier.backend.contains(keys), 0, transfers=False)
+        nbytes = 0
+        keys = lease.keys[first : first + READ_BATCH_CHUNKS]
+        sizes = tier.guarded(lambda: tier.backend.sizes(keys), [], transfers=False)
         buffers: list[PoolBuffer] = []
-        for size in lease.sizes[first : first + found]:
+        for index, size in enumerate(sizes):
+            if not lease.fits(first + index, size):
+                metrics.CORRUPT_CHUNKS.labels(tier.name).inc()
+                logger.warning("removed %s from tier %s: a chunk of %d bytes", keys[index], tier.name, size)
+                tier.guarded(lambda: tier.backend.remove(keys[index : index + 1]), 0)  # noqa: B023
+                break
+            if buffers and nbytes + size > READ_BATCH_BYTES:
+                break
+            nbytes += size
             buffer = self.allocate(size)
             if buffer is None:
                 break

@@ -97,6 +97,7 @@ class BackendTests:
         data = {n: self.put(backend, pool, make_key(n), 5000, seed=n) for n in (0, 1, 3)}
         keys = [make_key(n) for n in range(4)]
         assert backend.contains(keys) == 2
+        assert backend.sizes(keys) == [5000, 5000]
         buffers = [take(pool, 5000) for _ in keys]
         assert backend.get(keys, buffers) == 2
         assert [bytes(b.view) for b in buffers[:2]] == [data[0], data[1]]

@@ -61,11 +61,14 @@ class DiskBackend(StorageBackend):
         self._check_writable()
         self._rebuild_index()
 
-    def contains(self, keys: Sequence[ChunkKey]) -> int:
-        for count, key in enumerate(keys):
-            if not self._known(key):
-                return count
-        return len(keys)
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        sizes: list[int] = []
+        for key in keys:
+            size = self._known(key)
+            if not size:
+                break
+            sizes.append(size - HEADER_BYTES)
+        return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         for count, (key, buffer) in enumerate(zip(keys, into, strict=True)):
@@ -125,18 +128,19 @@ class DiskBackend(StorageBackend):
         tags = key.namespace[FINGERPRINT_BYTES:]
         return self._root / key.fingerprint.hex() / tags.hex() / f"{key.digest.hex()}{SUFFIX}"
 
-    def _known(self, key: ChunkKey) -> bool:
+    def _known(self, key: ChunkKey) -> int:
+        """Bytes of its file, 0 where there is none."""
         with self._lock:
-            if key in self._sizes:
-                return True
+            if size := self._sizes.get(key, 0):
+                return size
         try:
             size = self._path(key).stat().st_size
         except OSError:
-            return False
+            return 0
         if size <= HEADER_BYTES:
-            return False
+            return 0
         self._index(key, size)
-        return True
+        return size
 
     def _read(self, key: ChunkKey, view: memoryview) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ class HeldBackend(StorageBackend):
         self.fail: set[str] = set()
         self.gates: dict[str, threading.Event] = {}
         self.entered: dict[str, threading.Event] = {
-            name: threading.Event() for name in ("contains", "get", "put", "clear")
+            name: threading.Event() for name in ("sizes", "get", "put", "clear")
         }
         self.calls: list[str] = []
         self.closed = False
@@ -56,9 +57,9 @@ class HeldBackend(StorageBackend):
         if name in self.fail:
             raise StorageError("broken on purpose")
 
-    def contains(self, keys: Sequence[ChunkKey]) -> int:
-        self._enter("contains")
-        return next((i for i, key in enumerate(keys) if key not in self.chunks), len(keys))
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._enter("sizes")
+        return [len(self.chunks[key]) for key in itertools.takewhile(self.chunks.__contains__, keys)]
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         found = [self.chunks.get(key) for key in keys]
@@ -211,7 +212,7 @@ def test_closing_a_lease_early_leaks_nothing_and_reports_once(open_manager: Open
 def test_a_failing_tier_is_left_alone_until_a_probe_succeeds(open_manager: Open) -> None:
     tier, other = HeldBackend(), HeldBackend()
     other.chunks = {make_key(n): contents(n) for n in range(20)}
-    tier.fail = {"contains", "get"}
+    tier.fail = {"sizes", "get"}
     manager = open_manager(tier, other, breaker__cooldown_s=0.05)
     for n in range(3):
         with acquire(manager, n) as lease:
@@ -251,7 +252,7 @@ def test_a_tier_that_is_always_late_is_left_alone(open_manager: Open) -> None:
 def test_one_tier_that_hangs_does_not_hold_up_another(open_manager: Open) -> None:
     tier, other = HeldBackend(), HeldBackend()
     other.chunks = {make_key(n): contents(n) for n in range(4)}
-    tier.hold("contains", "put")
+    tier.hold("sizes", "put")
     manager = open_manager(tier, other, read_timeout_s=0.05, breaker__failures=1, breaker__cooldown_s=60)
     with acquire(manager, 0) as lease:
         assert lease.wait(WAIT_S)
@@ -298,13 +299,13 @@ def test_a_tier_that_is_left_alone_is_cleared_too(open_manager: Open) -> None:
     manager = open_manager(tier, breaker__failures=1, breaker__cooldown_s=0.2)
     store(manager, 0)
     manager.flush(WAIT_S)
-    tier.fail = {"get", "contains"}
+    tier.fail = {"get", "sizes"}
     acquire(manager, 5).wait(WAIT_S)
     tier.fail = set()
     manager.clear()
     # The cooldown is over once the tier is asked again; what was cleared may not be found then.
     tier.calls.clear()
-    settle(lambda: bool(manager.contains([make_key(0)])) or "contains" in tier.calls, "the tier is never probed")
+    settle(lambda: bool(manager.contains([make_key(0)])) or "sizes" in tier.calls, "the tier is never probed")
     assert manager.contains([make_key(0)]) == 0
     assert not tier.chunks
 

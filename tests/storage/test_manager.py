@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -49,9 +50,9 @@ class Scripted(StorageBackend):
         if self.error is not None:
             raise self.error
 
-    def contains(self, keys: Sequence[ChunkKey]) -> int:
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         self._enter()
-        return next((i for i, key in enumerate(keys) if key not in self.data), len(keys))
+        return [len(self.data[key]) for key in itertools.takewhile(self.data.__contains__, keys)]
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         self._enter()
