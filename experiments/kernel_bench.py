@@ -1,12 +1,15 @@
-"""How fast the paged copies are, against memcpy and against plain torch indexing, measured in the same run.
+"""How fast the kernels are, against plain copies and against their peers, measured in the same run.
 
-python -m experiments.kernel_bench [--device cuda] [--repeats 41]
+python -m experiments.kernel_bench [--device cuda] [--only gather] [--seconds 1] [--no-estimate]
 
-Each operation is first checked on the very tensors it is timed on; no figure is printed for one that is wrong.
-Exits 1 if an operation is wrong, or one with a floor runs below 60 % of memcpy. Rounds are interleaved and medians
-taken, because the machines this runs on are noisy; every round moves other pages, so that no cache flatters it.
-On a CPU the copies run in one thread, so memcpy is measured with one, which the floor refers to, and with all of
-torch's threads.
+Each operation is first compared with its torch definition on the very tensors it is timed on; one that is wrong gets
+FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements. Rounds are
+interleaved and medians taken, because the machines this runs on are noisy; every round moves other parts of memory, so
+that no cache flatters it. On a CPU the copies run in one thread, so memcpy is measured with one, which the floors are
+shares of, and with all of torch's threads. On a GPU events are recorded around each operation, behind a kernel that
+waits until it is queued. Without a GPU a table of estimates for GPUs follows (kernel_estimate.py).
+
+Needs torch, triton and numpy only.
 """
 
 from __future__ import annotations
@@ -14,45 +17,51 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
+from experiments.kernel_case import SIZES, Case
+from experiments.kernel_cases import all_cases
 
-FLOOR = 0.60
 PAUSE_S = 0.005  # torch's idle workers spin for a while after each operation and would slow the next one down
-LAYERS, TOKENS, HEADS, HEAD_SIZE = 32, 256, 8, 128
-CACHE_TOKENS = 4096  # 256 MiB of cache at the shape above: more than a CPU keeps close
-COLUMNS = "{:<15} {:<33} {:>7} {:>6} {:>12} {:>12} {:>12} {:>9}  {}"
+WAIT_CYCLES = 2_000_000  # about 1 ms on a GPU: longer than the host needs to queue an operation
+WARM_UP = 2
+COLUMNS = "{:<15} {:<38} {:>10} {:>6} {:>13} {:>12} {:>12} {:>17}  {}"
 
 
 @dataclasses.dataclass
-class Case:
-    """One line of the table. `ids`, `chunk` and `cache` are what `op` is called with; `cache` is what `plane` views."""
+class Measured:
+    seconds: list[float]  # of each round
+    copies: list[list[float]]  # the same for the copies that it is compared with
+    peer: list[float]
 
-    name: str
-    shape: str
-    plane: PagedLayers
-    ids: Iterator[torch.Tensor]
-    chunk: torch.Tensor
-    op: Callable[[PagedLayers, torch.Tensor, torch.Tensor], None]
-    naive: Callable[[torch.Tensor], None]
-    memory: torch.Tensor  # the whole cache, contiguous
-    floor: bool
+    @property
+    def shares(self) -> list[float]:
+        """Of the rate of each copy. Medians of the rounds' ratios: what slows a machine down slows both."""
+        return [statistics.median(c / s for c, s in zip(copy, self.seconds, strict=False)) for copy in self.copies]
 
-    def memcpys(self) -> list[Callable[[], object]]:
-        """Copies of as many contiguous bytes, between the chunk and other parts of the cache each time."""
-        parts = itertools.cycle(torch.split(self.memory.view(-1), self.chunk.numel()))
-        chunk = torch.ones_like(self.chunk).view(-1)
+
+class Copies:
+    """The roofline: copies of contiguous bytes between a fixed buffer and changing parts of a large one."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._far = torch.ones(nbytes, dtype=torch.uint8, device=device)
+
+    def of(self, case: Case) -> list[Callable[[], object]]:
+        """Of as many bytes as the case moves; on a CPU by one thread, then by all."""
+        half = min(case.nbytes // 2, self._far.numel() // 2)
+        near = torch.ones(half, dtype=torch.uint8, device=self._far.device)
+        parts = itertools.cycle(part for part in torch.split(self._far, half) if len(part) == half)
 
         def ends() -> tuple[torch.Tensor, torch.Tensor]:
-            return (chunk, next(parts)) if self.op in (gather_pages, gather_tokens) else (next(parts), chunk)
+            return (next(parts), near) if case.far_writes else (near, next(parts))
 
         def by_torch() -> None:
             target, source = ends()
@@ -62,157 +71,105 @@ class Case:
             target, source = ends()
             np.copyto(target.numpy(), source.numpy())
 
-        return [by_numpy, by_torch] if self.memory.device.type == "cpu" else [by_torch]
-
-    def run(self) -> None:
-        self.op(self.plane, next(self.ids), self.chunk)
-
-    def run_naive(self) -> None:
-        self.naive(next(self.ids))
-
-    def is_right(self) -> bool:
-        """The operation and plain indexing leave the same bytes, from the same start."""
-        ids = next(self.ids)
-        _fill(self.chunk, 1)
-        if self.op in (gather_pages, gather_tokens):
-            self.naive(ids)
-            wanted = self.chunk.clone()
-            _fill(self.chunk, 2)
-            self.op(self.plane, ids, self.chunk)
-            return torch.equal(self.chunk, wanted)
-        before = [layer.clone() for layer in self.plane.layers]
-        self.naive(ids)
-        wanted_layers = [layer.clone() for layer in self.plane.layers]
-        for layer, old in zip(self.plane.layers, before, strict=True):
-            layer.copy_(old)
-        self.op(self.plane, ids, self.chunk)
-        return all(map(torch.equal, self.plane.layers, wanted_layers))
+        return [by_numpy, by_torch] if self._far.device.type == "cpu" else [by_torch]
 
 
-def _fill(tensor: torch.Tensor, seed: int) -> None:
-    tensor.copy_(torch.randint(0, 2**15, tensor.shape, generator=torch.Generator().manual_seed(seed)))
+def _time(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        time.sleep(PAUSE_S)
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(WAIT_CYCLES)  # type: ignore[no-untyped-call]
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
-def _cases(device: torch.device) -> Iterator[Case]:
-    for block, order in ((16, "LBHNC"), (16, "LBNHC"), (128, "LBHNC")):
-        blocks, n = CACHE_TOKENS // block, TOKENS // block
-        shape = (
-            (LAYERS, blocks, HEADS, block, HEAD_SIZE) if order == "LBHNC" else (LAYERS, blocks, block, HEADS, HEAD_SIZE)
-        )
-        # Bit patterns of bf16: no pattern is special to a copy, and int16 compares NaNs as equal.
-        cache = torch.empty(shape, dtype=torch.int16, device=device)
-        _fill(cache[0], 0)
-        cache[1:] = cache[0]
-        cache += torch.arange(LAYERS, dtype=torch.int16, device=device).view(-1, 1, 1, 1, 1)
-        layers = list(cache if order == "LBHNC" else cache.transpose(2, 3))
-        plane = PagedLayers(layers)
-        pools = [torch.randperm(blocks, generator=torch.Generator().manual_seed(i))[:n].to(device) for i in range(16)]
-        offsets = torch.arange(block, device=device)
-        text = f"{LAYERS} x {TOKENS} x {HEADS * HEAD_SIZE} bf16, {order}"
-
-        pages_chunk = torch.empty((LAYERS, n, plane.page_bytes // 2), dtype=torch.int16, device=device)
-        memory = cache.view(LAYERS, blocks, -1)
-        yield from _pair(f"{text}/{block}", "pages", plane, pools, pages_chunk, memory, True)
-
-        if order == "LBNHC":
-            tokens_chunk = pages_chunk.view(LAYERS, TOKENS, -1)
-            memory = cache.view(LAYERS, CACHE_TOKENS, -1)
-            slots = [(ids[:, None] * block + offsets).flatten() for ids in pools]
-            yield from _pair(f"{text}/{block}", "tokens", plane, slots, tokens_chunk, memory, True)
-            single = [
-                torch.randperm(CACHE_TOKENS, generator=torch.Generator().manual_seed(i))[:TOKENS] for i in range(16)
-            ]
-            single = [ids.to(device) for ids in single]
-            yield from _pair(f"{text}/1", "tokens", plane, single, tokens_chunk, memory, False)
-
-
-def _pair(
-    shape: str,
-    unit: str,
-    plane: PagedLayers,
-    ids: list[torch.Tensor],
-    chunk: torch.Tensor,
-    memory: torch.Tensor,
-    floor: bool,
-) -> Iterator[Case]:
-    """Gather and scatter of one shape. `memory`: the cache as [layers, units, elements of a unit]."""
-
-    def naive_gather(i: torch.Tensor) -> None:
-        for layer in range(LAYERS):
-            chunk[layer] = memory[layer][i]
-
-    def naive_scatter(i: torch.Tensor) -> None:
-        for layer in range(LAYERS):
-            memory[layer][i] = chunk[layer]
-
-    gather, scatter = (gather_pages, scatter_pages) if unit == "pages" else (gather_tokens, scatter_tokens)
-    yield Case(f"gather_{unit}", shape, plane, itertools.cycle(ids), chunk, gather, naive_gather, memory, floor)
-    yield Case(f"scatter_{unit}", shape, plane, itertools.cycle(ids), chunk, scatter, naive_scatter, memory, floor)
-
-
-def _measure(functions: list[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each function in each round; the first rounds warm up and are dropped."""
+def measure(case: Case, copies: Copies, device: torch.device, repeats: int, budget_s: float) -> Measured:
+    """Up to `repeats` rounds; a function that has used up its part of the time sits out, after 3 rounds (a peer 1)."""
+    roofs = [case.roofline] if case.roofline else copies.of(case)
+    functions = [case.run, *roofs, *([case.peer] if case.peer else [])]
     seconds: list[list[float]] = [[] for _ in functions]
-    for round_ in range(repeats + 3):
-        for function, out in zip(functions, seconds, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            time.sleep(PAUSE_S)
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 3:
-                out.append(time.perf_counter() - start)
-    return seconds
+    spent = [0.0] * len(functions)
+    for round_ in range(-WARM_UP, repeats):
+        for i, function in enumerate(functions):
+            enough = (3 if i <= len(roofs) else 1) if round_ >= 0 else 0
+            if spent[i] > budget_s / len(functions) and len(seconds[i]) >= enough:
+                continue
+            spent[i] += (took := _time(function, device)) + PAUSE_S
+            if round_ >= 0:
+                seconds[i].append(took)
+    return Measured(seconds[0], seconds[1 : 1 + len(roofs)], seconds[1 + len(roofs)] if case.peer else [])
 
 
-def _report(case: Case, repeats: int, device: torch.device) -> bool:
+def _rate(nbytes: int, seconds: float) -> str:
+    """GB/s, three digits."""
+    rate = nbytes / seconds / 1e9
+    return f"{rate:.{max(0, min(3, 2 - math.floor(math.log10(rate))))}f}"
+
+
+def report(case: Case, copies: Copies, device: torch.device, repeats: int, budget_s: float) -> bool:
     """Print a line; whether the case is right and above its floor."""
-    if not case.is_right():
-        print(f"{case.name:<15} {case.shape:<34} WRONG RESULT, so no figure")
+    if not case.check():
+        print(f"{case.name:<15} {case.size:<38} FAILED: differs from its torch definition, so no figure", flush=True)
         return False
-    timed = _measure([case.run, *case.memcpys(), case.run_naive], repeats, device)
-    op, *copy, naive = (statistics.median(t) for t in timed)
-    moved = 2 * case.chunk.numel() * case.chunk.element_size()
-    low, _, high = statistics.quantiles(timed[0], n=4)
-    ok = not case.floor or copy[0] / op >= FLOOR
-    rates = [f"{moved / seconds / 1e9:.1f} {seconds / op:.0%}" for seconds in copy]
+    floor = case.floors.get(device.type)
+    measured = measure(case, copies, device, repeats, budget_s)
+    if floor is not None and measured.shares[0] < floor:
+        measured = measure(case, copies, device, 2 * repeats, 3 * budget_s)
+    seconds = statistics.median(measured.seconds)
+    fast, _, slow = statistics.quantiles(measured.seconds, n=4)
+    rates = [
+        f"{_rate(case.nbytes, statistics.median(copy))} {share:.{0 if share >= 0.1 else 1}%}"
+        for copy, share in zip(measured.copies, measured.shares, strict=True)
+    ]
+    peer = f"{statistics.median(measured.peer) / seconds:.2f} x {case.peer_name}" if measured.peer else ""
+    missed = floor is not None and measured.shares[0] < floor
+    verdict = f"BELOW {floor:.0%}" if missed else "no floor" if floor is None else f"floor {floor:.0%}"
+    spread = f"{_rate(case.nbytes, slow)}..{_rate(case.nbytes, fast)}"
+    row = (case.name, case.size, f"{case.nbytes / 2**20:.1f} MiB", _rate(case.nbytes, seconds), spread)
+    print(COLUMNS.format(*row, rates[0], rates[1] if len(rates) > 1 else "", peer, verdict), flush=True)
+    return not missed
+
+
+def _introduce(device: torch.device, repeats: int) -> None:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} torch threads"
+    print(f"{device.type}: {where}, torch {torch.__version__}, {platform.machine()}, up to {repeats} rounds, medians.")
+    print("bytes: that must move, read + written. copy: GB/s of one plain copy of as many bytes, and the share of it")
     print(
-        COLUMNS.format(
-            case.name,
-            case.shape,
-            f"{moved / 2**20:.0f} MiB",
-            f"{moved / op / 1e9:.1f}",
-            f"{moved / high / 1e9:.1f}..{moved / low / 1e9:.1f}",
-            rates[0],
-            rates[1] if len(rates) > 1 else "",
-            f"{naive / op:.2f} x",
-            ("" if case.floor else "no floor") if ok else f"BELOW {FLOOR:.0%}",
-        ),
-        flush=True,
+        "that is reached; on a CPU with one thread, then with torch's. peer: how many times as fast as it; on a CPU it"
     )
-    return ok
+    print("has torch's threads too, which wait for each other as soon as anyone else wants a core.")
+    print(COLUMNS.format("operation", "size", "bytes", "GB/s", "quartiles", "copy", "threaded", "v. peer", ""))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Bandwidth of the paged copies")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Speed of the kernels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--size", choices=SIZES, help="default: that of the device")
+    parser.add_argument("--repeats", type=int, default=41, help="rounds at most")
+    parser.add_argument("--seconds", type=float, default=0.4, help="a case, about")
+    parser.add_argument("--no-estimate", action="store_true", help="no table of estimates for GPUs")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} torch threads"
-    print(
-        f"{device.type}: {where}, torch {torch.__version__}, {platform.machine()}, {options.repeats} rounds, medians."
-    )
-    print(
-        "MiB: read + written. memcpy: GB/s of one copy of as many bytes, contiguous, and what share of it is reached;"
-    )
-    print("on a CPU with one thread, then with torch's. naive: cache[layer][ids], layer by layer.")
-    print("The shape ends in the layout and the number of successive tokens; the blocks are random.")
-    header = ("operation", "shape", "bytes", "GB/s", "quartiles", "memcpy", "threaded", "v. naive", "")
-    print(COLUMNS.format(*header))
-    return 0 if all([_report(case, options.repeats, device) for case in _cases(device)]) else 1
+    size = SIZES[options.size or device.type]
+    _introduce(device, options.repeats)
+    copies = Copies(device, 2 * size.layers * size.cache_tokens * size.width)
+    cases = (case for case in all_cases(device, size) if options.only in case.name)
+    good = [report(case, copies, device, options.repeats, options.seconds) for case in cases]
+    if not good:
+        print(f"no operation is called {options.only!r}")
+        return 1
+    if device.type == "cpu" and not options.no_estimate:
+        from experiments import kernel_estimate
+
+        good.append(kernel_estimate.show(options.only))
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from experiments.engine import Row
+
+if TYPE_CHECKING:
+    from experiments.codec_quality import Found
 
 INK, FADED = "#22303c", "#6b7785"
 
@@ -43,5 +47,34 @@ def ttft_figure(
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
     figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
     figure.tight_layout(rect=(0, 0.05, 1, 0.99))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def codec_figure(found: Sequence[Found], title: str, caption: str, path: Path) -> None:
+    """KL divergence against bits an element, both of every codec, with 95 % intervals; written to ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 6), dpi=160)
+    for codec in found:
+        if codec.kl <= 0:
+            continue  # raw: nothing changes
+        coded = codec.codec.startswith(("klt", "cachegen"))
+        colour = "#2a9d8f" if coded else "#3d6fb4"
+        axes.errorbar(
+            codec.bits, codec.kl, yerr=min(codec.half, codec.kl * 0.9), fmt="o", color=colour, capsize=3, ms=8
+        )
+        axes.annotate(codec.codec, (codec.bits, codec.kl), xytext=(8, 5), textcoords="offset points", color=INK)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits an element (bfloat16: 16)", color=FADED)
+    axes.set_ylabel("KL divergence of the next token, nats", color=FADED)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
+    figure.tight_layout(rect=(0, 0.04, 1, 0.99))
     figure.savefig(path)
     plt.close(figure)

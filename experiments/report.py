@@ -50,10 +50,14 @@ class Results:
         (self.folder / "config.yaml").write_text(resolved)
 
     def add(self, row: Row) -> None:
-        """Keep ``row``, in the file too, at once: a run that is cut off leaves what it has measured."""
+        """Keep ``row``, in the file too."""
         self.rows.append(row)
+        self.write(dataclasses.asdict(row))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """A line of results.jsonl, at once: a run that is cut off leaves what it has measured."""
         with (self.folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.write(json.dumps(values) + "\n")
 
     def close(self, outcome: Outcome) -> None:
         verdict = {"passed": not outcome.failures, "failures": outcome.failures, "line": outcome.line}

@@ -15,7 +15,11 @@ from typing import Any
 from experiments.config import read, typed
 from lmcache.errors import ConfigError
 
-EXPERIMENTS = {"quickstart": "experiments.quickstart", "ttft": "experiments.ttft_bench"}
+EXPERIMENTS = {
+    "quickstart": "experiments.quickstart",
+    "ttft": "experiments.ttft_bench",
+    "codec_quality": "experiments.codec_quality",
+}
 
 
 def load(path: str, overrides: list[str]) -> tuple[Any, Any]:

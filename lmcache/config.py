@@ -60,6 +60,9 @@ class LMCacheConfig(Config):
     )
     memory: MemoryConfig = Field(MemoryConfig(), description="the L1 tier")
     tiers: tuple[dict[str, Any], ...] = Field((), description="tiers below memory, nearest first: {type: disk, ...}")
+    codec: str | dict[str, Any] = Field(
+        "raw", description="how KV is packed: raw, fp8, int8, int4, int2, rotated, cachegen, klt, or {type: int4, ...}"
+    )
     store_generated: bool = Field(True, description="also store the KV of generated tokens, block by block")
     write_queue: ByteSize = Field(
         ByteSize(256 << 20), gt=0, description="bytes per tier that may wait to be written; more are shed, and counted"

@@ -196,7 +196,8 @@ class StorageManager:
         generation, first = self._memory.generation, lease.ready
         nbytes = 0
         keys = lease.keys[first : first + READ_BATCH_CHUNKS]
-        sizes = tier.guarded(lambda: tier.backend.sizes(keys), [], transfers=False)
+        nothing: list[int] = []
+        sizes = tier.guarded(lambda: tier.backend.sizes(keys), nothing, transfers=False)
         buffers: list[PoolBuffer] = []
         for index, size in enumerate(sizes):
             if not lease.fits(first + index, size):

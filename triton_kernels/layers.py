@@ -58,7 +58,7 @@ class PagedLayers:
         self.token_units = _token_units(first)
         self._groups = _storage_groups(self.layers)
         self.address_gcd = math.gcd(*(t.data_ptr() for t in self.layers))
-        self._plane_cache: dict[tuple[Units, int], list[tuple[int, torch.Tensor]]] = {}
+        self._plane_cache: dict[tuple[Units, int], list[tuple[int, int, torch.Tensor]]] = {}
 
     @property
     def page_units(self) -> Units:
@@ -74,18 +74,18 @@ class PagedLayers:
     def word_bytes(self, units: Units) -> int:
         """The widest integer (8, 4, 2 or 1 bytes) that all strips of all layers can be cut into."""
         spans = (units.strip_bytes, units.block_stride, units.unit_stride, units.strip_stride)
-        return math.gcd(8, *spans, *(byte_offset(t) for t in self.layers), *(step for _, _, step in self._groups))
+        return math.gcd(8, *spans, *(byte_offset(t) for t in self.layers), *(group.step for group in self._groups))
 
-    def planes(self, units: Units, word: int) -> list[tuple[int, torch.Tensor]]:
-        """(first layer, words `[l, blocks, strips, per_block, words]`) of each storage group; one group is the rule."""
+    def planes(self, units: Units, word: int) -> list[tuple[int, int, torch.Tensor]]:
+        """(first layer, every how many, words `[l, blocks, strips, per_block, words]`) of each storage group."""
         planes = self._plane_cache.get((units, word))
         if planes is None:
             shape = (units.blocks, units.strips, units.per_block, units.strip_bytes // word)
             steps = (units.block_stride // word, units.strip_stride // word, units.unit_stride // word, 1)
-            planes = [
-                (first, reinterpret(self.layers[first], word, (number, *shape), (step // word, *steps)))
-                for first, number, step in self._groups
-            ]
+            planes = []
+            for group in self._groups:
+                sizes, strides = (group.number, *shape), (group.step // word, *steps)
+                planes.append((group.first, group.every, reinterpret(self.layers[group.first], word, sizes, strides)))
             self._plane_cache[units, word] = planes
         return planes
 
@@ -134,14 +134,33 @@ def reinterpret(tensor: torch.Tensor, word: int, shape: Sequence[int], strides: 
     return words.set_(tensor.untyped_storage(), byte_offset(tensor) // word, tuple(shape), tuple(strides))
 
 
-def _storage_groups(layers: Sequence[torch.Tensor]) -> list[tuple[int, int, int]]:
-    """(first layer, number, layer stride in bytes): all layers together if evenly spaced in one storage, else each."""
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Layers first, first + every, ..: evenly spaced in one storage, `step` bytes apart."""
+
+    first: int
+    every: int
+    number: int
+    step: int
+
+
+def _storage_groups(layers: Sequence[torch.Tensor]) -> list[_Group]:
+    """All layers together if that can be, else every second one (keys, values), else each alone."""
+    for every in (1, 2):
+        groups = [_evenly_spaced(layers[first::every], first, every) for first in range(min(every, len(layers)))]
+        found = [group for group in groups if group is not None]
+        if len(found) == len(groups):
+            return found
+    return [_Group(i, 1, 1, 0) for i in range(len(layers))]
+
+
+def _evenly_spaced(layers: Sequence[torch.Tensor], first: int, every: int) -> _Group | None:
     steps = {b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(layers)}
     storages = {t.untyped_storage().data_ptr() for t in layers}
-    step = min(steps, default=1)
-    if len(storages) == 1 and len(steps) <= 1 and step > 0:
-        return [(0, len(layers), step if steps else 0)]
-    return [(i, 1, 0) for i in range(len(layers))]
+    step = min(steps, default=0)
+    if len(storages) > 1 or len(steps) > 1 or (steps and step <= 0):
+        return None
+    return _Group(first, every, len(layers), step)
 
 
 def _check_layers(layers: Sequence[torch.Tensor]) -> None:

@@ -170,8 +170,21 @@ def _copy_rows(
     layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(chunk.dtype.element_ty))
     chunk_layer = chunk + j * chunk_layer_stride
     move_tile(
-        *(layer, ids, chunk_layer, row, word, num_rows, block_stride, unit_stride, strip_stride),
-        *(PER_BLOCK, STRIPS, STRIP, ALIGN, SCATTER, False),
+        layer,
+        ids,
+        chunk_layer,
+        row,
+        word,
+        num_rows,
+        block_stride,
+        unit_stride,
+        strip_stride,
+        PER_BLOCK,
+        STRIPS,
+        STRIP,
+        ALIGN,
+        SCATTER,
+        False,
     )
 
 

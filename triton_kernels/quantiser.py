@@ -96,7 +96,8 @@ def rotation(width: int, seed: int, device: torch.device) -> torch.Tensor:
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < block:
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
-    matrix = torch.block_diag(*[hadamard / math.sqrt(block)] * (width // block))
+    eye = torch.eye(width // block, dtype=torch.float64)
+    matrix = torch.kron(eye, hadamard / math.sqrt(block))
     return (signs[:, None] * matrix).float().to(device)
 
 

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
-from lmcache.engine.gpu_connector import PageMover
+from lmcache.engine.gpu_connector import BlockTables, PageMover
 from lmcache.engine.layout import PagedCache, chunk_tokens
+from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
-from lmcache.errors import ClosedError, ConfigError, LeaseExpiredError
+from lmcache.errors import ClosedError, ConfigError, KernelArgumentError, LeaseExpiredError
+from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
@@ -28,7 +30,22 @@ from lmcache.storage.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
 
+# Chunks that are packed before the first is waited for: bounds the memory that packed chunks take on the device.
+PACK_CHUNKS = 32
+
 TokenIds = Sequence[int] | npt.NDArray[np.integer] | bytes
+
+
+def codec_of(config: LMCacheConfig) -> Codec | None:
+    """The codec that ``config`` names, None for raw. Raises ConfigError."""
+    try:
+        return build_codec(config.codec)
+    except KernelArgumentError as error:
+        raise ConfigError(f"codec: {error}") from error
+
+
+def _largest(size: int | range) -> int:
+    return size[-1] if isinstance(size, range) else size
 
 
 def pack_tokens(tokens: TokenIds) -> bytes:
@@ -98,7 +115,11 @@ class CacheEngine:
         self.format = format
         self.cache = cache
         self.database = TokenDatabase(format, cache.unit)
-        chunk_bytes = cache.chunk_bytes(format.chunk_tokens)
+        codec = codec_of(config)
+        if format.codec != (codec.id if codec else RAW):
+            raise ConfigError(f"the format names codec {format.codec}, the configuration {config.codec}")
+        self._packed = PackedMover(cache, codec) if codec else None
+        chunk_bytes = _largest(self._sizes(0, format.chunk_tokens))
         if chunk_bytes > config.memory.capacity:
             raise ConfigError(
                 f"memory.capacity is {config.memory.capacity} bytes, less than one chunk of {format.chunk_tokens} "
@@ -116,6 +137,7 @@ class CacheEngine:
             chunk_tokens=chunk_tokens(config.chunk_tokens, cache.unit),
             planes=tuple(plane.format() for plane in cache.planes),
             layout="opaque" if cache.opaque else "token",
+            codec=codec.id if (codec := codec_of(config)) else RAW,
         )
         return cls(config, format, cache)
 
@@ -141,7 +163,7 @@ class CacheEngine:
 
         lease = self.storage.acquire(
             [span.key for span in spans],
-            [self.cache.chunk_bytes(span.stop - span.start) for span in spans],
+            [self._sizes(span.start, span.stop) for span in spans],
             on_done=finished,
         )
         return Lookup(spans, lease)
@@ -179,9 +201,10 @@ class CacheEngine:
         if held < stop:
             raise LeaseExpiredError(f"{stop} tokens were asked for, {held} are held: look up again")
         tables = self._mover.tables(block_ids)
+        mover = self._packed or self._mover
         for span, buffer in zip(spans, buffers, strict=False):
             if span.stop > start and span.start < stop:
-                self._mover.scatter(tables, span.start, span.stop, buffer, write=(start, stop))
+                mover.scatter(tables, span.start, span.stop, buffer, write=(start, stop))
         self._mover.synchronize()
         metrics.RETRIEVED_TOKENS.inc(max(0, stop - start))
         return max(0, stop - start)
@@ -209,17 +232,13 @@ class CacheEngine:
         if not spans:
             return 0
         tables = self._mover.tables(block_ids)
+        spans = [span for span in spans if self._has_pages(block_ids, span)]
         stored: list[tuple[Span, PoolBuffer]] = []
         try:
-            for span in spans:
-                if not self._has_pages(block_ids, span):
-                    continue
-                buffer = self.storage.allocate(self.cache.chunk_bytes(span.stop - span.start))
-                if buffer is None:
-                    metrics.STORE_REFUSED_TOKENS.inc(span.stop - span.start)
-                    break
-                stored.append((span, buffer))
-                self._mover.gather(tables, span.start, span.stop, buffer)
+            if self._packed:
+                self._store_packed(self._packed, tables, spans, stored)
+            else:
+                self._store_raw(tables, spans, stored)
             self._mover.synchronize()
         except BaseException:
             for _, taken in stored:
@@ -230,6 +249,40 @@ class CacheEngine:
         count = sum(span.stop - span.start for span, _ in stored)
         metrics.STORED_TOKENS.inc(count)
         return count
+
+    def _store_raw(self, tables: BlockTables, spans: Sequence[Span], stored: list[tuple[Span, PoolBuffer]]) -> None:
+        for span in spans:
+            buffer = self._allocate(span, self.cache.chunk_bytes(span.stop - span.start))
+            if buffer is None:
+                return
+            stored.append((span, buffer))
+            self._mover.gather(tables, span.start, span.stop, buffer)
+
+    def _store_packed(
+        self, mover: PackedMover, tables: BlockTables, spans: Sequence[Span], stored: list[tuple[Span, PoolBuffer]]
+    ) -> None:
+        for few in (spans[i : i + PACK_CHUNKS] for i in range(0, len(spans), PACK_CHUNKS)):
+            packed = mover.finish([mover.pack(tables, span.start, span.stop) for span in few])
+            for span, chunk in zip(few, packed, strict=True):
+                if chunk is None:
+                    logger.warning("KV of %d tokens cannot be packed by %s", span.stop - span.start, mover.codec.id)
+                    metrics.STORE_REFUSED_TOKENS.inc(span.stop - span.start)
+                    return
+                buffer = self._allocate(span, chunk.nbytes)
+                if buffer is None:
+                    return
+                stored.append((span, buffer))
+                mover.write(chunk, buffer)
+
+    def _allocate(self, span: Span, nbytes: int) -> PoolBuffer | None:
+        buffer = self.storage.allocate(nbytes)
+        if buffer is None:
+            metrics.STORE_REFUSED_TOKENS.inc(span.stop - span.start)
+        return buffer
+
+    def _sizes(self, start: int, stop: int) -> int | range:
+        """Bytes of the chunk of these token positions, or the range that they are in."""
+        return self._packed.sizes(start, stop) if self._packed else self.cache.chunk_bytes(stop - start)
 
     def clear(self) -> int:
         """Forget every chunk of this format, in every tier; returns how many."""

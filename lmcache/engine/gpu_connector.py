@@ -1,4 +1,4 @@
-"""Pages <-> chunks: one launch a plane for all layers, one copy a chunk between device and host."""
+"""Pages <-> chunks: a launch or two a plane for all layers, the DMAs of a chunk beside the kernels of the next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.kernels import gather_pages, gather_tokens, scatter_pages, scatter_tokens
+from lmcache.kernels.host import HostTransfer
 from lmcache.storage.base import Buffer
 
 # One table a cache group: the block ids of a request, int64 on the device; negative: no block there.
@@ -17,55 +17,57 @@ BlockTables = Sequence[torch.Tensor]
 class PageMover:
     """Moves chunks between an engine's pages and pool buffers.
 
-    On a CPU the kernels' torch path reads and writes the pool buffer itself. On a GPU a chunk is gathered into a
-    device buffer and copied to pinned memory in one DMA on the current stream; ``synchronize`` waits for it.
+    On a CPU the pool buffer itself is read and written. On a GPU copies are queued (``lmcache.kernels.host``), the
+    kernels on the current stream; ``synchronize`` waits for all of them.
     """
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
-        self._on_host = cache.device.type == "cpu"
+        self._transfer = HostTransfer(cache.device)
+        self._transfer.calibrate()
 
     def tables(self, block_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Block ids of every group as tensors on the device."""
-        return [torch.tensor(ids, dtype=torch.int64, device=self.cache.device) for ids in block_ids]
+        on_host = self.cache.device.type == "cpu"
+        # A copy from memory that is not pinned would wait for the stream.
+        tables = [torch.tensor(ids, dtype=torch.int64, pin_memory=not on_host) for ids in block_ids]
+        return tables if on_host else [table.to(self.cache.device, non_blocking=True) for table in tables]
 
     def gather(self, tables: BlockTables, start: int, stop: int, into: Buffer) -> None:
-        """Pages of token positions ``[start, stop)`` (whole blocks) -> ``into``."""
-        host = torch.frombuffer(into.view, dtype=torch.uint8)
-        flat = host if self._on_host else torch.empty(into.nbytes, dtype=torch.uint8, device=self.cache.device)
-        for plane, part in self._parts(flat, stop - start):
+        """Pages of token positions ``[start, stop)`` (whole blocks) -> ``into``; zeros where there is no block."""
+        for plane, part in self._parts(into, stop - start):
             ids = tables[plane.group][start // plane.block_tokens : stop // plane.block_tokens]
             if self.cache.opaque:
-                gather_pages(plane.pages, ids, part)
+                self._transfer.copy_to_host(plane.pages, ids, part, whole_pages=True)
             else:
-                gather_tokens(plane.pages, self._slots(plane, ids), part)
-        if flat is not host:
-            host.copy_(flat, non_blocking=True)
+                self._transfer.copy_to_host(plane.pages, plane.slots(ids), part)
 
     def scatter(self, tables: BlockTables, start: int, stop: int, chunk: Buffer, *, write: tuple[int, int]) -> None:
         """``chunk``, which holds token positions ``[start, stop)`` -> pages, but only the positions in ``write``.
 
         All positions are multiples of the block; a table need not reach further than ``write`` does.
         """
-        host = torch.frombuffer(chunk.view, dtype=torch.uint8)
-        flat = host if self._on_host else host.to(self.cache.device, non_blocking=True)
         first, last = max(start, write[0]), min(stop, write[1])
-        for plane, part in self._parts(flat, stop - start):
+        if first >= last:
+            return
+        for plane, part in self._parts(chunk, stop - start):
             size = plane.block_tokens
             ids = tables[plane.group][first // size : last // size]
             if self.cache.opaque:
-                scatter_pages(plane.pages, ids, part[:, (first - start) // size : (last - start) // size])
+                rows = part[:, (first - start) // size : (last - start) // size]
+                self._transfer.copy_from_host(plane.pages, ids, rows, whole_pages=True)
             else:
-                slots = torch.full((stop - start,), -1, dtype=torch.int64, device=self.cache.device)
-                slots[first - start : last - start] = self._slots(plane, ids)
-                scatter_tokens(plane.pages, slots, part)
+                self._transfer.copy_from_host(plane.pages, plane.slots(ids), part[:, first - start : last - start])
 
     def synchronize(self) -> None:
         """Wait until every copy that was started has ended."""
-        if not self._on_host:
+        if self.cache.device.type != "cpu":
+            self._transfer.join()
             torch.cuda.current_stream(self.cache.device).synchronize()
 
-    def _parts(self, flat: torch.Tensor, tokens: int) -> Iterator[tuple[Plane, torch.Tensor]]:
+    def _parts(self, buffer: Buffer, tokens: int) -> Iterator[tuple[Plane, torch.Tensor]]:
+        """Each plane's part of a chunk: ``[l, blocks, page bytes]`` (opaque) or ``[l, tokens, H, C]``."""
+        flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
         offset = 0
         for plane in self.cache.planes:
             pages, blocks = plane.pages, tokens // plane.block_tokens
@@ -76,8 +78,3 @@ class PageMover:
                 yield plane, part.view(pages.num_layers, blocks, pages.page_bytes)
             else:
                 yield plane, part.view(pages.dtype).view(pages.num_layers, tokens, pages.heads, pages.content)
-
-    @staticmethod
-    def _slots(plane: Plane, ids: torch.Tensor) -> torch.Tensor:
-        offsets = torch.arange(plane.block_tokens, device=ids.device)
-        return torch.where(ids[:, None] < 0, -1, ids[:, None] * plane.block_tokens + offsets).flatten()

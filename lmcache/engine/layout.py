@@ -13,13 +13,15 @@ A chunk is, plane after plane, layer-major:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lmcache.errors import UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
+from lmcache.kernels.sides import Side
 from lmcache.keys import PlaneFormat
 
 DEFAULT_CHUNK_TOKENS = 64
@@ -37,6 +39,9 @@ class Plane:
 
     pages: one page a block of the engine's block table. group: index of that table.
     window: sliding window in tokens, 0 for full attention. kind: the attention's name, part of the format.
+    sides: where keys and values lie in C; () where that is not known, and codecs cannot be used.
+    layer_numbers: of the layers in the model. first_head: of the KV heads, in the model. kernel_tokens: tokens of a
+    block as the attention sees it, where that is less than a block of the block table.
     """
 
     group: int
@@ -44,6 +49,20 @@ class Plane:
     pages: PagedLayers
     kind: str = "full_attention"
     window: int = 0
+    sides: tuple[Side, ...] = ()
+    first_head: int = 0
+    kernel_tokens: int = 0
+    layer_numbers: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = [re.findall(r"\d+", name) for name in self.names]
+        object.__setattr__(self, "layer_numbers", tuple(int(found[0]) if found else 0 for found in numbers))
+        object.__setattr__(self, "kernel_tokens", self.kernel_tokens or self.pages.block_tokens)
+
+    def slots(self, ids: torch.Tensor) -> torch.Tensor:
+        """The slots of all tokens of blocks ``ids`` int64 `[n]`, on their device; negative for a negative block."""
+        offsets = torch.arange(self.block_tokens, device=ids.device)
+        return torch.where(ids[:, None] < 0, -1, ids[:, None] * self.block_tokens + offsets).flatten()
 
     @property
     def block_tokens(self) -> int:
@@ -63,13 +82,17 @@ class Plane:
 
 
 class PagedCache:
-    """All of an engine's KV pages on one device."""
+    """All of an engine's KV pages on one device.
 
-    def __init__(self, planes: Sequence[Plane], *, opaque: bool) -> None:
+    opaque: only whole pages mean anything. cpu_isa: how they are ordered inside, where that is known.
+    """
+
+    def __init__(self, planes: Sequence[Plane], *, opaque: bool, cpu_isa: str | None = None) -> None:
         if not planes:
             raise UnsupportedLayoutError("the engine has no KV cache to move: no plane given")
         self.planes = tuple(planes)
         self.opaque = opaque
+        self.cpu_isa = cpu_isa
         self.unit = math.lcm(*(plane.block_tokens for plane in planes))
         self.device = planes[0].pages.device
         for plane in planes:
@@ -83,9 +106,12 @@ class PagedCache:
 
     @classmethod
     def from_layers(cls, layers: Sequence[torch.Tensor], *, opaque: bool = False) -> PagedCache:
-        """One plane of full-attention layers, each ``[B, H, N, C]``."""
+        """One plane of full-attention layers, each ``[B, H, N, 2 D]``: keys, then values."""
         names = tuple(f"layer.{i}" for i in range(len(layers)))
-        return cls([Plane(0, names, PagedLayers(layers))], opaque=opaque)
+        pages = PagedLayers(layers)
+        half = pages.content // 2
+        sides = (Side("key", 0, half, pages.heads), Side("value", half, half, pages.heads))
+        return cls([Plane(0, names, pages, sides=() if pages.content % 2 else sides)], opaque=opaque)
 
     def chunk_bytes(self, tokens: int) -> int:
         """Bytes of a chunk of ``tokens`` (whole blocks)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -30,12 +31,17 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """registers: a thread. shared, local: bytes; local memory is where spills go. opcodes: how many of each."""
+    """registers: a thread. shared, local: bytes; local memory is where spills go."""
 
     registers: int
     shared: int
     local: int
-    opcodes: collections.Counter[str]
+    disassemble: Callable[[], list[str]]
+
+    @functools.cached_property
+    def opcodes(self) -> collections.Counter[str]:
+        """How many of each; disassembling takes far longer than reading the rest."""
+        return collections.Counter(self.disassemble())
 
     def count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if re.fullmatch(pattern, opcode))
@@ -70,16 +76,16 @@ def compile_for(target: str, recorded: Recorder) -> Compiled:
 
 
 def _inspect_cubin(kernel: Any) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        sass = _output(knobs.nvidia.cuobjdump.path, "-sass", file.name)
+    cubin = kernel.asm["cubin"]
+
+    def disassemble() -> list[str]:
+        opcode = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)"
+        return re.findall(opcode, _cuobjdump(cubin, "-sass"), re.M)
+
+    usage = _cuobjdump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert found, usage
-    opcode = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)"
-    opcodes = collections.Counter(re.findall(opcode, sass, re.M))
-    return Compiled(int(found[1]), kernel.metadata.shared, int(found[2]) + int(found[4]), opcodes)
+    return Compiled(int(found[1]), kernel.metadata.shared, int(found[2]) + int(found[4]), disassemble)
 
 
 def _inspect_amdgcn(kernel: Any) -> Compiled:
@@ -90,12 +96,16 @@ def _inspect_amdgcn(kernel: Any) -> Compiled:
         assert found, name
         return int(found[1])
 
-    opcodes = collections.Counter(
-        re.findall(r"^\t([vs]_\w+|buffer_\w+|global_\w+|ds_\w+|scratch_\w+|flat_\w+)", text, re.M)
-    )
+    def disassemble() -> list[str]:
+        return re.findall(r"^\t([vs]_\w+|buffer_\w+|global_\w+|ds_\w+|scratch_\w+|flat_\w+)", text, re.M)
+
     local = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
-    return Compiled(field("vgpr_count"), kernel.metadata.shared, local, opcodes)
+    return Compiled(field("vgpr_count"), kernel.metadata.shared, local, disassemble)
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = (knobs.nvidia.cuobjdump.path, what, file.name)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

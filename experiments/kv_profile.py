@@ -1,0 +1,70 @@
+"""Profiles of the demo's model for the entropy-coded codecs, fitted on the first documents of the corpus and kept.
+
+python -m experiments.kv_profile klt --bits 2.4       fits the profile when it is not there, and prints the file
+
+It belongs to the model's weights: another model needs another one (`fit` takes any Hugging Face folder).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments.config import ROOT
+from experiments.model import cache_dir, smollm2
+
+# Documents of data/ to fit on, in the order of their names; the others are left to score.
+DOCUMENTS = 4
+PREFIX, SCORED, SINKS, TABLES = 1024, 128, 4, 192
+# Bits an element that are fitted together, as what takes time is the same for all.
+RATES = {"klt": (2.0, 2.4, 3.0), "cachegen": (2.6, 3.1)}
+_SOURCES = ("kv_profile.py", "profile_fit.py", "kv_model.py")
+
+
+def profile_path(kind: str, bits: float, threads: int = 1) -> Path:
+    """The profile's file; fitted now, a minute or two, unless this very code has done so before on this machine."""
+    from filelock import FileLock
+
+    folder = cache_dir().parent / "profiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = hashlib.blake2b(digest_size=4)
+    for name in _SOURCES:
+        stamp.update((ROOT / "experiments" / name).read_bytes())
+    rates = RATES[kind] if bits in RATES[kind] else (bits,)
+    paths = {rate: folder / f"smollm2-{kind}-{rate:g}-{stamp.hexdigest()}.npz" for rate in rates}
+    with FileLock(folder / f"smollm2-{kind}.lock"):
+        if not paths[bits].exists():
+            fit_smollm2(kind, paths, threads)
+    return paths[bits]
+
+
+def fit_smollm2(kind: str, paths: Mapping[float, Path], threads: int) -> None:
+    """Fit a profile for each rate and write it."""
+    from experiments.kv_model import KVModel
+    from experiments.profile_fit import fit
+
+    print(f"fitting {kind} profiles of the demo's model, once", file=sys.stderr, flush=True)
+    files = sorted((ROOT / "data" / "documents").glob("*.txt"))[:DOCUMENTS]
+    texts = {file.stem: file.read_text() for file in files}
+    model = KVModel(smollm2(), threads)
+    samples = model.samples(texts, PREFIX, SCORED)
+    weights = model.weights(list(texts.values()), PREFIX)
+    profiles = fit(kind, model, samples, weights, list(paths), sinks=SINKS, num_tables=TABLES)
+    for path, profile in zip(paths.values(), profiles, strict=True):
+        profile.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.kv_profile", description=__doc__)
+    parser.add_argument("kind", choices=tuple(RATES))
+    parser.add_argument("--bits", type=float, default=2.4, help="bits an element, before what streams cost")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    print(profile_path(given.kind, given.bits, given.threads))
+
+
+if __name__ == "__main__":
+    main()

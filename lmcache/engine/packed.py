@@ -1,0 +1,249 @@
+"""Pages <-> packed chunks. A packed chunk describes itself:
+
+    0      4        6      8       12        16       24           32           248       256
+    magic  version  sinks  tokens  sections  payload  (reserved)   codec id     checksum
+                                             bytes                 (utf-8)      of the header
+    256: bytes of each section, uint64; then the sections, each at a multiple of 64
+
+For each plane: the raw rows of its first ``sinks`` tokens `[L, sinks, H, C]`, then the parts of its codec.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from lmcache.engine.gpu_connector import BlockTables
+from lmcache.engine.layout import PagedCache, Plane
+from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
+from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
+from lmcache.kernels.codecs import Codec
+from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.sides import Packed
+from lmcache.storage.base import Buffer
+
+MAGIC, VERSION = b"LMPK", 1
+_FIELDS = struct.Struct("<4sHHIIQ8x216s")
+_CHECKSUM = struct.Struct("<Q")
+_FIXED = _FIELDS.size + _CHECKSUM.size
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Tokens one by one: pages and slots in them. rows: their memory `[L, T, H, C]` where it is not the engine's."""
+
+    pages: PagedLayers
+    slots: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A chunk that is being packed: what ``PackedMover.pack`` has queued."""
+
+    tokens: int
+    sinks: int
+    planes: list[tuple[torch.Tensor, Packed]]
+
+
+@dataclass(frozen=True)
+class PackedChunk:
+    """A chunk that is packed: its header, and its sections on the device."""
+
+    header: bytes
+    sections: list[torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(_rounded(len(section)) for section in self.sections)
+
+
+class PackedMover:
+    """Moves chunks between pages and pool buffers through a codec; used by the thread that runs the model.
+
+    Raises ConfigError when the codec cannot pack this cache.
+    """
+
+    def __init__(self, cache: PagedCache, codec: Codec) -> None:
+        self.cache = cache
+        self.codec = codec
+        if len(codec.id.encode()) > 216:
+            raise ConfigError(f"the codec's parameters are too long for a chunk's header: {codec.id}")
+        self._planes = []
+        for plane in cache.planes:
+            if not plane.sides:
+                raise ConfigError(f"codec {codec.name}: how layer {plane.names[0]} keeps keys and values is not known")
+            if cache.opaque and plane.kind.startswith("full") and cache.cpu_isa is None:
+                raise ConfigError(f"codec {codec.name}: the order of this processor's KV blocks is not known; use raw")
+            try:
+                bound = codec.bind(plane.sides, plane.layer_numbers, plane.first_head, cache.device)
+            except KernelArgumentError as error:
+                raise ConfigError(f"codec {codec.name}: {error}") from error
+            self._planes.append(bound)
+
+    def sizes(self, start: int, stop: int) -> int | range:
+        """Bytes of a chunk of token positions ``[start, stop)``, or the range that they are in."""
+        tokens, sinks = stop - start, self._sinks(start, stop)
+        total = self._header_bytes()
+        for plane, bound in zip(self.cache.planes, self._planes, strict=True):
+            total += _rounded(self._sink_bytes(plane, sinks)) + sum(map(_rounded, bound.max_bytes(tokens)))
+        return total if all(bound.fixed for bound in self._planes) else range(self._header_bytes(), total + 1)
+
+    def pack(self, tables: BlockTables, start: int, stop: int) -> Packing:
+        """Queue the packing of token positions ``[start, stop)`` (whole blocks)."""
+        sinks, planes = self._sinks(start, stop), []
+        for plane, bound in zip(self.cache.planes, self._planes, strict=True):
+            size = plane.block_tokens
+            view = self._read(plane, tables[plane.group][start // size : stop // size])
+            kept = torch.zeros(self._sink_shape(plane, sinks), dtype=view.pages.dtype, device=view.slots.device)
+            gather_tokens(view.pages, view.slots[:sinks], kept)
+            packed = bound.pack([side.of(view.pages) for side in plane.sides], view.slots)
+            planes.append((kept.view(-1).view(torch.uint8), packed))
+        return Packing(stop - start, sinks, planes)
+
+    def finish(self, packings: Sequence[Packing]) -> list[PackedChunk | None]:
+        """Wait for them, once for all; None for KV that cannot be packed (not finite, too large for a scale)."""
+        facts = [f for p in packings for _, packed in p.planes for f in (packed.sound.long(), *packed.used)]
+        device = self.cache.device
+        numbers = iter(torch.stack([f.to(device, torch.int64) for f in facts]).tolist() if facts else [])
+        return [self._finished(packing, numbers) for packing in packings]
+
+    def write(self, chunk: PackedChunk, into: Buffer) -> None:
+        """Copy it to host memory; on a GPU queued on the current stream."""
+        into.view[: len(chunk.header)] = chunk.header
+        host, offset = torch.frombuffer(into.view, dtype=torch.uint8), len(chunk.header)
+        for section in chunk.sections:
+            host[offset : offset + len(section)].copy_(section, non_blocking=True)
+            padded = _rounded(len(section))
+            host[offset + len(section) : offset + padded].zero_()
+            offset += padded
+
+    def scatter(self, tables: BlockTables, start: int, stop: int, chunk: Buffer, *, write: tuple[int, int]) -> None:
+        """``chunk``, which holds token positions ``[start, stop)`` -> pages, but only the positions in ``write``.
+
+        Raises CorruptChunkError for a chunk that is not one of this codec and of these positions.
+        """
+        sinks, sections = self._sections(chunk, start, stop)
+        first, last = max(start, write[0]), min(stop, write[1])
+        for plane, bound in zip(self.cache.planes, self._planes, strict=True):
+            kept, *parts = itertools.islice(sections, 1 + len(bound.max_bytes(stop - start)))
+            size = plane.block_tokens
+            table = torch.full(((stop - start) // size,), -1, dtype=torch.int64, device=self.cache.device)
+            table[(first - start) // size : (last - start) // size] = tables[plane.group][first // size : last // size]
+            view = self._view(plane, table)
+            bound.unpack([side.of(view.pages) for side in plane.sides], view.slots, parts)
+            if sinks:
+                rows = kept.view(plane.pages.dtype).view(self._sink_shape(plane, sinks))
+                scatter_tokens(view.pages, view.slots[:sinks], rows)
+            self._write_back(plane, view, table)
+
+    def _finished(self, packing: Packing, numbers: Iterator[int]) -> PackedChunk | None:
+        sections, sound = [], True
+        for kept, packed in packing.planes:
+            sound &= bool(next(numbers))
+            sections.append(kept)
+            sections += [part[: next(numbers)] for part in packed.parts]
+        return PackedChunk(self._header(packing, sections), sections) if sound else None
+
+    def _header(self, packing: Packing, sections: Sequence[torch.Tensor]) -> bytes:
+        total = self._header_bytes() + sum(_rounded(len(section)) for section in sections)
+        fields = _FIELDS.pack(
+            MAGIC, VERSION, packing.sinks, packing.tokens, len(sections), total, self.codec.id.encode()
+        )
+        sizes = struct.pack(f"<{len(sections)}Q", *map(len, sections))
+        checksum = _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields + sizes))
+        return (fields + checksum + sizes).ljust(self._header_bytes(), b"\0")
+
+    def _sections(self, chunk: Buffer, start: int, stop: int) -> tuple[int, Iterator[torch.Tensor]]:
+        """(sinks, the sections on the device)"""
+        view, size = chunk.view, self._header_bytes()
+        count = self._num_sections()
+        if view.nbytes < size:
+            raise CorruptChunkError(f"a packed chunk of {view.nbytes} bytes, its header alone has {size}")
+        magic, version, sinks, tokens, sections, total, codec = _FIELDS.unpack_from(view)
+        (checksum,) = _CHECKSUM.unpack_from(view, _FIELDS.size)
+        sizes = struct.unpack_from(f"<{count}Q", view, _FIXED)
+        if (magic, version) != (MAGIC, VERSION) or sections != count:
+            raise CorruptChunkError("not a packed chunk of this cache")
+        if xxhash.xxh3_64_intdigest(bytes(view[: _FIELDS.size]) + bytes(view[_FIXED : _FIXED + 8 * count])) != checksum:
+            raise CorruptChunkError("the checksum of a packed chunk's header is wrong")
+        if codec.rstrip(b"\0") != self.codec.id.encode():
+            raise CorruptChunkError(f"a chunk of codec {codec.rstrip(bytes(1)).decode()}, expected {self.codec.id}")
+        if (tokens, sinks, total) != (stop - start, self._sinks(start, stop), view.nbytes):
+            raise CorruptChunkError(f"a packed chunk of {tokens} tokens in {total} bytes, {sinks} of them kept raw")
+        if size + sum(map(_rounded, sizes)) != total:
+            raise CorruptChunkError("the sections of a packed chunk do not add up to its bytes")
+        flat = torch.frombuffer(view, dtype=torch.uint8)
+        if self.cache.device.type != "cpu":
+            flat = flat.to(self.cache.device, non_blocking=True)
+        starts = itertools.accumulate(map(_rounded, sizes), initial=size)
+        parts = [flat[at : at + length] for at, length in zip(starts, sizes, strict=False)]
+        return sinks, iter(parts)
+
+    def _view(self, plane: Plane, ids: torch.Tensor) -> TokenView:
+        """The tokens of blocks ``ids``; where the engine's blocks are opaque, in plain memory yet to be filled."""
+        if not self.cache.opaque:
+            return TokenView(plane.pages, plane.slots(ids), plane.pages.layers[0][:0])
+        tokens = len(ids) * plane.block_tokens
+        pages = plane.pages
+        rows = torch.zeros(pages.num_layers, tokens, pages.heads, pages.content, dtype=pages.dtype)
+        slots = torch.where(ids.repeat_interleave(plane.block_tokens) < 0, -1, torch.arange(tokens))
+        return TokenView(PagedLayers([layer[None].transpose(1, 2) for layer in rows]), slots, rows)
+
+    def _read(self, plane: Plane, ids: torch.Tensor) -> TokenView:
+        view = self._view(plane, ids)
+        if self.cache.opaque:
+            blocks = torch.zeros(plane.pages.num_layers, len(ids), plane.pages.page_bytes, dtype=torch.uint8)
+            gather_pages(plane.pages, ids, blocks)
+            if self._is_plain(plane):
+                view.rows.copy_(blocks.view(plane.pages.dtype).view(view.rows.shape))
+            else:
+                unpack_cpu_blocks(self._split(plane, blocks), plane.sides[0].width, self._isa, view.rows)
+        return view
+
+    def _write_back(self, plane: Plane, view: TokenView, ids: torch.Tensor) -> None:
+        if not self.cache.opaque:
+            return
+        blocks = torch.empty(plane.pages.num_layers, len(ids), plane.pages.page_bytes, dtype=torch.uint8)
+        if self._is_plain(plane):
+            blocks.view(plane.pages.dtype).view(view.rows.shape).copy_(view.rows)
+        else:
+            pack_cpu_blocks(view.rows, plane.sides[0].width, self._isa, self._split(plane, blocks))
+        scatter_pages(plane.pages, ids, blocks)
+
+    def _split(self, plane: Plane, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks as the attention sees them: vLLM may have split each into smaller ones."""
+        return blocks.view(len(blocks), blocks.shape[1] * (plane.block_tokens // plane.kernel_tokens), -1)
+
+    @property
+    def _isa(self) -> str:
+        return self.cache.cpu_isa or ""
+
+    @staticmethod
+    def _is_plain(plane: Plane) -> bool:
+        return len(plane.sides) == 1
+
+    def _sinks(self, start: int, stop: int) -> int:
+        return min(self.codec.sink_tokens, stop) if start == 0 else 0
+
+    def _sink_shape(self, plane: Plane, sinks: int) -> tuple[int, int, int, int]:
+        return plane.pages.num_layers, sinks, plane.pages.heads, plane.pages.content
+
+    def _sink_bytes(self, plane: Plane, sinks: int) -> int:
+        return plane.pages.num_layers * sinks * plane.pages.token_bytes
+
+    def _num_sections(self) -> int:
+        return sum(1 + len(bound.max_bytes(8)) for bound in self._planes)
+
+    def _header_bytes(self) -> int:
+        return _rounded(_FIXED + 8 * self._num_sections())
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
