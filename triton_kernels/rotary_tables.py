@@ -231,7 +231,7 @@ class _Rope:
             raise KernelArgumentError("a rope of type dynamic needs max_positions")
         factor, dim = self.number("factor"), self.dim
         stretch = factor * max(length or 0, self.max_positions) / self.max_positions - (factor - 1)
-        return self.theta * stretch ** (dim / (dim - 2))
+        return float(self.theta * stretch ** (dim / (dim - 2)))
 
 
 def _number(values: Mapping[str, object], key: str, default: float | None = None) -> float:

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmcache.connector.cpu_isa import cpu_isa
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.errors import ConfigError, UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
+from lmcache.kernels.codecs import RAW
+from lmcache.kernels.cpu_blocks import ISAS
+from lmcache.kernels.sides import Side
 from lmcache.keys import KVFormat
 
 if TYPE_CHECKING:
@@ -65,8 +69,13 @@ def check_supported(vllm_config: VllmConfig) -> None:
             raise UnsupportedLayoutError(f"{name} > 1 spreads a token's KV over ranks: not supported, set it to 1")
 
 
-def paged_cache(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]) -> PagedCache:
-    """The planes of vLLM's registered KV tensors, one page a block of vLLM's block table."""
+def paged_cache(
+    kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor], vllm_config: VllmConfig | None = None
+) -> PagedCache:
+    """The planes of vLLM's registered KV tensors, one page a block of vLLM's block table.
+
+    vllm_config: says which heads of the model these are, and how its CPU attention orders a block; codecs need both.
+    """
     planes = []
     for index, specs in enumerate(layer_specs(kv_cache_config)):
         alike: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
@@ -88,9 +97,44 @@ def paged_cache(kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Te
             if pages[0].shape[1] > 1 and pages[0].stride(2) > pages[0].stride(1):
                 kind += "/token_major"  # heads of a token lie together; only matters where pages move verbatim
             window = getattr(spec, "sliding_window", None) or 0
-            planes.append(Plane(index, names, PagedLayers(pages), kind, window))
+            sides, first = _sides(spec, pages[0]), _first_head(vllm_config)
+            planes.append(
+                Plane(index, names, PagedLayers(pages), kind, window, sides, first, kernel_tokens=kernel_tokens)
+            )
     on_cpu = bool(planes) and planes[0].pages.device.type == "cpu"
-    return PagedCache(planes, opaque=on_cpu)
+    isas = {_isa(vllm_config, plane) for plane in planes if len(plane.sides) == 2} if on_cpu else set()
+    return PagedCache(planes, opaque=on_cpu, cpu_isa=isas.pop() if len(isas) == 1 else None)
+
+
+def _sides(spec: Any, pages: torch.Tensor) -> tuple[Side, ...]:
+    """Where keys and values lie in a head's content; () where that is not known."""
+    heads, content = pages.shape[1], pages.shape[3]
+    if KINDS[type(spec).__name__] == "mla_attention":
+        return (Side("value", 0, content, heads),)  # one latent, quantised token by token
+    width = getattr(spec, "head_size", 0)
+    if not 0 < width < content:
+        return ()
+    return Side("key", 0, width, heads), Side("value", width, content - width, heads)
+
+
+def _first_head(vllm_config: VllmConfig | None) -> int:
+    """Which of the model's KV heads is this rank's first; ranks share heads where there are more ranks than heads."""
+    if vllm_config is None or vllm_config.parallel_config.tensor_parallel_size == 1:
+        return 0
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    return _ranks(vllm_config.parallel_config)[0] * total // vllm_config.parallel_config.tensor_parallel_size
+
+
+def _isa(vllm_config: VllmConfig | None, plane: Plane) -> str | None:
+    """How vLLM's CPU attention orders this plane's blocks; None where that is not known."""
+    if vllm_config is None or plane.sides[0].width != plane.sides[1].width:
+        return None
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    try:
+        isa = cpu_isa(model.dtype, plane.kernel_tokens, plane.sides[0].width, str(cache.cache_dtype))
+    except UnsupportedLayoutError:
+        return None
+    return isa if isa in ISAS else None
 
 
 def _one_page_a_block(name: str, tensor: torch.Tensor, num_blocks: int, spec: Any) -> torch.Tensor:
@@ -117,7 +161,13 @@ def _one_page_a_block(name: str, tensor: torch.Tensor, num_blocks: int, spec: An
 
 
 def kv_format(
-    vllm_config: VllmConfig, cache: PagedCache, *, model_id: str | None, chunk_tokens: int, vllm_version: str
+    vllm_config: VllmConfig,
+    cache: PagedCache,
+    *,
+    model_id: str | None,
+    chunk_tokens: int,
+    vllm_version: str,
+    codec: str = RAW,
 ) -> KVFormat:
     """Everything about this engine that changes the bytes of a chunk."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -137,6 +187,7 @@ def kv_format(
         tp_size=parallel.tensor_parallel_size,
         pp_rank=pp_rank,
         pp_size=parallel.pipeline_parallel_size,
+        codec=codec,
         extras=(
             ("compute_dtype", str(model.dtype)),
             ("hf_config", hf_config),

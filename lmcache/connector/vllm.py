@@ -26,8 +26,10 @@ from lmcache.connector.lookup import LookupClient, socket_path
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.worker import WorkerHalf, describe, registered
+from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
 from lmcache.errors import UnsupportedLayoutError
+from lmcache.kernels.codecs import RAW
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +88,8 @@ def make_worker(
     """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely."""
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
-    cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches))
+    codec = codec_of(config)
+    cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches), vllm_config)
     chunk_tokens = chunk_size(config.chunk_tokens, cache.unit)
     if config.chunk_tokens and chunk_tokens != config.chunk_tokens:
         logger.warning(
@@ -100,7 +103,12 @@ def make_worker(
             f"pages of {cache.unit} tokens for vLLM blocks of {vllm_format.block_unit(kv_cache_config)}"
         )
     format = vllm_format.kv_format(
-        vllm_config, cache, model_id=config.model_id, chunk_tokens=chunk_tokens, vllm_version=vllm.__version__
+        vllm_config,
+        cache,
+        model_id=config.model_id,
+        chunk_tokens=chunk_tokens,
+        vllm_version=vllm.__version__,
+        codec=codec.id if codec else RAW,
     )
     parallel = vllm_config.parallel_config
     rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)

@@ -127,7 +127,7 @@ def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str]) -> s
     """One line for the log at start."""
     return (
         f"lmcache: {len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
-        f"{format.chunk_tokens} tokens, format {format.fingerprint().hex()[:12]}, memory "
+        f"{format.chunk_tokens} tokens, codec {format.codec}, format {format.fingerprint().hex()[:12]}, memory "
         f"{config.memory.capacity.human_readable()}, tiers: {', '.join(tiers) or 'none'}"
     )
 
