@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments import plots
 from experiments.config import ROOT, ExperimentConfig
 from experiments.kv_model import KV, KVModel, Sample
-from experiments.kv_profile import profile_path
+from experiments.kv_profile import with_profile
 from experiments.model import smollm2
 from experiments.report import Outcome, Results
 from lmcache.config import Config as Model
@@ -86,12 +86,8 @@ def run(config: Config, results: Results) -> Outcome:
 
 def build(options: dict[str, Any], config: Config) -> Codec | None:
     """The codec; ``profile: fit:2.4`` is the one that experiments.kv_profile fits on the first documents."""
-    options = dict(options)
-    if options.get("profile", "").startswith("fit:"):
-        bits = float(options["profile"].removeprefix("fit:"))
-        options["profile"] = str(profile_path(options["type"], bits, config.engine.threads))
     try:
-        return build_codec(options)
+        return build_codec(with_profile(options, config.engine.threads))
     except KernelArgumentError as error:
         raise ConfigError(f"codecs: {error}") from error
 

@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments.config import ROOT
 from experiments.model import cache_dir, smollm2
@@ -39,6 +40,14 @@ def profile_path(kind: str, bits: float, threads: int = 1) -> Path:
         if not paths[bits].exists():
             fit_smollm2(kind, paths, threads)
     return paths[bits]
+
+
+def with_profile(options: dict[str, Any], threads: int = 1) -> dict[str, Any]:
+    """Codec options, ``profile: fit:2.4`` replaced by the file of the profile for 2.4 bits."""
+    given = str(options.get("profile", ""))
+    if not given.startswith("fit:"):
+        return options
+    return {**options, "profile": str(profile_path(options["type"], float(given.removeprefix("fit:")), threads))}
 
 
 def fit_smollm2(kind: str, paths: Mapping[float, Path], threads: int) -> None:

@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "quickstart": "experiments.quickstart",
     "ttft": "experiments.ttft_bench",
     "codec_quality": "experiments.codec_quality",
+    "codec_answers": "experiments.codec_answers",
 }
 
 

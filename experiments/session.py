@@ -28,9 +28,12 @@ class Session:
         self.bar = tqdm(total=requests, unit="request", file=sys.stderr, dynamic_ncols=True)
         self.began = time.monotonic()
 
-    def engine(self, name: str, cached: bool) -> Engine:
-        """Start a new vLLM, with the cache or without; its log is ``log/<number>-<name>.txt``."""
-        config = self.config
+    def engine(self, name: str, cached: bool, options: dict[str, Any] | None = None) -> Engine:
+        """Start a new vLLM, with the cache or without; its log is ``log/<number>-<name>.txt``.
+
+        options: of LMCache, on top of the configuration's.
+        """
+        config = self.config.model_copy(update={"cache": {**(self.config.cache or {}), **(options or {})}})
         job = Job(
             model=self.model,
             engine=config.engine.model_dump(mode="json"),

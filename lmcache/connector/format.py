@@ -122,7 +122,7 @@ def _first_head(vllm_config: VllmConfig | None) -> int:
     if vllm_config is None or vllm_config.parallel_config.tensor_parallel_size == 1:
         return 0
     total = vllm_config.model_config.get_total_num_kv_heads()
-    return _ranks(vllm_config.parallel_config)[0] * total // vllm_config.parallel_config.tensor_parallel_size
+    return int(_ranks(vllm_config.parallel_config)[0] * total // vllm_config.parallel_config.tensor_parallel_size)
 
 
 def _isa(vllm_config: VllmConfig | None, plane: Plane) -> str | None:
