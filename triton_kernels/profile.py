@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Profile:
     def load(cls, path: Path) -> Profile:
         """Raises KernelArgumentError for a file that is not there or is no profile."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             kind = str(arrays.pop("kind"))
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -88,7 +89,7 @@ class Profile:
                 Transform(**{n.split(".")[1]: t for n, t in tensors.items() if n.startswith(f"{s}.")}) for s in _SIDES
             ]
             profile = cls(kind, sides[0], sides[1], tensors["freqs"], tensors["tables"], tensors["anchor_tables"])
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise KernelArgumentError(
                 f"{path} is no codec profile: {error}; make one with experiments.kv_profile"
             ) from error
