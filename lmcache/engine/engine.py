@@ -184,8 +184,7 @@ class CacheEngine:
         try:
             return self._scatter(lookup, buffers, block_ids, start, stop)
         finally:
-            for buffer in buffers:
-                buffer.release()
+            self._give_back(buffers)
 
     def _scatter(
         self,
@@ -241,8 +240,7 @@ class CacheEngine:
                 self._store_raw(tables, spans, stored)
             self._mover.synchronize()
         except BaseException:
-            for _, taken in stored:
-                taken.release()
+            self._give_back([taken for _, taken in stored])
             raise
         for span, taken in stored:
             self.storage.put(span.key, taken)
@@ -273,6 +271,14 @@ class CacheEngine:
                     return
                 stored.append((span, buffer))
                 mover.write(chunk, buffer)
+
+    def _give_back(self, buffers: Sequence[PoolBuffer]) -> None:
+        """Release buffers that copies may still be under way to or from, when these have ended."""
+        try:
+            self._mover.synchronize()
+        finally:
+            for buffer in buffers:
+                buffer.release()
 
     def _allocate(self, span: Span, nbytes: int) -> PoolBuffer | None:
         buffer = self.storage.allocate(nbytes)

@@ -217,3 +217,40 @@ def test_opaque_blocks_of_an_unknown_order_are_refused() -> None:
     config = lmcache.load_config(overrides={"codec": "int8"})
     with pytest.raises(ConfigError, match="order of this processor's KV blocks"):
         CacheEngine.open(config, "m", PagedCache.from_layers(random_layers(), opaque=True))
+
+
+@pytest.mark.parametrize("codec", ["int8", "raw"])
+def test_buffers_are_kept_until_their_copies_have_ended(
+    open_engine: Open, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU may still be writing to them, or reading them, when something else fails."""
+    engine = open_engine(random_layers(), codec)
+    mover: Any = engine._packed or engine._mover
+    used: list[int] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    def synchronize() -> None:
+        used.append(engine.storage.pool.used_bytes)
+
+    monkeypatch.setattr(engine._mover, "synchronize", synchronize)
+    kept = mover.write if engine._packed else mover.gather
+    name, calls = kept.__name__, []
+
+    def second_fails(*given: Any) -> None:
+        calls.append(given)
+        (fail if len(calls) == 2 else kept)(*given)
+
+    monkeypatch.setattr(mover, name, second_fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.store(TOKENS, [IDS])
+    assert used[0] > 0
+    assert engine.storage.pool.used_bytes == 0
+    monkeypatch.setattr(mover, name, kept)
+    engine.store(TOKENS, [IDS])
+    monkeypatch.setattr(mover, "scatter", fail)
+    used.clear()
+    with engine.lookup(TOKENS) as lookup, pytest.raises(RuntimeError, match="out of memory"):
+        engine.retrieve(lookup, [OTHER])
+    assert used, "the copies of the chunks before were not waited for"
