@@ -236,7 +236,8 @@ def _decode_streams(
     table = tl.load(table_of + stream * P, mask=live, other=0)
     length = tl.load(lengths + stream, mask=live, other=0).to(tl.int64)
     start = tl.load(ends + stream, mask=live, other=0) - length
-    limit = tl.minimum(length, num_words - start).to(tl.int32)  # lengths may lie; negative beyond the words
+    # Lengths may lie, by more than 32 bits hold.
+    limit = tl.maximum(tl.minimum(length, num_words - start), 0).to(tl.int32)
     source = words + start
     state = tl.load(source, mask=limit > 0, other=0).to(tl.uint32) << 16
     state |= tl.load(source + 1, mask=limit > 1, other=0).to(tl.uint32)

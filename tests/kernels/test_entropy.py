@@ -312,6 +312,22 @@ def test_kernels_touch_only_what_they_are_given(layout: str) -> None:
                 assert not bool(rans_decode(garbage, lengths, tables, table_of, out).any())
 
 
+@pytest.mark.interpret
+def test_lengths_that_lie_by_more_than_32_bits_reach_nothing() -> None:
+    from sanitizer import sanitized
+
+    tables = FrequencyTables(torch.full((1, 16), 256))
+    lengths, ends = torch.full((2,), 65535, dtype=torch.uint16), torch.tensor([2**31 + 2**30, 2**32 + 2**30])
+    table_of, out = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(1, 2, 9, dtype=torch.uint8)
+    intact = torch.ones(2, dtype=torch.uint8)
+    arguments = (torch.zeros(8, dtype=torch.uint16), lengths, ends, tables.decode_entries, table_of, out, intact)
+    with sanitized():
+        entropy._decode_streams.launch(
+            (1,), out.device, *arguments, 8, 2, 9, 2, *out.stride(), P=1, WIDE=False, BLOCK_S=32
+        )
+    assert intact.tolist() == [0, 0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_many_large_streams(interleaved: bool) -> None:
