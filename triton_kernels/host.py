@@ -83,8 +83,7 @@ class HostTransfer:
         self._buffer_bytes = staging_bytes // 2 // 256 * 256
         self._lock = threading.Lock()
         self._turn = 0
-        self._to_join = False  # the link writes to host memory and no stream has waited for it
-        self._host_written = False  # a direct copy does, and the link has not waited for it
+        self._writes: dict[Any, Any] = {}  # each stream that has written to host memory: an event behind its last write
         self._buffers: list[_Staging] = []
         if runs_kernel(self.device):
             # torch.cpu has streams and events too; they do nothing.
@@ -130,9 +129,8 @@ class HostTransfer:
     def join(self) -> None:
         """Make the current stream wait for every copy_to_host so far; the caller's thread waits for nothing."""
         with self._lock:
-            if self._to_join:
-                self._streams.current_stream(self.device).wait_stream(self._link)
-                self._to_join = False
+            if self._writes:
+                self._await_writes(self._streams.current_stream(self.device))
 
     def calibrate(self) -> None:
         """Measure both ways and set `direct_bytes`. For the start of a process: takes some 20 ms and waits for them.
@@ -189,10 +187,11 @@ class HostTransfer:
         *,
         scatter: bool,
     ) -> None:
-        if self._to_join:  # the link may still write what this reads, or write over what this writes
-            self._streams.current_stream(self.device).wait_stream(self._link)
-        self._host_written |= not scatter
+        current = self._streams.current_stream(self.device)
+        self._await_writes(current)  # the link may still write what this reads, or write over what this writes
         self._move(pages, units, ids, rows, address, first_layer, scatter=scatter, programs=self.programs)
+        if not scatter:
+            self._wrote(current)
 
     def _stage(self, pages: PagedLayers, units: Units, ids: torch.Tensor, rows: torch.Tensor, first_layer: int) -> None:
         current = self._streams.current_stream(self.device)
@@ -208,15 +207,13 @@ class HostTransfer:
             with self._streams.stream(self._link):
                 self._dma(there, here)
             buffer.free.record(self._link)
-        self._to_join = True
+            self._wrote(self._link)
 
     def _unstage(
         self, pages: PagedLayers, units: Units, ids: torch.Tensor, rows: torch.Tensor, first_layer: int
     ) -> None:
         current = self._streams.current_stream(self.device)
-        if self._host_written:  # a direct copy may still write what is read here
-            self._link.wait_stream(current)
-            self._host_written = False
+        self._await_writes(self._link)  # a direct copy may still write what is read here
         for layers, part in self._pieces(rows):
             there = rows[layers, part]
             buffer, here = self._next_buffer(there, current)
@@ -229,6 +226,18 @@ class HostTransfer:
                 pages, units, ids[part], here, here.data_ptr(), first_layer + layers.start, scatter=True, programs=None
             )
             buffer.free.record(current)
+
+    def _wrote(self, stream: Any) -> None:
+        """`stream` has just been given a write to host memory."""
+        if stream not in self._writes:
+            self._writes[stream] = self._streams.Event()
+        self._writes[stream].record(stream)
+
+    def _await_writes(self, stream: Any) -> None:
+        """Make `stream` wait for the writes of all others. Whoever waits takes nothing from those who wait later."""
+        for writer, written in self._writes.items():
+            if writer != stream:
+                written.wait(stream)
 
     def _pieces(self, rows: torch.Tensor) -> Iterator[tuple[slice, slice]]:
         """(layers, ids) of pieces that fit a staging buffer: whole layers, or parts of one layer."""
@@ -251,7 +260,10 @@ class HostTransfer:
         buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8, device=self.device)
         if self.device.type != "cpu":
             buffer.record_stream(self._link)
-        return _Staging(buffer, self._streams.Event(), self._streams.Event())
+        staging = _Staging(buffer, self._streams.Event(), self._streams.Event())
+        # The allocator hands out memory that kernels of this stream may still use.
+        staging.free.record(self._streams.current_stream(self.device))
+        return staging
 
     def _move(
         self,

@@ -364,18 +364,79 @@ def break_waits(transfer: HostTransfer, streams: FakeStreams, forget: str) -> No
             nothing_for(buffer.free, lambda stream: (stream is link) == (forget == "free before DMA"))
         elif forget.startswith("filled"):
             nothing_for(buffer.filled, lambda stream: (stream is link) == (forget == "filled before DMA"))
+    await_writes, copy_directly = transfer._await_writes, transfer._copy_directly
     if forget == "link before direct":
-        join = transfer.join
 
-        def unjoined() -> None:
-            streams.on.wait_stream = _Stream.wait_stream.__get__(streams.on)  # type: ignore[method-assign]
-            join()
-            streams.on.wait_stream = lambda _other: None  # type: ignore[method-assign]
+        def unordered(*args: Any, **options: Any) -> None:
+            transfer._await_writes = lambda _stream: None  # type: ignore[method-assign]
+            copy_directly(*args, **options)
+            transfer._await_writes = await_writes  # type: ignore[method-assign]
 
-        streams.on.wait_stream = lambda _other: None  # type: ignore[method-assign]
-        transfer.join = unjoined  # type: ignore[method-assign]
+        transfer._copy_directly = unordered  # type: ignore[method-assign]
     if forget == "direct before link":
-        link.wait_stream = lambda _other: None
+        transfer._await_writes = lambda stream: None if stream is link else await_writes(stream)  # type: ignore
+
+
+def two_streams_at_work(
+    transfer: HostTransfer, streams: FakeStreams, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each copies pages of its own to host memory and on from there, then joins and looks; (found, wanted)."""
+    layout, rng = Layout("LBHNC", Shape(B=32), BF16), random.Random(seed)
+    callers = [streams.on, streams.Stream()]
+    source, target = paged(layout, random_bytes(layout.nbytes)), paged(layout, torch.zeros(layout.nbytes).byte())
+    found, wanted, chunks = [], [], []
+    for i in range(24):
+        streams.on = rng.choice(callers)
+        ids = torch.arange(5 * i, 5 * i + 5)
+        chunk, back = torch.full((2, 2, 5, source.token_bytes), 0xFF, dtype=torch.uint8)
+        transfer.direct_bytes = {way: rng.choice([DIRECT, STAGED]) for way in transfer.direct_bytes}
+        transfer.copy_to_host(source, ids, chunk)
+        if rng.random() < 0.5:
+            streams.on = streams.on if rng.random() < 0.5 else rng.choice(callers)
+            transfer.join()  # whoever joins here sees the copy of the other, too
+        else:
+            transfer.copy_from_host(target, ids, chunk)
+            transfer.copy_to_host(target, ids, back)
+            chunk = back
+            transfer.join()
+        chunks.append(chunk)
+        seen = torch.zeros_like(chunk)
+        streams.queue(streams.on, "call", lambda seen=seen, chunk=chunk: seen.copy_(chunk))
+        want = torch.zeros_like(chunk)
+        pages.gather_tokens_torch(source, ids, want)
+        found.append(seen)
+        wanted.append(want)
+    return found, wanted
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_several_streams_do_not_take_each_others_waits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = FakeStreams()
+    transfer = on_fake_streams(monkeypatch, streams, staging_bytes=4096)
+    found, wanted = two_streams_at_work(transfer, streams, seed)
+    streams.run(random.Random(seed))
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@BOTH
+def test_staging_waits_for_whoever_had_its_memory_before(
+    to_host: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams, layout = FakeStreams(), Layout("LBHNC", Shape(), BF16)
+    made: list[HostTransfer] = []
+    # A kernel that was queued before, and still writes to memory that has been freed since.
+    streams.queue(streams.on, "call", lambda: [buffer.bytes.fill_(7) for buffer in made[0]._buffers])
+    made.append(transfer := on_fake_streams(monkeypatch, streams, staging_bytes=4096, direct_bytes=STAGED))
+    streams.on = streams.Stream()
+    plane = paged(layout, random_bytes(layout.nbytes))
+    chunk, ids = random_bytes(2 * 5 * plane.token_bytes, seed=1).view(2, 5, -1), torch.arange(5)
+    (transfer.copy_to_host if to_host else transfer.copy_from_host)(plane, ids, chunk)
+    streams.run(random.Random(seed))
+    want = torch.zeros_like(chunk)
+    pages.gather_tokens_torch(plane, ids, want)
+    assert torch.equal(chunk, want)
 
 
 def test_the_alignment_promised_to_the_compiler_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
