@@ -139,7 +139,8 @@ class HostTransfer:
         """
         if self.device.type != "cuda" or torch.version.hip is not None:
             return
-        measured = compare(self)
+        with _on(self.device):  # where events are recorded and memory is pinned
+            measured = compare(self)
         self.direct_bytes = {way: crossover(times) for way, times in measured.items()}
         logger.info(
             "host transfers of at most %s bytes are direct on %s; measured (bytes, direct us, staged us): %s",

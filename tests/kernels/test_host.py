@@ -525,6 +525,31 @@ def test_a_cpu_needs_no_calibration() -> None:
     assert transfer.direct_bytes == before
 
 
+def test_calibration_measures_on_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], str(device)
+        yield
+        current[0] = before
+
+    measured_on: list[str] = []
+
+    def compare(_transfer: HostTransfer) -> dict[str, list[tuple[int, float, float]]]:
+        measured_on.append(current[0])
+        return {"to_host": [(1, 2.0, 3.0)], "from_host": []}
+
+    transfer = HostTransfer(torch.device("cpu"))
+    transfer.device = torch.device("cuda:1")
+    monkeypatch.setattr(host, "_on", on)
+    monkeypatch.setattr(host, "compare", compare)
+    monkeypatch.setattr(torch.version, "hip", None)
+    transfer.calibrate()
+    assert measured_on == ["cuda:1"]
+    assert transfer.direct_bytes == {"to_host": 1, "from_host": 0}
+
+
 @pytest.mark.gpu
 def test_calibration_measures_both_ways(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     transfer = HostTransfer(device)
