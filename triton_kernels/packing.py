@@ -203,7 +203,7 @@ def _pack_tile(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Program (i, h, j) packs tokens i * 8 * BLOCK_R .. of head h of layer first_layer + j."""
-    i, h, j = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, h, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     r = i * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     c = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     rows = (num_tokens + 7) // 8
@@ -276,12 +276,12 @@ def _pack_tile(
             y = tl.minimum(tl.maximum((x - zeros) * inverse + 0.5, 0.0), levels)
             code = tl.where(live, y.to(tl.int32), 0)
         if BITS == 8:
-            at_codes = base + (h.to(tl.int64) * rows * 8 + token)[:, None] * D + c[None, :]
+            at_codes = base + (h * rows * 8 + token)[:, None] * D + c[None, :]
             tl.store(at_codes, code.to(tl.uint8), mask=wanted)
         else:
             word |= code << (BITS * k)
     if BITS != 8:
-        at_words = (h.to(tl.int64) * rows + r)[:, None] * D + c[None, :]
+        at_words = (h * rows + r)[:, None] * D + c[None, :]
         if BITS == 4:
             tl.store(base.to(tl.pointer_type(tl.int32)) + at_words, word, mask=wanted)
         else:
@@ -319,7 +319,7 @@ def _unpack_tile(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Program (i, h, j) unpacks tokens i * 8 * BLOCK_R .. of head h of layer first_layer + j."""
-    i, h, j = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, h, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     r = i * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     c = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     rows = (num_tokens + 7) // 8
@@ -330,7 +330,7 @@ def _unpack_tile(
     inside = c[None, :] < D
     wanted = (r[:, None] < rows) & inside
 
-    at_words = (h.to(tl.int64) * rows + r)[:, None] * D + c[None, :]  # [BLOCK_R, BLOCK_D]
+    at_words = (h * rows + r)[:, None] * D + c[None, :]  # [BLOCK_R, BLOCK_D]
     if BITS == 4:
         word = tl.load(base.to(tl.pointer_type(tl.int32)) + at_words, mask=wanted, other=0)
     elif BITS != 8:
@@ -354,7 +354,7 @@ def _unpack_tile(
             if not FP8:
                 zeros = tl.load(scales + HEADS * num_scales + at, mask=r < rows, other=0).to(tl.float32)[:, None]
         if BITS == 8:
-            at_codes = base + (h.to(tl.int64) * rows * 8 + token)[:, None] * D + c[None, :]
+            at_codes = base + (h * rows * 8 + token)[:, None] * D + c[None, :]
             code = tl.load(at_codes, mask=wanted, other=0).to(tl.int32)
         else:
             code = (word >> (BITS * k)) & levels

@@ -94,7 +94,8 @@ def _pack_symbols(
     """
     i, h, j = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_D)  # [BLOCK_D], as all parameters
-    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(sample.dtype.element_ty)) + h * head_stride
+    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(sample.dtype.element_ty))
+    layer += h.to(tl.int64) * head_stride
     head = j * HEADS + h
     inside = c < D
     ratio = 1.0 / (tl.load(bounds + head * D + c, mask=inside, other=1) + 0.499)
@@ -200,7 +201,8 @@ def _unpack_symbols(
     """Program (i, h, j) writes a run of tokens of head h of layer first_layer + j."""
     i, h, j = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.arange(0, BLOCK_D)  # [BLOCK_D], as all parameters
-    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(sample.dtype.element_ty)) + h * head_stride
+    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(sample.dtype.element_ty))
+    layer += h.to(tl.int64) * head_stride
     head = j * HEADS + h
     inside = c < D
     middle = tl.load(mean + head * D + c, mask=inside, other=0)

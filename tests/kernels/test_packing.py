@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ QUANTISERS = {
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 RED = 64
+MAP_NORESERVE = 0x4000  # Linux's, which Python 3.11 does not name
 # Relative size of one unit in the last place.
 ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
 
@@ -258,3 +261,20 @@ def test_wrong_arguments_are_explained(device: torch.device) -> None:
 def test_a_rotation_is_orthonormal(width: int) -> None:
     matrix = rotation(width, 3, torch.device("cpu")).double()
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["int4_channel", "rotated2"])
+def test_heads_may_lie_gigabytes_apart(name: str) -> None:
+    step, quantiser = 2**30, QUANTISERS[name]
+    # 8 GiB of which a few KiB are touched. The layer starts in the middle, so that no overflow can leave it.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 9 << 30, flags=flags), dtype=torch.float16)
+    layer = memory.as_strided((1, 3, 16, 16), (16 * 16, step, 16, 1), 2 * step)
+    layer.copy_(torch.randn(1, 3, 16, 16))
+    true, pages = layer.clone(), PagedLayers([layer])
+    packed = torch.zeros(1, SideLayout(quantiser, 16, 3, 16).nbytes, dtype=torch.uint8)
+    pack_pages(pages, torch.arange(16), quantiser, packed)
+    layer.zero_()
+    unpack_pages(pages, torch.arange(16), quantiser, packed)
+    assert float((layer - true).float().norm() / true.float().norm()) < 0.5
