@@ -112,8 +112,14 @@ def unpack_pages_torch(
     x = codes.view(torch.float8_e4m3fn).float() * parts[0] if quantiser.fp8 else parts[1] + codes.float() * parts[0]
     if quantiser.rotate:
         x = x @ rotation(pages.content, quantiser.seed, pages.device).T
-    rows = x.transpose(1, 2)[:, : len(slots)].to(pages.dtype).contiguous()
+    rows = to_pages_torch(x.transpose(1, 2)[:, : len(slots)], pages.dtype).contiguous()
     scatter_tokens(pages, slots, rows, first_layer)
+
+
+def to_pages_torch(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` rounded to the dtype of the pages. Half a step beyond the largest fp16 must not become infinity."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _pad_to_words(x: torch.Tensor) -> torch.Tensor:
@@ -196,7 +202,7 @@ def _pack_tile(
     FP8: tl.constexpr,
     CHANNEL: tl.constexpr,
     ROTATE: tl.constexpr,
-    ALIGN: tl.constexpr,  # elements that divide the start of every token's row
+    ALIGN: tl.constexpr,  # bytes that divide the address of every token's row
     FACTOR: tl.constexpr,
     UNROLL: tl.constexpr,  # of the eight tokens of a word
     BLOCK_R: tl.constexpr,  # words of eight tokens a program; a group of tokens where CHANNEL
@@ -361,11 +367,20 @@ def _unpack_tile(
         x = _from_e4m3(code) * step if FP8 else zeros + code.to(tl.float32) * step
         if ROTATE:
             # Rounding to the pages' dtype before the rotation, not only behind it, costs a fraction of a step.
-            x = tl.where(inside, x, 0.0).to(sample.dtype.element_ty)
-            x = tl.dot(x, weights, input_precision="tf32") * FACTOR
+            x = to_pages(tl.where(inside, x * FACTOR, 0.0), sample.dtype.element_ty)
+            x = tl.dot(x, weights, input_precision="tf32")
         start = slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
         row = tl.multiple_of(layer + start, ALIGN)
-        tl.store(row[:, None] + c[None, :], x.to(sample.dtype.element_ty), mask=(slot >= 0)[:, None] & inside)
+        x = to_pages(x, sample.dtype.element_ty)
+        tl.store(row[:, None] + c[None, :], x, mask=(slot >= 0)[:, None] & inside)
+
+
+@device_function
+def to_pages(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """fp32 rounded to the dtype of the pages. Half a step beyond the largest fp16 must not become infinity."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
 
 
 @device_function

@@ -26,6 +26,7 @@ import torch
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.launch import LazyKernel, runs_kernel
 from lmcache.kernels.layers import PagedLayers
+from lmcache.kernels.packing import to_pages_torch
 from lmcache.kernels.pages import check_ids, gather_tokens, scatter_tokens
 from lmcache.kernels.quantiser import FLOATS
 from lmcache.kernels.transform_kernel import _pack_symbols, _unpack_symbols
@@ -150,7 +151,7 @@ def unpack_symbols_torch(
     else:
         x = y * transform.fine[:, :, None] + _anchors_torch(transform, symbols, y.shape[2])
     x = x + transform.mean[:, :, None]
-    scatter_tokens(pages, slots, x.transpose(1, 2).to(pages.dtype).contiguous(), first_layer)
+    scatter_tokens(pages, slots, to_pages_torch(x.transpose(1, 2), pages.dtype).contiguous(), first_layer)
 
 
 def _anchors_torch(transform: Transform, symbols: Symbols, tokens: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmcache.kernels.launch import device_function, lazy_jit
+from lmcache.kernels.packing import to_pages
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -219,7 +220,7 @@ def _unpack_symbols(
         predicted = middle + _dequantise(tl.load(anchors + group * D + c, mask=inside, other=128)) * step
         width = tl.load(fine + head * D + c, mask=inside, other=1)
         x = y * scale[:, None] * width[None, :] + predicted[None, :]
-        tl.store(a[:, None] + c[None, :], x.to(sample.dtype.element_ty), mask=wanted)
+        tl.store(a[:, None] + c[None, :], to_pages(x, sample.dtype.element_ty), mask=wanted)
     else:
         token = 2 * i * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         a, live_a = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
@@ -239,8 +240,8 @@ def _unpack_symbols(
             y = tl.load(codes + at_b[:, None] * D + k[None, :], mask=live_b[:, None] & within, other=128)
             x_b = tl.dot(_dequantise(y), weights, x_b, input_precision="tf32")
         scale = _power(tl.load(exponents + at_a, mask=live_a, other=0).to(tl.int32))  # [BLOCK_T]
-        x_a = (x_a * scale[:, None] + middle[None, :]).to(sample.dtype.element_ty)
+        x_a = to_pages(x_a * scale[:, None] + middle[None, :], sample.dtype.element_ty)
         tl.store(a[:, None] + c[None, :], x_a, mask=live_a[:, None] & inside[None, :])
         scale = _power(tl.load(exponents + at_b, mask=live_b, other=0).to(tl.int32))
-        x_b = (x_b * scale[:, None] + middle[None, :]).to(sample.dtype.element_ty)
+        x_b = to_pages(x_b * scale[:, None] + middle[None, :], sample.dtype.element_ty)
         tl.store(b[:, None] + c[None, :], x_b, mask=live_b[:, None] & inside[None, :])

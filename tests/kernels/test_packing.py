@@ -182,6 +182,25 @@ def test_what_cannot_be_packed_is_told(name: str, bad: float, device: torch.devi
     assert not bool(scales_are_finite(packed, layout))
 
 
+@pytest.mark.parametrize("definition", [False, True])
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_the_largest_fp16_comes_back_finite(name: str, definition: bool, device: torch.device) -> None:
+    side, quantiser = Side(torch.float16, device), QUANTISERS[name]
+    for cache in side.caches:
+        cache[:, :, ::3] = 65504.0
+    if quantiser.rotate:  # one coefficient is beyond fp16
+        signs = rotation(side.width, quantiser.seed, torch.device("cpu"))[:, 0].sign()
+        for cache in side.caches:
+            cache[:, :, ::3] = (20000 * signs.repeat(2)).to(torch.float16).to(device)
+            cache[:, :, 1::3] = 0
+    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    _, packed = packed_buffer(layout, 2, device)
+    (pack_pages_torch if definition else pack_pages)(side.pages, side.slots, quantiser, packed)
+    assert bool(scales_are_finite(packed, layout))
+    (unpack_pages_torch if definition else unpack_pages)(side.pages, side.slots, quantiser, packed)
+    assert all(bool(cache.isfinite().all()) for cache in side.caches)
+
+
 def test_a_range_of_layers(device: torch.device) -> None:
     side, quantiser = Side(torch.float16, device), QUANTISERS["int4_channel"]
     layout = SideLayout(quantiser, side.tokens, side.heads, side.width)

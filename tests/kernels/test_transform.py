@@ -307,6 +307,20 @@ def test_the_kernel_makes_the_symbols_of_its_definition(kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_fp16_comes_back_finite(kind: str, device: torch.device) -> None:
+    pages = Pages(torch.float16, device)
+    for cache in pages.caches:
+        cache[:, :, ::2] = 65504.0
+        cache[:, :, 1::4, ::2] = -65504.0
+    transform, symbols = random_transform(kind, pages.heads, pages.width, device), Guarded(pages, kind).symbols
+    assert bool(pack_symbols(pages.side, pages.slots, transform, symbols))
+    for unpack in (unpack_symbols, unpack_symbols_torch):
+        caches, side = pages.poisoned()
+        unpack(side, pages.slots, transform, symbols)
+        assert not any(bool(cache.isinf().any()) for cache in caches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_range_of_layers(kind: str, device: torch.device) -> None:
     pages = Pages(torch.float16, device, tokens=20)
     whole = random_transform(kind, pages.heads, pages.width, device)
