@@ -414,7 +414,13 @@ def _launch(
     else:
         block_r = max(16, _TILE // block_d)  # at least 16 rows for tl.dot
         block_r = min(block_r, 1 << max(4, (layout.rows - 1).bit_length()))
+        if not quantiser.rotate:
+            block_r = min(block_r, max(1, _WIDEST_TILE // block_d))
     if quantiser.rotate:
+        if block_d > _WIDEST_ROTATION:
+            raise KernelArgumentError(
+                f"heads of {layout.width} elements; the kernel can rotate those of at most {_WIDEST_ROTATION}"
+            )
         block_d = max(16, block_d)
         matrix, factor = rotation_signs(layout.width, quantiser.seed, pages.device, pages.dtype)
     else:
@@ -453,6 +459,10 @@ def _launch(
 
 # 1,024 elements a tile: 16 bytes of bf16 a thread of 4 warps, eight such loads a program.
 _TILE = 1024
+# More elements than that, and what a thread holds of the eight tokens is spilled.
+_WIDEST_TILE = 2048
+# A program holds all of the rotation in shared memory.
+_WIDEST_ROTATION = 256
 
 
 def _check(

@@ -136,9 +136,13 @@ def test_the_definition_keeps_that_bound_too(name: str, device: torch.device) ->
     check_round_trip(name, Side(torch.bfloat16, device), device, definition=True)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 32), (63, 2, 24), (129, 1, 80), (16, 2, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"), [(1, 1, 32), (63, 2, 24), (129, 1, 80), (16, 2, 7), (70, 1, 320)]
+)
 @pytest.mark.parametrize("name", QUANTISERS)
 def test_ragged_sizes(name: str, tokens: int, heads: int, width: int, device: torch.device) -> None:
+    if QUANTISERS[name].rotate and width > 256:
+        pytest.skip("the kernel cannot rotate them")
     check_round_trip(name, Side(torch.float32, device, heads, width, tokens), device)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers, packing
 from lmcache.kernels.quantiser import Quantiser, SideLayout
 
@@ -52,3 +53,28 @@ def test_machine_code_keeps_its_budget(target: str, name: str, way: str) -> None
     assert compiled.count(WIDE[way][target.rstrip("0123456789_")]) >= (2 if quantiser.rotate else 8), compiled.opcodes
     if quantiser.rotate:
         assert compiled.count(MATRIX[target]) > 0, compiled.opcodes
+
+
+@pytest.mark.parametrize("way", ["pack", "unpack"])
+@pytest.mark.parametrize("width", [256, 576])
+@pytest.mark.parametrize("name", ["fp8", "int4_token"])
+def test_wide_heads_do_not_spill(name: str, width: int, way: str) -> None:
+    """576: the latent of MLA."""
+    import aot
+
+    quantiser = {**QUANTISERS, "int4_token": Quantiser(4)}[name]
+    recorder = aot.Recorder(getattr(packing, f"_{way}_tile").jitted)
+    pages = PagedLayers([torch.zeros(4, 1, 16, width, dtype=torch.bfloat16)] * 2)
+    layout = SideLayout(quantiser, 64, 1, width)
+    packed = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
+    packing._launch(recorder, pages, torch.arange(64), layout, packed, 0)
+    assert aot.compile_for("sm_90", recorder).local == 0
+
+
+def test_a_rotation_that_no_gpu_has_room_for_is_refused() -> None:
+    """Its matrix would take 2 MiB of shared memory."""
+    quantiser = Quantiser(4, rotate=True)
+    pages, layout = PagedLayers([torch.zeros(4, 1, 16, 576)]), SideLayout(quantiser, 64, 1, 576)
+    packed = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
+    with pytest.raises(KernelArgumentError, match="heads of 576 elements; the kernel can rotate those of at most 256"):
+        packing._launch(packing._pack_tile, pages, torch.arange(64), layout, packed, 0)
