@@ -119,11 +119,12 @@ def sparse_prefill(
     """Attention of the queries of B requests, each over the keys of its request at or before its position; into `out`.
 
     `q`: bf16, fp16 or fp32 `[T_q, H_q, D]`, D contiguous, the requests one after the other: b owns tokens `cu_q[b]` ..
-    `cu_q[b + 1]` (int32 or int64 `[B + 1]`). `q_positions`: int64 `[T_q]`, below 2**31, in any order, fastest where
-    they ascend within a request. H_q is a multiple of H_kv; D and V are at most MAX_SIZE (of MLA: decompress first).
-    `out`: `[T_q, H_q, V]` of q's dtype, V contiguous; allocated if None. `lse`: fp32 `[T_q, H_q]`, natural logarithms,
-    written if given. `scale` is D ** -0.5 if None. `max_kv`: a bound on the keys of one request that is known to the
-    host; only a hint. `num_splits`: over how many programs the keys of a tile are spread; chosen if None.
+    `cu_q[b + 1]` (int32 or int64 `[B + 1]`). `q_positions`: int64 `[T_q]`, below 2**31 - 1, in any order, fastest
+    where they ascend within a request; a negative one sees no key. H_q is a multiple of H_kv; D and V are at most
+    MAX_SIZE (of MLA: decompress first). `out`: `[T_q, H_q, V]` of q's dtype, V contiguous; allocated if None. `lse`:
+    fp32 `[T_q, H_q]`, natural logarithms, written if given. `scale` is D ** -0.5 if None. `max_kv`: a bound on the keys
+    of one request that is known to the host; only a hint. `num_splits`: over how many programs the keys of a tile are
+    spread; chosen if None.
 
     Raises KernelArgumentError for a tensor that does not fit, ConfigError for an unknown provider. Nothing is
     synchronised by "triton"; what cu_q, cu_kv, kv_lens and block_table say is believed, and checked only on a CPU.

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 
 @device_function
+def _places(positions: tl.tensor) -> tl.tensor:
+    """Positions of keys as int32; -1 for hidden ones, and for those beyond all queries."""
+    return tl.where((positions >> 31) == 0, positions.to(tl.int32), -1)
+
+
+@device_function
 def _attend_blocks(
     acc: tl.tensor,  # fp32 [BLOCK_M, BLOCK_V]
     largest: tl.tensor,  # fp32 [BLOCK_M]: of the scores so far, in base 2
@@ -97,7 +103,7 @@ def _attend_blocks(
         if MASKED:
             place = key
             if EXPLICIT:
-                place = tl.load(kv_positions + key, mask=live, other=-1).to(tl.int32)
+                place = _places(tl.load(kv_positions + key, mask=live, other=-1))
                 live = place >= 0
             seen = live[None, :] & (place[None, :] <= position[:, None])  # [BLOCK_M, BLOCK_N]
             if WINDOW:
@@ -135,7 +141,7 @@ def _reach(
     high = kv_len * 0
     for start in range(0, kv_len, 1024):
         key = start + tl.arange(0, 1024)
-        place = tl.load(kv_positions + key, mask=key < kv_len, other=-1).to(tl.int32)
+        place = _places(tl.load(kv_positions + key, mask=key < kv_len, other=-1))
         seen = (place >= 0) & (place <= highest)
         if WINDOW:
             seen = seen & (place > lowest - WINDOW)
@@ -213,7 +219,8 @@ def attend_tiles(
     token = first_token.to(tl.int64) + row // HEADS  # [BLOCK_M]
     head = (group * HEADS + row % HEADS).to(tl.int64)
     row_live = (row < TOKENS * HEADS) & (token < q_end)
-    position = tl.load(q_positions + token, mask=row_live, other=-1).to(tl.int32)
+    position = tl.load(q_positions + token, mask=row_live, other=-1)
+    position = tl.minimum(tl.maximum(position, -1), 2147483646).to(tl.int32)  # so that no sum of it overflows
     lowest = tl.min(tl.where(row_live, position, 2147483647), 0)
     highest = tl.max(position, 0)
 

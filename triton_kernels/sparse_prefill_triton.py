@@ -121,6 +121,7 @@ def _launch(
         kv_positions = None
     block_d, tail = _dot_sizes(size)
     cap = problem.soft_cap
+    window = problem.window if problem.window and problem.window < 2**31 else 0  # there are no further positions
     groups = q.shape[1] // heads
     attend_tiles.launch(
         (tiles * groups, splits),
@@ -152,7 +153,7 @@ def _launch(
         EXPLICIT=kv_positions is not None,
         ALIKE=k_strides == v_strides,
         PAGE=page,
-        WINDOW=problem.window or 0,
+        WINDOW=window,
         CAPPED=cap is not None,
         D=size,
         V=v_size,

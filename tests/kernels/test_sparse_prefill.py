@@ -120,6 +120,26 @@ def test_a_query_that_sees_nothing_gets_zeros(page: int, splits: int, device: to
     assert lse[~blind].isfinite().all()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [None, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
+def test_positions_and_windows_beyond_32_bits(
+    layout: str, window: int | None, splits: int, device: torch.device
+) -> None:
+    batch = World(**LAYOUTS[layout], prompts=((6, 130),)).build(device)
+    lowest, highest = -(2**63), 2**63 - 1
+    places = torch.tensor([lowest, -5, 3 - 2**32, 90, 129, 2**31 - 2], device=device)
+    if layout == "mixed positions":
+        batch.kv.positions[:5] = torch.tensor([lowest, highest, 2**31, 2**32 + 3, 4 - 2**32])
+        batch.places[0][:5] = [-1, highest, highest, highest, -1]
+    result = Result.of(batch)
+    sparse_prefill(
+        batch.q, batch.kv, places, batch.cu_q, window=window, out=result.out, lse=result.lse, num_splits=splits
+    )
+    # The oracle would subtract the window from the lowest.
+    result.check(dataclasses.replace(batch, positions=places.clamp(min=-5)).expected(window=window))
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
