@@ -85,7 +85,7 @@ def run(config: Config, results: Results) -> Outcome:
 
 
 def build(options: dict[str, Any], config: Config) -> Codec | None:
-    """The codec; ``profile: fit:2.4`` is the one that experiments.kv_profile fits on the first documents."""
+    """The codec; ``profile: fit:2.3`` is the one that experiments.kv_profile fits on the first documents."""
     try:
         return build_codec(with_profile(options, config.engine.threads))
     except KernelArgumentError as error:

@@ -1,6 +1,6 @@
 """Profiles of the demo's model for the entropy-coded codecs, fitted on the first documents of the corpus and kept.
 
-python -m experiments.kv_profile klt --bits 2.4       fits the profile when it is not there, and prints the file
+python -m experiments.kv_profile klt --bits 2.3       fits the profile when it is not there, and prints the file
 
 It belongs to the model's weights: another model needs another one (`fit` takes any Hugging Face folder).
 """
@@ -21,7 +21,7 @@ from experiments.model import cache_dir, smollm2
 DOCUMENTS = 4
 PREFIX, SCORED, SINKS, TABLES = 1024, 128, 4, 192
 # Bits an element that are fitted together, as what takes time is the same for all.
-RATES = {"klt": (2.0, 2.4, 3.0), "cachegen": (2.6, 3.1)}
+RATES = {"klt": (2.0, 2.3, 3.0), "cachegen": (2.6, 3.1)}
 _SOURCES = ("kv_profile.py", "profile_fit.py", "kv_model.py")
 
 
@@ -43,7 +43,7 @@ def profile_path(kind: str, bits: float, threads: int = 1) -> Path:
 
 
 def with_profile(options: dict[str, Any], threads: int = 1) -> dict[str, Any]:
-    """Codec options, ``profile: fit:2.4`` replaced by the file of the profile for 2.4 bits."""
+    """Codec options, ``profile: fit:2.3`` replaced by the file of the profile for 2.3 bits."""
     given = str(options.get("profile", ""))
     if not given.startswith("fit:"):
         return options
@@ -69,7 +69,7 @@ def fit_smollm2(kind: str, paths: Mapping[float, Path], threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.kv_profile", description=__doc__)
     parser.add_argument("kind", choices=tuple(RATES))
-    parser.add_argument("--bits", type=float, default=2.4, help="bits an element, before what streams cost")
+    parser.add_argument("--bits", type=float, default=2.3, help="bits an element, before what streams cost")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     print(profile_path(given.kind, given.bits, given.threads))

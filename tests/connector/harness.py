@@ -40,5 +40,12 @@ def environment(*, processes: bool = False) -> dict[str, str]:
     }
 
 
+def has_amx() -> bool:
+    """Whether vLLM uses this processor's tile instructions."""
+    import torch
+
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 class Failed(Exception):
     """vLLM did not start or died; the text is what it printed."""
