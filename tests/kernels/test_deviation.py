@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from poison import poisoned_outputs
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import deviation
@@ -29,7 +30,8 @@ def sides(
 
 def check(given: Sides) -> None:
     """Against float64. The differences are exact or rounded once, each sum rounds at most once an element."""
-    got = kv_deviation(*given)
+    with poisoned_outputs():
+        got = kv_deviation(*given)
     for new, old, values in zip(given[::2], given[1::2], got, strict=True):
         assert (values.dtype, values.shape) == (FP32, new.shape[:1])
         want = (new.double() - old.double()).square().sum((1, 2))
@@ -40,6 +42,14 @@ def check(given: Sides) -> None:
 @pytest.mark.parametrize(("heads", "dim"), [(8, 128), (2, 64), (1, 576), (3, 80), (1, 1), (5, 7), (33, 96)])
 def test_every_dtype_and_size_of_head(heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
     check(sides(5, heads, dim, dtype, device))
+
+
+def test_nothing_around_the_tokens_is_read(device: torch.device) -> None:
+    given = sides(21, 3, 40, BF16, device)
+    memories = [torch.full((40, 5, 64), torch.nan, dtype=BF16, device=device) for _ in given]
+    for memory, side in zip(memories, given, strict=True):
+        memory[9:30, 1:4, 8:48] = side
+    check([memory[9:30, 1:4, 8:48] for memory in memories])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 63, 100, 257])
@@ -152,3 +162,12 @@ def test_the_oracle_sees_a_missing_element(device: torch.device, monkeypatch: py
     monkeypatch.setitem(globals(), "kv_deviation", lambda *given: real(*[x[:, :, :-1] for x in given]))
     with pytest.raises(AssertionError):
         check(sides(5, 8, 128, BF16, device))
+
+
+def test_the_poison_sees_what_is_not_written_and_what_is_beside(device: torch.device) -> None:
+    with poisoned_outputs():
+        assert torch.empty(2, 3, dtype=BF16, device=device).isnan().all()
+        assert (torch.empty((4,), dtype=torch.int64, device=device) == -1).all()
+    for place in (-1, 12):
+        with pytest.raises(AssertionError, match="an output"), poisoned_outputs():
+            torch.empty(3, device=device).view(torch.uint8).as_strided((1,), (1,), 256 + place).zero_()
