@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -405,7 +406,7 @@ def test_a_cpu_needs_no_triton() -> None:
         "s = torch.ones(2, 8, dtype=torch.uint8); k = torch.zeros(2, 1, dtype=torch.int32); o = torch.zeros_like(s); "
     )
     code += "c = e.rans_encode(s, t, k); assert e.rans_decode(c.words, c.lengths, t, k, o).all() and o.all()"
-    env = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

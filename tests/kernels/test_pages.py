@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -333,7 +334,7 @@ def test_a_cpu_needs_no_triton(before: str) -> None:
     code = f"import sys; {before}import torch; from lmcache.kernels import PagedLayers, gather_pages; "
     code += "p = PagedLayers([torch.ones(2, 1, 4, 8)]); out = torch.zeros(1, 1, 32); "
     code += "gather_pages(p, torch.tensor([1]), out); assert out.eq(1).all(); assert not sys.modules.get('triton')"
-    env = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
