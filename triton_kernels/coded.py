@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from lmcache.errors import CorruptChunkError, KernelArgumentError
-from lmcache.kernels.entropy import max_words, rans_decode, rans_encode
+from lmcache.kernels.entropy import MAX_SYMBOLS, max_words, rans_decode, rans_encode
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.profile import CERTAIN_TABLE, EXPONENT_TABLE, Profile
 from lmcache.kernels.sides import Packed, PlaneCodec, Side
@@ -54,7 +54,14 @@ class CodedPlane(PlaneCodec):
         self._tables: dict[int, list[torch.Tensor]] = {}
 
     def max_bytes(self, tokens: int) -> list[int]:
+        """Raises KernelArgumentError for so many tokens that a stream could have more symbols than its length tells."""
         shapes = self._streams(tokens)
+        longest = max(symbols for _, symbols in shapes)
+        if longest > MAX_SYMBOLS:
+            raise KernelArgumentError(
+                f"{tokens} tokens make streams of {longest} symbols, of which a stream can have {MAX_SYMBOLS}: lower "
+                "chunk_tokens"
+            )
         words = [2 * count * max_words(symbols) for count, symbols in shapes]
         return [2 * sum(count for count, _ in shapes), *words]
 
@@ -71,9 +78,13 @@ class CodedPlane(PlaneCodec):
         lengths = torch.cat([each.lengths.view(torch.int16) for each in encoded]).view(torch.uint8)
         words = [each.words.view(torch.uint8) for each in encoded]
         used = [torch.tensor(len(lengths)), *(2 * each.used for each in encoded)]
-        return Packed([lengths, *words], used, sound[0] & sound[1])
+        # A stream that its tables cannot code has no length.
+        complete = torch.stack([(each.lengths.view(torch.int16) != 0).all() for each in encoded]).all()
+        return Packed([lengths, *words], used, sound[0] & sound[1] & complete)
 
-    def unpack(self, pages: Sequence[PagedLayers], slots: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    def unpack(
+        self, pages: Sequence[PagedLayers], slots: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> torch.Tensor | None:
         symbols = self._symbols(len(slots), slots.device)
         streams = self._as_streams(symbols)
         counts = [len(part) for part in streams]
@@ -82,12 +93,19 @@ class CodedPlane(PlaneCodec):
                 f"a coded chunk of {len(slots)} tokens with parts of {[len(p) for p in parts]} bytes"
             )
         lengths = torch.split(parts[0].view(torch.uint16), counts)
-        for part, length, words, tables in zip(streams, lengths, parts[1:], self._tables_for(len(slots)), strict=True):
-            intact = rans_decode(words.view(torch.uint16), length, self._coder, tables, part)
-            if intact.device.type == "cpu" and not bool(intact.all()):
-                raise CorruptChunkError("the streams of a coded chunk do not end where they should")
+        intact = [
+            rans_decode(words.view(torch.uint16), length, self._coder, tables, part).all()
+            for part, length, words, tables in zip(
+                streams, lengths, parts[1:], self._tables_for(len(slots)), strict=True
+            )
+        ]
+        whole = torch.stack(intact).all()
+        on_cpu = whole.device.type == "cpu"
+        if on_cpu and not bool(whole):
+            raise CorruptChunkError("the streams of a coded chunk do not end where they should")
         for i, (side, transform) in enumerate(zip(pages, self._transforms, strict=True)):
             unpack_symbols(side, slots, transform, Symbols(*(part[i] for part in symbols)))
+        return None if on_cpu else whole
 
     @property
     def _transforms(self) -> tuple[Transform, Transform]:

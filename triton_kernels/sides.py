@@ -54,5 +54,10 @@ class PlaneCodec(ABC):
         """The tokens at `slots` (int64 `[T]`; negative: none) of `pages`, the plane's sides, as parts."""
 
     @abstractmethod
-    def unpack(self, pages: Sequence[PagedLayers], slots: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-        """The reverse, for parts cut to what counts. Raises CorruptChunkError where damage can be seen at once."""
+    def unpack(
+        self, pages: Sequence[PagedLayers], slots: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The reverse, for parts cut to what counts. Raises CorruptChunkError where damage can be seen at once.
+
+        Where it is seen on the device only, returns a bool scalar there: whether what was written is what was packed.
+        """

@@ -16,6 +16,7 @@ from lmcache.errors import CorruptChunkError, KernelArgumentError
 from lmcache.kernels import PagedLayers
 from lmcache.kernels.codecs import CODECS, Codec, build_codec
 from lmcache.kernels.entropy_tables import entropy_bits
+from lmcache.kernels.launch import runs_kernel
 from lmcache.kernels.profile import FIRST_TABLE, Profile, coded_bits, fixed_tables, share_tables
 from lmcache.kernels.sides import PlaneCodec, Side
 from lmcache.kernels.transform import Transform
@@ -326,3 +327,21 @@ def test_shared_tables_code_what_they_were_made_of() -> None:
     own = float(entropy_bits(counts).sum())
     assert own <= coded_bits(counts, freqs, table_of) < 0.9 * coded_bits(counts, one, of_one)
     assert coded_bits(counts, freqs, table_of) < 1.1 * own
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_what_a_table_cannot_code_is_told(name: str, tmp_path: Path, device: torch.device) -> None:
+    """Bounds that promise more than the tables hold: of a profile that someone has edited."""
+    made = gaussian_profile(name)
+    wide = dataclasses.replace(made.key, bounds=torch.full_like(made.key.bounds, 127.0))
+    path = tmp_path / "edited.npz"
+    dataclasses.replace(made, key=wide, value=wide).save(path)
+    codec = build_codec({"type": name, "profile": str(path)})
+    assert codec is not None
+    pages = gaussian_pages(device, scale=10.0)
+    views, plane = [side.of(pages) for side in SIDES], codec.bind(SIDES, range(LAYERS), 0, device)
+    if runs_kernel(device):
+        assert not bool(plane.pack(views, some_slots(device)).sound)
+    else:
+        with pytest.raises(KernelArgumentError, match="has no slot"):
+            plane.pack(views, some_slots(device))
