@@ -125,6 +125,18 @@ def test_a_query_that_sees_nothing_gets_zeros(page: int, splits: int, device: to
 
 
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
+def test_queries_that_share_positions(layout: str, splits: int, device: torch.device) -> None:
+    batch = World(**LAYOUTS[layout], prompts=((9, 150), (0, 40), (3, 12))).build(device)
+    places = torch.tensor([149, 7, 7, 80, 0, 149, 7, 64, 63, 11, 0, 0], device=device)
+    result = Result.of(batch)
+    options = {"window": 70, "soft_cap": 3.0}
+    given = (batch.q, batch.kv, places, batch.cu_q)
+    sparse_prefill(*given, out=result.out, lse=result.lse, num_splits=splits, **options)
+    result.check(dataclasses.replace(batch, positions=places).expected(**options))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [None, 2**31 - 1, 2**40])
 @pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
 def test_positions_and_windows_beyond_32_bits(
@@ -478,6 +490,30 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     keys, values = cache[-1].transpose(0, 1).split(size, -1)
     packed_kv = PackedKV(keys.contiguous(), values.contiguous(), torch.tensor([0, page], device="cuda"))
     torch.testing.assert_close(got, sparse_prefill(q, packed_kv, place, cu_q))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 2])
+def test_packed_offsets_beyond_two_to_the_31_elements(splits: int) -> None:
+    """The last keys of more than 2**31 elements, as a request of their own and as the end of one."""
+    heads, size, few = 8, 128, 100
+    tokens = (2**31 + 2**20) // (heads * size * 2)
+    if torch.cuda.mem_get_info()[0] < tokens * heads * size * 4 + 2**30:
+        pytest.skip("not enough GPU memory")
+    memory = torch.zeros(tokens, heads, 2 * size, dtype=BF16, device="cuda")
+    memory[-few:].normal_()
+    keys, values = memory.split(size, -1)
+    q = torch.randn(1, heads, size, dtype=BF16, device="cuda")
+
+    def attend(first: int, place: int, *bounds: int) -> torch.Tensor:
+        kv = PackedKV(keys[first:], values[first:], torch.tensor([0, *bounds], device="cuda"))
+        cu_q = torch.tensor([0] * len(bounds) + [1], device="cuda")
+        return sparse_prefill(q, kv, torch.tensor([place], device="cuda"), cu_q, window=few, num_splits=splits)
+
+    want = attend(tokens - few, few - 1, few)
+    assert want.count_nonzero() > 0
+    torch.testing.assert_close(attend(0, few - 1, tokens - few, tokens), want)
+    torch.testing.assert_close(attend(0, tokens - 1, tokens), want, rtol=2**-7, atol=6e-3)
 
 
 def test_the_oracle_sees_a_wrong_output(device: torch.device) -> None:
