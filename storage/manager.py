@@ -102,6 +102,12 @@ class StorageManager:
                 raise
         return lease
 
+    def remove(self, keys: Sequence[ChunkKey]) -> None:
+        """Forget chunks, in every tier that answers in time."""
+        self._memory.remove(keys)
+        for tier in self._tiers:
+            tier.ask(lambda: tier.backend.remove(keys), 0, ASK_TIMEOUT_S)  # noqa: B023
+
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one KVFormat, or all, in every tier. Returns the largest number that one tier had."""
         counts = [self._memory.clear(fingerprint)]

@@ -76,6 +76,14 @@ class MemoryTier:
                 return None
         return buffer
 
+    def remove(self, keys: Sequence[ChunkKey]) -> None:
+        """Forget chunks; whoever holds one keeps it."""
+        with self._lock:
+            for key in keys:
+                if (buffer := self._buffers.pop(key, None)) is not None:
+                    self._policy.remove(key)
+                    buffer.release()
+
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one format, or all."""
         with self._lock:

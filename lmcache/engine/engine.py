@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
@@ -21,7 +22,7 @@ from lmcache.engine.gpu_connector import BlockTables, PageMover
 from lmcache.engine.layout import PagedCache, chunk_tokens
 from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
-from lmcache.errors import ClosedError, ConfigError, KernelArgumentError, LeaseExpiredError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
 from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.lease import Lease
@@ -119,6 +120,8 @@ class CacheEngine:
         if format.codec != (codec.id if codec else RAW):
             raise ConfigError(f"the format names codec {format.codec}, the configuration {config.codec}")
         self._packed = PackedMover(cache, codec) if codec else None
+        if self._packed:
+            self._packed.rehearse(format.chunk_tokens)
         chunk_bytes = _largest(self._sizes(0, format.chunk_tokens))
         if chunk_bytes > config.memory.capacity:
             raise ConfigError(
@@ -177,6 +180,8 @@ class CacheEngine:
         start: a multiple of the block; the pages before it are left alone.
         stop: where to end (the last block is written whole), by default where the found prefix does.
         Raises LeaseExpiredError when what was found is no longer held up to ``stop``; nothing is written then.
+        Raises CorruptChunkError when a chunk is not what it should be: it is removed, and what the pages hold then is
+        not to be used.
         """
         self._check_open()
         # Handles of our own: the lease may run out on another thread while its bytes are being copied.
@@ -201,10 +206,21 @@ class CacheEngine:
             raise LeaseExpiredError(f"{stop} tokens were asked for, {held} are held: look up again")
         tables = self._mover.tables(block_ids)
         mover = self._packed or self._mover
+        whole: list[tuple[Span, torch.Tensor]] = []
         for span, buffer in zip(spans, buffers, strict=False):
             if span.stop > start and span.start < stop:
-                mover.scatter(tables, span.start, span.stop, buffer, write=(start, stop))
+                try:
+                    found = mover.scatter(tables, span.start, span.stop, buffer, write=(start, stop))
+                except CorruptChunkError:
+                    self._remove(span)
+                    raise
+                whole += [(span, each) for each in found or ()]
         self._mover.synchronize()
+        intact = torch.stack([each for _, each in whole]).tolist() if whole else []
+        if not all(intact):
+            for span in {span for (span, _), good in zip(whole, intact, strict=True) if not good}:
+                self._remove(span)
+            raise CorruptChunkError("a chunk was found damaged while it was unpacked")
         metrics.RETRIEVED_TOKENS.inc(max(0, stop - start))
         return max(0, stop - start)
 
@@ -271,6 +287,11 @@ class CacheEngine:
                     return
                 stored.append((span, buffer))
                 mover.write(chunk, buffer)
+
+    def _remove(self, span: Span) -> None:
+        """Forget a damaged chunk: left where it is, it would be found, and fail, again and again."""
+        metrics.CORRUPT_CHUNKS.labels("memory").inc()
+        self.storage.remove([span.key])
 
     def _give_back(self, buffers: Sequence[PoolBuffer]) -> None:
         """Release buffers that copies may still be under way to or from, when these have ended."""

@@ -11,6 +11,7 @@ For each plane: the raw rows of its first ``sinks`` tokens `[L, sinks, H, C]`, t
 from __future__ import annotations
 
 import itertools
+import operator
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
 from lmcache.kernels.codecs import Codec
 from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.quantiser import FLOATS
 from lmcache.kernels.sides import Packed
 from lmcache.storage.base import Buffer
 
@@ -32,6 +34,7 @@ _FIELDS = struct.Struct("<4sHHIIQ8x216s")
 _CHECKSUM = struct.Struct("<Q")
 _FIXED = _FIELDS.size + _CHECKSUM.size
 _ALIGN = 64
+MAX_SINK_TOKENS = 0xFFFF  # of the header's field
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,48 @@ class PackedMover:
         self.codec = codec
         if len(codec.id.encode()) > 216:
             raise ConfigError(f"the codec's parameters are too long for a chunk's header: {codec.id}")
+        if not 0 <= codec.sink_tokens <= MAX_SINK_TOKENS:
+            raise ConfigError(
+                f"codec {codec.name}: sink_tokens is {codec.sink_tokens}; 0 to {MAX_SINK_TOKENS} are kept"
+            )
         self._planes = []
         for plane in cache.planes:
             if not plane.sides:
                 raise ConfigError(f"codec {codec.name}: how layer {plane.names[0]} keeps keys and values is not known")
-            if cache.opaque and plane.kind.startswith("full") and cache.cpu_isa is None:
+            if plane.pages.dtype not in FLOATS:
+                raise ConfigError(
+                    f"codec {codec.name}: layer {plane.names[0]} keeps KV as {plane.pages.dtype}, which is packed "
+                    "already; use raw, or have the engine keep bfloat16, float16 or float32"
+                )
+            if cache.opaque and not self._is_plain(plane) and cache.cpu_isa is None:
                 raise ConfigError(f"codec {codec.name}: the order of this processor's KV blocks is not known; use raw")
             try:
                 bound = codec.bind(plane.sides, plane.layer_numbers, plane.first_head, cache.device)
             except KernelArgumentError as error:
                 raise ConfigError(f"codec {codec.name}: {error}") from error
             self._planes.append(bound)
+
+    def rehearse(self, tokens: int) -> None:
+        """Pack and unpack chunks without KV, so that what cannot be done is known before KV is.
+
+        Raises ConfigError where chunks of ``tokens``, or of fewer, cannot be packed on this device.
+        """
+        for plane, bound in zip(self.cache.planes, self._planes, strict=True):
+            try:
+                for fewer in range(self.cache.unit, tokens, self.cache.unit):
+                    bound.max_bytes(fewer)
+                ids = torch.full((tokens // plane.block_tokens,), -1, dtype=torch.int64, device=self.cache.device)
+                view = self._view(plane, ids)
+                sides = [side.of(view.pages) for side in plane.sides]
+                packed = bound.pack(sides, view.slots)
+                parts = [part[: int(n)] for part, n in zip(packed.parts, packed.used, strict=True)]
+                bound.unpack(sides, view.slots, parts)
+            # A compiler, a driver or an allocator may refuse in its own words.
+            except Exception as error:
+                raise ConfigError(
+                    f"codec {self.codec.name} cannot pack chunks of {tokens} tokens of layer {plane.names[0]} on "
+                    f"{self.cache.device}: {error}"
+                ) from error
 
     def sizes(self, start: int, stop: int) -> int | range:
         """Bytes of a chunk of token positions ``[start, stop)``, or the range that they are in."""
@@ -124,24 +158,33 @@ class PackedMover:
             host[offset + len(section) : offset + padded].zero_()
             offset += padded
 
-    def scatter(self, tables: BlockTables, start: int, stop: int, chunk: Buffer, *, write: tuple[int, int]) -> None:
+    def scatter(
+        self, tables: BlockTables, start: int, stop: int, chunk: Buffer, *, write: tuple[int, int]
+    ) -> list[torch.Tensor]:
         """``chunk``, which holds token positions ``[start, stop)`` -> pages, but only the positions in ``write``.
 
-        Raises CorruptChunkError for a chunk that is not one of this codec and of these positions.
+        Raises CorruptChunkError for a chunk that is not one of this codec and of these positions. Returns bool scalars
+        on the device: what was written is the chunk's content where all are true.
         """
         sinks, sections = self._sections(chunk, start, stop)
         first, last = max(start, write[0]), min(stop, write[1])
+        found = []
         for plane, bound in zip(self.cache.planes, self._planes, strict=True):
             kept, *parts = itertools.islice(sections, 1 + len(bound.max_bytes(stop - start)))
             size = plane.block_tokens
-            table = torch.full(((stop - start) // size,), -1, dtype=torch.int64, device=self.cache.device)
-            table[(first - start) // size : (last - start) // size] = tables[plane.group][first // size : last // size]
+            ids = tables[plane.group][first // size : last // size]
+            if len(ids) != (last - first) // size:
+                raise KernelArgumentError(f"a table of {len(tables[plane.group])} blocks ends before token {last}")
+            table = torch.nn.functional.pad(ids, ((first - start) // size, (stop - last) // size), value=-1)
             view = self._view(plane, table)
-            bound.unpack([side.of(view.pages) for side in plane.sides], view.slots, parts)
+            whole = bound.unpack([side.of(view.pages) for side in plane.sides], view.slots, parts)
+            if whole is not None:
+                found.append(whole)
             if sinks:
                 rows = kept.view(plane.pages.dtype).view(self._sink_shape(plane, sinks))
                 scatter_tokens(view.pages, view.slots[:sinks], rows)
             self._write_back(plane, view, table)
+        return found
 
     def _finished(self, packing: Packing, numbers: Iterator[int]) -> PackedChunk | None:
         sections, sound = [], True
@@ -174,17 +217,27 @@ class PackedMover:
         if xxhash.xxh3_64_intdigest(bytes(view[: _FIELDS.size]) + bytes(view[_FIXED : _FIXED + 8 * count])) != checksum:
             raise CorruptChunkError("the checksum of a packed chunk's header is wrong")
         if codec.rstrip(b"\0") != self.codec.id.encode():
-            raise CorruptChunkError(f"a chunk of codec {codec.rstrip(bytes(1)).decode()}, expected {self.codec.id}")
+            raise CorruptChunkError(f"a chunk of codec {codec.rstrip(bytes(1))!r}, expected {self.codec.id}")
         if (tokens, sinks, total) != (stop - start, self._sinks(start, stop), view.nbytes):
             raise CorruptChunkError(f"a packed chunk of {tokens} tokens in {total} bytes, {sinks} of them kept raw")
         if size + sum(map(_rounded, sizes)) != total:
             raise CorruptChunkError("the sections of a packed chunk do not add up to its bytes")
+        if not all(map(operator.contains, self._section_sizes(tokens, sinks), sizes)):
+            raise CorruptChunkError(f"a packed chunk with sections of {sizes} bytes")
         flat = torch.frombuffer(view, dtype=torch.uint8)
         if self.cache.device.type != "cpu":
             flat = flat.to(self.cache.device, non_blocking=True)
         starts = itertools.accumulate(map(_rounded, sizes), initial=size)
         parts = [flat[at : at + length] for at, length in zip(starts, sizes, strict=False)]
         return sinks, iter(parts)
+
+    def _section_sizes(self, tokens: int, sinks: int) -> Iterator[range]:
+        """Which sizes each section may have."""
+        for plane, bound in zip(self.cache.planes, self._planes, strict=True):
+            kept = self._sink_bytes(plane, sinks)
+            yield range(kept, kept + 1)
+            for most in bound.max_bytes(tokens):
+                yield range(most if bound.fixed else 0, most + 1)
 
     def _view(self, plane: Plane, ids: torch.Tensor) -> TokenView:
         """The tokens of blocks ``ids``; where the engine's blocks are opaque, in plain memory yet to be filled."""

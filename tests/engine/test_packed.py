@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 import lmcache
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import ConfigError, CorruptChunkError
+from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
 from lmcache.kernels.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
 from lmcache.kernels.transform import Transform
@@ -213,10 +216,12 @@ def test_a_profile_of_another_model_is_refused(open_engine: Open, tmp_path: Path
         CacheEngine.open(config, "m", PagedCache.from_layers(layers))
 
 
-def test_opaque_blocks_of_an_unknown_order_are_refused() -> None:
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_window"])
+def test_opaque_blocks_of_an_unknown_order_are_refused(kind: str) -> None:
     config = lmcache.load_config(overrides={"codec": "int8"})
+    plane = dataclasses.replace(PagedCache.from_layers(random_layers()).planes[0], kind=kind)
     with pytest.raises(ConfigError, match="order of this processor's KV blocks"):
-        CacheEngine.open(config, "m", PagedCache.from_layers(random_layers(), opaque=True))
+        CacheEngine.open(config, "m", PagedCache([plane], opaque=True))
 
 
 @pytest.mark.parametrize("codec", ["int8", "raw"])
@@ -254,3 +259,71 @@ def test_buffers_are_kept_until_their_copies_have_ended(
     with engine.lookup(TOKENS) as lookup, pytest.raises(RuntimeError, match="out of memory"):
         engine.retrieve(lookup, [OTHER])
     assert used, "the copies of the chunks before were not waited for"
+
+
+@pytest.mark.parametrize("how", ["header", "device"])
+def test_a_damaged_chunk_is_removed_so_that_it_can_be_stored_again(
+    open_engine: Open, how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    layers = random_layers()
+    engine = open_engine(layers, "int4", tiers=({"type": "disk", "path": str(tmp_path / "kv")},))
+    engine.store(TOKENS, [IDS])
+    assert engine.storage.flush(10)
+    with engine.lookup(TOKENS) as lookup:
+        if how == "header":
+            lookup.lease.buffers[1].view[4] ^= 0x41
+        else:  # as a GPU finds it
+            assert engine._packed is not None
+            monkeypatch.setattr(engine._packed._planes[0], "unpack", lambda *_: torch.tensor(False))
+        with pytest.raises(CorruptChunkError):
+            engine.retrieve(lookup, [OTHER], start=32, stop=64)
+    monkeypatch.undo()
+    with engine.lookup(TOKENS) as lookup:
+        assert lookup.wait(10)
+        assert lookup.tokens == 32
+    assert engine.store(TOKENS, [IDS]) >= 32
+    with engine.lookup(TOKENS) as lookup:
+        assert engine.retrieve(lookup, [OTHER]) == len(TOKENS)
+
+
+@pytest.mark.parametrize("what", ["codec", "sizes", "fixed size"])
+def test_a_header_that_lies_under_a_right_checksum_is_never_data(open_engine: Open, what: str) -> None:
+    engine = open_engine(random_layers(), "int4")
+    engine.store(TOKENS, [IDS])
+    with engine.lookup(TOKENS) as lookup:
+        view = lookup.lease.buffers[1].view
+        if what == "codec":
+            view[32:36] = b"\xff\xfe\xfd\xfc"
+        else:
+            sizes = list(struct.unpack_from("<2Q", view, 256))
+            changed = sizes[::-1] if what == "sizes" else [sizes[0], sizes[1] - 1]
+            struct.pack_into("<2Q", view, 256, *changed)
+        struct.pack_into("<Q", view, 248, xxhash.xxh3_64_intdigest(bytes(view[:248]) + bytes(view[256:272])))
+        with pytest.raises(CorruptChunkError):
+            engine.retrieve(lookup, [OTHER])
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_block_table_that_is_too_short_is_never_stretched(open_engine: Open, name: str) -> None:
+    layers = random_layers()
+    engine = open_engine(layers, CODECS[name][0])
+    engine.store(TOKENS, [IDS])
+    before = [layer.clone() for layer in layers]
+    with engine.lookup(TOKENS) as lookup, pytest.raises(KernelArgumentError, match="ends before token 32"):
+        engine.retrieve(lookup, [OTHER[:1]], stop=32)
+    assert all(torch.equal(a, b) for a, b in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("codec", "layers", "options", "message"),
+    [
+        ("int4", [torch.zeros(4, 2, 16, 32, dtype=torch.float8_e4m3fn)], {}, "keeps KV as torch.float8_e4m3fn"),
+        ({"type": "int4", "sink_tokens": -1}, [torch.zeros(4, 2, 16, 32)], {}, "sink_tokens is -1"),
+        ({"type": "cachegen"}, random_layers(), {"chunk_tokens": 65536}, "lower chunk_tokens"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_at_start(
+    open_engine: Open, codec: Any, layers: list[torch.Tensor], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_engine(layers, codec, memory={"capacity": "64MiB"}, **options)
