@@ -3,12 +3,12 @@
 python -m experiments.kernel_bench [--device cuda] [--only gather] [--seconds 1] [--no-estimate]
 
 Each operation is first compared with its torch definition on the very tensors it is timed on; one that is wrong gets
-FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements (at the device's own
---size only: small copies are all overhead). Rounds are
-interleaved and medians taken, because the machines this runs on are noisy; every round moves other parts of memory, so
-that no cache flatters it. On a CPU the copies run in one thread, so memcpy is measured with one, which the floors are
-shares of, and with all of torch's threads. On a GPU events are recorded around each operation, behind a kernel that
-waits until it is queued. Without a GPU a table of estimates for GPUs follows (kernel_estimate.py).
+FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements (only at the
+device's own --size: small copies are all overhead). Rounds are interleaved and medians taken, because the machines this
+runs on are noisy; every round moves other parts of memory, so that no cache flatters it. On a CPU the copies run in one
+thread, so memcpy is measured with one, which the floors are shares of, and with all of torch's threads. On a GPU events
+are recorded around each operation, behind a kernel that waits until it is queued. Without a GPU a table of estimates
+for GPUs follows (kernel_estimate.py).
 
 Needs torch, triton and numpy only.
 """

@@ -68,10 +68,17 @@ def codec_figure(found: Sequence[Found], title: str, caption: str, path: Path) -
             codec.bits, codec.kl, yerr=min(codec.half, codec.kl * 0.9), fmt="o", color=colour, capsize=3, ms=8
         )
         # A side of its own for each family, so that neighbours' names do not meet.
-        side = -8 if codec.codec.startswith("klt") else 8
+        left = codec.codec.startswith("klt")
         below = -14 if coded or codec.codec.startswith("int") else 5
-        place = {"xytext": (side, below), "textcoords": "offset points", "ha": "right" if side < 0 else "left"}
-        axes.annotate(codec.codec, (codec.bits, codec.kl), color=INK, **place)
+        axes.annotate(
+            codec.codec,
+            (codec.bits, codec.kl),
+            xytext=(-8 if left else 8, below),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            color=INK,
+        )
+    axes.margins(x=0.09)
     axes.set_yscale("log")
     axes.set_xlabel("bits an element (bfloat16: 16)", color=FADED)
     axes.set_ylabel("KL divergence of the next token, nats", color=FADED)
