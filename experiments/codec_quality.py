@@ -26,6 +26,8 @@ from lmcache.config import Config as Model
 from lmcache.errors import ConfigError, KernelArgumentError
 from lmcache.kernels import PagedLayers, gather_tokens, scatter_tokens
 from lmcache.kernels.codecs import Codec, build_codec
+from lmcache.kernels.coded import CodedPlane
+from lmcache.kernels.entropy_tables import entropy_bits
 from lmcache.kernels.sides import PlaneCodec, Side
 
 ELEMENT_BITS = 16  # what KV takes in the engines that users run: bfloat16
@@ -36,6 +38,7 @@ class JudgeConfig(Model):
 
     max_kl: dict[str, float] = Field(default_factory=dict, description="nats")
     max_bits: dict[str, float] = Field(default_factory=dict, description="bits an element")
+    max_overhead: dict[str, float] = Field(default_factory=dict, description="of coded bits over their entropy")
 
 
 class Config(ExperimentConfig):
@@ -49,7 +52,10 @@ class Config(ExperimentConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One codec on all documents. error: relative RMS of keys and of values. half: of the 95 % interval of kl."""
+    """One codec on all documents. error: relative RMS of keys and of values. half: of the 95 % interval of kl.
+
+    overhead: of an entropy coder's bytes, lengths and states included, over the empirical entropy of its symbols.
+    """
 
     codec: str
     bits: float
@@ -58,6 +64,7 @@ class Found:
     top1: float
     key_error: float
     value_error: float
+    overhead: float | None
     seconds: float
 
 
@@ -94,11 +101,10 @@ def build(options: dict[str, Any], config: Config) -> Codec | None:
 
 def measure(name: str, codec: Codec | None, model: KVModel, samples: Sequence[Sample], chunk_tokens: int) -> Found:
     started = time.monotonic()
-    divergences, same, nbytes, elements = [], [], 0, 0
+    divergences, same, taken, elements = [], [], Taken(), 0
     squares = torch.zeros(2, 2, dtype=torch.float64)  # of errors and of values, of keys and of values
     for sample in samples:
-        kv, taken = there_and_back(codec, sample.kv, chunk_tokens)
-        nbytes += taken
+        kv = there_and_back(codec, sample.kv, chunk_tokens, taken)
         for layer, other in zip(sample.kv, kv, strict=True):
             for side in (0, 1):
                 elements += layer[side].numel()
@@ -111,29 +117,42 @@ def measure(name: str, codec: Codec | None, model: KVModel, samples: Sequence[Sa
     errors = (squares[0] / squares[1]).sqrt().tolist()
     return Found(
         name,
-        8 * nbytes / elements if codec else float(ELEMENT_BITS),
+        8 * taken.nbytes / elements if codec else float(ELEMENT_BITS),
         float(kl.mean()),
         1.96 * float(kl.std()) / math.sqrt(len(kl)),
         float(torch.cat(same).double().mean()),
         errors[0],
         errors[1],
+        taken.overhead,
         time.monotonic() - started,
     )
 
 
-def there_and_back(codec: Codec | None, kv: KV, chunk_tokens: int) -> tuple[KV, int]:
-    """(KV after packing and unpacking, bytes that it took)."""
+@dataclasses.dataclass
+class Taken:
+    """What packed chunks take. coded: bytes of entropy coders; counts: how often their tables code each symbol."""
+
+    nbytes: int = 0
+    coded: int = 0
+    counts: torch.Tensor | None = None
+
+    @property
+    def overhead(self) -> float | None:
+        return None if self.counts is None else 8 * self.coded / float(entropy_bits(self.counts.double()).sum()) - 1
+
+
+def there_and_back(codec: Codec | None, kv: KV, chunk_tokens: int, taken: Taken) -> KV:
+    """KV after packing and unpacking."""
     heads, tokens, width = kv[0][0].shape
     layers = [torch.cat(sides, -1)[None].contiguous() for sides in kv]  # [1, H, T, 2D]
     pages = PagedLayers(layers)
     back = PagedLayers([torch.full_like(layer, math.nan) for layer in layers])
     sides = [Side("key", 0, width, heads), Side("value", width, width, heads)]
     plane = codec.bind(sides, range(len(kv)), 0, pages.device) if codec else None
-    taken = 0
     for start in range(0, tokens, chunk_tokens):
         slots = torch.arange(start, min(start + chunk_tokens, tokens))
-        taken += one_chunk(codec, plane, sides, pages, back, slots)
-    return [(layer[0, ..., :width], layer[0, ..., width:]) for layer in back.layers], taken
+        one_chunk(codec, plane, sides, pages, back, slots, taken)
+    return [(layer[0, ..., :width], layer[0, ..., width:]) for layer in back.layers]
 
 
 def one_chunk(
@@ -143,30 +162,38 @@ def one_chunk(
     pages: PagedLayers,
     back: PagedLayers,
     slots: torch.Tensor,
-) -> int:
+    taken: Taken,
+) -> None:
     exact = slots if codec is None or plane is None else slots[: codec.sink_tokens if slots[0] == 0 else 0]
     kept = torch.empty(pages.num_layers, len(exact), pages.token_bytes, dtype=torch.uint8)
-    taken = 0
     if codec is not None and plane is not None:
+        slots = torch.cat([torch.full_like(exact, -1), slots[len(exact) :]])  # what is kept is not packed
         packed = plane.pack([side.of(pages) for side in sides], slots)
         if not bool(packed.sound):
             raise ConfigError(f"codec {codec.id} cannot pack this KV")
         parts = [part[: int(used)] for part, used in zip(packed.parts, packed.used, strict=True)]
-        taken = sum(len(part) for part in parts)
+        nbytes = sum(len(part) for part in parts)
+        taken.nbytes += nbytes
+        if isinstance(plane, CodedPlane):
+            counts = plane.counts([side.of(pages) for side in sides], slots)
+            taken.counts = counts if taken.counts is None else taken.counts + counts
+            taken.coded += nbytes
         plane.unpack([side.of(back) for side in sides], slots, parts)
     if len(exact):
         gather_tokens(pages, exact, kept)
         scatter_tokens(back, exact, kept)
     # Kept tokens are counted as the engines that users run would keep them, in bfloat16.
-    return taken + kept.numel() * ELEMENT_BITS // (8 * pages.dtype.itemsize)
+    taken.nbytes += kept.numel() * ELEMENT_BITS // (8 * pages.dtype.itemsize)
 
 
 def table(found: Sequence[Found]) -> str:
-    lines = [f"{'codec':<16} {'bits':>6} {'smaller':>8} {'KL, nats':>20} {'top-1':>7} {'keys':>7} {'values':>7}"]
+    lines = [
+        f"{'codec':<16} {'bits':>6} {'smaller':>8} {'KL, nats':>20} {'top-1':>7} {'keys':>7} {'values':>7} {'coder':>7}"
+    ]
     for f in found:
         lines.append(
             f"{f.codec:<16} {f.bits:6.2f} {ELEMENT_BITS / f.bits:7.1f}x {f.kl:9.5f} +- {f.half:.5f} {f.top1:7.3f} "
-            f"{f.key_error:6.1%} {f.value_error:6.1%}"
+            f"{f.key_error:6.1%} {f.value_error:6.1%} {'' if f.overhead is None else f'{f.overhead:+.1%}':>8}"
         )
     return "\n".join(lines)
 
@@ -174,7 +201,7 @@ def table(found: Sequence[Found]) -> str:
 def judge(found: Sequence[Found], limits: JudgeConfig) -> list[str]:
     failures = []
     known = {f.codec: f for f in found}
-    for what, bounds in (("kl", limits.max_kl), ("bits", limits.max_bits)):
+    for what, bounds in (("kl", limits.max_kl), ("bits", limits.max_bits), ("overhead", limits.max_overhead)):
         for codec, bound in bounds.items():
             if codec not in known:
                 failures.append(f"judge.max_{what} names {codec!r}, which is not among the codecs")

@@ -67,7 +67,18 @@ def codec_figure(found: Sequence[Found], title: str, caption: str, path: Path) -
         axes.errorbar(
             codec.bits, codec.kl, yerr=min(codec.half, codec.kl * 0.9), fmt="o", color=colour, capsize=3, ms=8
         )
-        axes.annotate(codec.codec, (codec.bits, codec.kl), xytext=(8, 5), textcoords="offset points", color=INK)
+        # A side of its own for each family, so that neighbours' names do not meet.
+        left = codec.codec.startswith("klt")
+        below = -14 if coded or codec.codec.startswith("int") else 5
+        axes.annotate(
+            codec.codec,
+            (codec.bits, codec.kl),
+            xytext=(-8 if left else 8, below),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            color=INK,
+        )
+    axes.margins(x=0.09)
     axes.set_yscale("log")
     axes.set_xlabel("bits an element (bfloat16: 16)", color=FADED)
     axes.set_ylabel("KL divergence of the next token, nats", color=FADED)

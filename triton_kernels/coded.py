@@ -66,11 +66,7 @@ class CodedPlane(PlaneCodec):
         return [2 * sum(count for count, _ in shapes), *words]
 
     def pack(self, pages: Sequence[PagedLayers], slots: torch.Tensor) -> Packed:
-        symbols = self._symbols(len(slots), slots.device)
-        sound = [
-            pack_symbols(side, slots, transform, Symbols(*(part[i] for part in symbols)))
-            for i, (side, transform) in enumerate(zip(pages, self._transforms, strict=True))
-        ]
+        symbols, sound = self._coded(pages, slots)
         encoded = [
             rans_encode(part, self._coder, tables)
             for part, tables in zip(self._as_streams(symbols), self._tables_for(len(slots)), strict=True)
@@ -80,7 +76,25 @@ class CodedPlane(PlaneCodec):
         used = [torch.tensor(len(lengths)), *(2 * each.used for each in encoded)]
         # A stream that its tables cannot code has no length.
         complete = torch.stack([(each.lengths.view(torch.int16) != 0).all() for each in encoded]).all()
-        return Packed([lengths, *words], used, sound[0] & sound[1] & complete)
+        return Packed([lengths, *words], used, sound & complete)
+
+    def counts(self, pages: Sequence[PagedLayers], slots: torch.Tensor) -> torch.Tensor:
+        """How often each table codes each symbol of these tokens, int64 `[K, 256]`: for measurements."""
+        symbols, _ = self._coded(pages, slots)
+        total = torch.zeros(len(self._profile.freqs) * 256, dtype=torch.int64, device=slots.device)
+        for part, tables in zip(self._as_streams(symbols), self._tables_for(len(slots)), strict=True):
+            repeated = tables.repeat(1, -(-part.shape[1] // tables.shape[1]))[:, : part.shape[1]]
+            total += torch.bincount((repeated.long() * 256 + part.long()).flatten(), minlength=len(total))
+        return total.view(-1, 256)
+
+    def _coded(self, pages: Sequence[PagedLayers], slots: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """(what `_symbols` made, filled; whether it tells all of the tokens)"""
+        symbols = self._symbols(len(slots), slots.device)
+        sound = [
+            pack_symbols(side, slots, transform, Symbols(*(part[i] for part in symbols)))
+            for i, (side, transform) in enumerate(zip(pages, self._transforms, strict=True))
+        ]
+        return symbols, sound[0] & sound[1]
 
     def unpack(
         self, pages: Sequence[PagedLayers], slots: torch.Tensor, parts: Sequence[torch.Tensor]

@@ -95,7 +95,33 @@ class Profile:
             ) from error
         if kind not in KINDS:
             raise KernelArgumentError(f"{path} is a profile of kind {kind!r}; known: {', '.join(KINDS)}")
+        if wrong := profile._wrong():
+            raise KernelArgumentError(f"{path} is no codec profile: {wrong}; make one with experiments.kv_profile")
         return profile
+
+    def _wrong(self) -> str:
+        """What is wrong with it, or nothing: kernels believe its shapes and indices."""
+        if self.key.mean.dim() != 3:
+            return f"key.mean has shape {tuple(self.key.mean.shape)}"
+        layers, heads, width = self.key.mean.shape
+        square, single = ((0, 0), width) if self.kind == "cachegen" else ((width, width), 0)
+        inner = {"mean": (width,), "bounds": (width,), "forward": square, "inverse": square}
+        inner |= dict.fromkeys(("fine", "coarse", "coarse_bounds"), (single,))
+        for side in (self.key, self.value):
+            for name, shape in inner.items():
+                tensor = getattr(side, name)
+                if tensor.dtype != torch.float32 or tensor.shape != (layers, heads, *shape):
+                    return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
+                if not bool(torch.isfinite(tensor).all()):
+                    return f"{name} is not finite"
+        for tables, last in ((self.tables, width), (self.anchor_tables, single)):
+            if tables.dtype != torch.int32 or tables.shape != (2, layers, heads, last):
+                return f"the tables of its channels are {tables.dtype} of shape {tuple(tables.shape)}"
+            if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < len(self.freqs):
+                return f"it names tables {int(tables.min())} to {int(tables.max())} and has {len(self.freqs)}"
+        if self.freqs.shape[1:] != (256,) or len(self.freqs) <= FIRST_TABLE:
+            return f"its frequencies have shape {tuple(self.freqs.shape)}"
+        return ""
 
     def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         arrays = {"freqs": self.freqs, "tables": self.tables, "anchor_tables": self.anchor_tables}

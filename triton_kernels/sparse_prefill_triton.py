@@ -46,7 +46,7 @@ def attend(problem: AttentionProblem) -> None:
 
 
 def choose_config(problem: AttentionProblem, architecture: str) -> Config:
-    """By the rows of a request and key head, the size of a head, and the machine; no choice spills (budgets)."""
+    """By the rows of a request and key head, the size of a head, and the machine; budgets tell what spills."""
     rows = -(-len(problem.q) // max(problem.batch, 1)) * (problem.q.shape[1] // problem.kv_heads)
     large = max(problem.q.shape[2], problem.kv.values.shape[-1]) > 128
     # The loads of a paged KV follow that of the block table one stage later.

@@ -137,7 +137,7 @@ class PackedMover:
             view = self._read(plane, tables[plane.group][start // size : stop // size])
             kept = torch.zeros(self._sink_shape(plane, sinks), dtype=view.pages.dtype, device=view.slots.device)
             gather_tokens(view.pages, view.slots[:sinks], kept)
-            packed = bound.pack([side.of(view.pages) for side in plane.sides], view.slots)
+            packed = bound.pack([side.of(view.pages) for side in plane.sides], _without(view.slots, sinks))
             planes.append((kept.view(-1).view(torch.uint8), packed))
         return Packing(stop - start, sinks, planes)
 
@@ -177,7 +177,7 @@ class PackedMover:
                 raise KernelArgumentError(f"a table of {len(tables[plane.group])} blocks ends before token {last}")
             table = torch.nn.functional.pad(ids, ((first - start) // size, (stop - last) // size), value=-1)
             view = self._view(plane, table)
-            whole = bound.unpack([side.of(view.pages) for side in plane.sides], view.slots, parts)
+            whole = bound.unpack([side.of(view.pages) for side in plane.sides], _without(view.slots, sinks), parts)
             if whole is not None:
                 found.append(whole)
             if sinks:
@@ -296,6 +296,11 @@ class PackedMover:
 
     def _header_bytes(self) -> int:
         return _rounded(_FIXED + 8 * self._num_sections())
+
+
+def _without(slots: torch.Tensor, sinks: int) -> torch.Tensor:
+    """What a codec sees: the sinks' outliers, kept as they are, would only coarsen the steps of other tokens."""
+    return torch.nn.functional.pad(slots[sinks:], (sinks, 0), value=-1) if sinks else slots
 
 
 def _rounded(nbytes: int) -> int:

@@ -171,6 +171,22 @@ def test_kv_that_cannot_be_packed_is_not_stored(open_engine: Open, name: str, ba
         assert lookup.tokens == 32
 
 
+@pytest.mark.parametrize("name", ["int4", "rotated", "klt", "cachegen"])
+def test_outliers_of_the_first_tokens_spoil_nobody_elses_steps(open_engine: Open, name: str) -> None:
+    """All attend to them and their values are like no other token's, so they are kept, and left out of the scales."""
+    true = random_layers()
+    for layer in true:
+        layer[IDS[0], :, :4] *= 1e4
+    layers = [layer.clone() for layer in true]
+    engine = open_engine(layers, CODECS[name][0])
+    assert engine.store(TOKENS, [IDS]) == len(TOKENS)
+    with engine.lookup(TOKENS) as lookup:
+        engine.retrieve(lookup, [OTHER])
+    assert all(torch.equal(f[OTHER[0], :, :4], t[IDS[0], :, :4]) for f, t in zip(layers, true, strict=True))
+    ordinary = [[layer[:, :, 4:] for layer in x] for x in (layers, true)]
+    assert error(*ordinary, OTHER[:1], IDS[:1]) < CODECS[name][1]
+
+
 @pytest.mark.parametrize("where", [0, 4, 9, 14, 20, 60, 250, 256, 270])
 def test_a_header_that_is_off_is_never_data(open_engine: Open, where: int) -> None:
     layers = random_layers()

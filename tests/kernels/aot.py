@@ -60,6 +60,11 @@ class Recorder:
         self.grid, self.args, self.options = grid, args, options
 
 
+def allowed_local(budget: dict[str, Any]) -> int:
+    """Bytes of local memory: none, but for the few that a budget grants to a version of triton."""
+    return budget.get("local", {}).get(".".join(triton.__version__.split(".")[:2]), 0)
+
+
 def compile_for(target: str, recorded: Recorder) -> Compiled:
     """Compile what `recorded` would have launched, with the specialisation that triton's own launcher would choose."""
     fn = recorded.jitted

@@ -165,28 +165,9 @@ def test_the_entropy_stage_is_within_3_percent_of_the_entropy(name: str, device:
     pages, slots = PagedLayers(list(kv)), torch.arange(tokens, device=device)
     views = [side.of(pages) for side in sides]
     packed = plane.pack(views, slots)
-    # Lengths and words of the codes; anchors have a table and streams of their own.
-    nbytes = int(packed.used[1]) + 2 * plane._streams(tokens)[0][0]
-    symbols = plane._symbols(tokens, device)
-    parts = [part[: int(used)].contiguous() for part, used in zip(packed.parts, packed.used, strict=True)]
-    del symbols
-    entropy = _entropy_of_codes(plane, views, slots)
-    assert nbytes * 8 < 1.03 * entropy
-    assert len(parts) == (5 if name == "cachegen" else 3)
-
-
-def _entropy_of_codes(plane: Any, views: list[PagedLayers], slots: torch.Tensor) -> float:
-    """Empirical entropy, in bits, of the codes that are not certain."""
-    from lmcache.kernels.transform import ANCHOR_GROUP, Symbols, pack_symbols
-
-    symbols = plane._symbols(len(slots), slots.device)
-    for i, (view, transform) in enumerate(zip(views, plane._transforms, strict=True)):
-        pack_symbols(view, slots, transform, Symbols(*(part[i] for part in symbols)))
-    codes = symbols[0].cpu()
-    if plane._delta:
-        codes = codes[:, :, :, torch.arange(len(slots)) % ANCHOR_GROUP != 0]
-    counts = torch.bincount(codes.flatten().long(), minlength=256)[None].float()
-    return float(entropy_bits(counts).sum())
+    entropy = float(entropy_bits(plane.counts(views, slots).cpu().double()).sum())
+    taken = 8 * sum(int(used) for used in packed.used)
+    assert entropy < taken < 1.03 * entropy
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -300,6 +281,32 @@ def test_a_file_that_is_no_profile_is_an_error(what: str, tmp_path: Path) -> Non
         path.write_bytes({"cut": whole[:-100], "empty": b"", "text": b"hello", "pickle": pickle.dumps({"a": 1})}[what])
     with pytest.raises(KernelArgumentError, match="no codec profile"):
         Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda profile: profile.tables.fill_(99), "names tables 99 to 99"),
+        (lambda profile: profile.tables.fill_(-1), "names tables -1"),
+        (lambda profile: profile.value.inverse.view(-1)[3].fill_(torch.nan), "inverse is not finite"),
+        (lambda profile: dataclasses.replace(profile, tables=profile.tables[:1]), "tables of its channels"),
+        (lambda profile: dataclasses.replace(profile, freqs=profile.freqs[:, :100]), "frequencies have shape"),
+        (
+            lambda profile: dataclasses.replace(
+                profile, value=dataclasses.replace(profile.value, bounds=profile.value.bounds[:1])
+            ),
+            "bounds is torch.float32 of shape",
+        ),
+    ],
+)
+def test_a_profile_that_kernels_could_not_trust_is_an_error(
+    change: Callable[[Profile], Any], message: str, tmp_path: Path
+) -> None:
+    profile = gaussian_profile("klt")
+    changed = change(profile)
+    (changed if isinstance(changed, Profile) else profile).save(tmp_path / "p.npz")
+    with pytest.raises(KernelArgumentError, match=message):
+        Profile.load(tmp_path / "p.npz")
 
 
 def test_a_part_has_the_layers_and_heads_that_were_asked_for() -> None:

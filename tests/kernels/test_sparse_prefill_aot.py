@@ -55,7 +55,7 @@ def test_machine_code_keeps_its_budget(case: str, target: str, monkeypatch: pyte
 
     compiled = aot.compile_for(target, recorder)
     budget = BUDGETS[case][target]
-    assert compiled.local == 0, "spills"
+    assert compiled.local <= aot.allowed_local(budget), "spills"
     assert compiled.registers <= budget["registers"]
     assert compiled.shared <= budget["shared"]
     loads, stores = WIDE[target.rstrip("0123456789_")]

@@ -58,7 +58,7 @@ def test_machine_code_keeps_its_budget(
     options = recorder.options
     compiled = aot.compile_for(target, recorder)
     budget = BUDGETS[way][kind][vendor]
-    assert compiled.local == 0, "spills"
+    assert compiled.local <= aot.allowed_local(budget), "spills"
     assert compiled.registers <= budget["registers"]
     assert compiled.shared <= budget["shared"]
     tokens = options["BLOCK_T"] * (2 if kind == "klt" else 1)
