@@ -2,9 +2,9 @@
 
 python -m experiments.storage_bench [--only disk] [--repeats 9]
 
-Rounds of an operation and of its limit are interleaved and medians taken: these machines are noisy, and the virtual disk
-itself varies twofold between minutes. Exits 1 when a floor is missed in two measurements. A piece whose server or package
-is not here is skipped, and says why.
+Rounds of an operation and of its limit are interleaved and medians taken: these machines are noisy, and the virtual
+disk itself varies twofold between minutes. Exits 1 when a floor is missed in two measurements. A piece whose server or
+package is not here is skipped, and says why.
 """
 
 from __future__ import annotations
