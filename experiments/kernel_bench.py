@@ -3,12 +3,11 @@
 python -m experiments.kernel_bench [--device cuda] [--only gather] [--seconds 1] [--no-estimate]
 
 Each operation is first compared with its torch definition on the very tensors it is timed on; one that is wrong gets
-FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements (only at the
-device's own --size: small copies are all overhead). Rounds are interleaved and medians taken, because the machines this
-runs on are noisy; every round moves other parts of memory, so that no cache flatters it. On a CPU the copies run in one
-thread, so memcpy is measured with one, which the floors are shares of, and with all of torch's threads. On a GPU events
-are recorded around each operation, behind a kernel that waits until it is queued. Without a GPU a table of estimates
-for GPUs follows (kernel_estimate.py).
+FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements. Rounds are
+interleaved and medians taken, because the machines this runs on are noisy; every round moves other parts of memory, so
+that no cache flatters it. On a CPU the copies run in one thread, so memcpy is measured with one, which the floors are
+shares of, and with all of torch's threads. On a GPU events are recorded around each operation, behind a kernel that
+waits until it is queued. Without a GPU a table of estimates for GPUs follows (kernel_estimate.py).
 
 Needs torch, triton and numpy only.
 """
@@ -113,14 +112,12 @@ def _rate(nbytes: int, seconds: float) -> str:
     return f"{rate:.{max(0, min(3, 2 - math.floor(math.log10(rate))))}f}"
 
 
-def report(
-    case: Case, copies: Copies, device: torch.device, repeats: int, budget_s: float, *, floors: bool = True
-) -> bool:
+def report(case: Case, copies: Copies, device: torch.device, repeats: int, budget_s: float) -> bool:
     """Print a line; whether the case is right and above its floor."""
     if not case.check():
         print(f"{case.name:<15} {case.size:<38} FAILED: differs from its torch definition, so no figure", flush=True)
         return False
-    floor = case.floors.get(device.type) if floors else None
+    floor = case.floors.get(device.type)
     measured = measure(case, copies, device, repeats, budget_s)
     if floor is not None and measured.shares[0] < floor:
         measured = measure(case, copies, device, 2 * repeats, 3 * budget_s)
@@ -164,8 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _introduce(device, options.repeats)
     copies = Copies(device, 2 * size.layers * size.cache_tokens * size.width)
     cases = (case for case in all_cases(device, size) if options.only in case.name)
-    floors = size == SIZES[device.type]
-    good = [report(case, copies, device, options.repeats, options.seconds, floors=floors) for case in cases]
+    good = [report(case, copies, device, options.repeats, options.seconds) for case in cases]
     if not good:
         print(f"no operation is called {options.only!r}")
         return 1
