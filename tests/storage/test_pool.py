@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmcache.errors import BufferStateError, ClosedError, ConfigError
+from lmcache.storage.allocators import BestFit
 from lmcache.storage.pool import PAGE, PinnedPool, PoolBuffer
 
 PAGES = 32
@@ -60,7 +61,8 @@ class PoolMachine(RuleBasedStateMachine):
     def free_runs_and_used_bytes_add_up(self) -> None:
         blocks = {buffer.address: -(-buffer.nbytes // PAGE) * PAGE for buffer, _ in self.held}
         assert self.pool.used_bytes == sum(blocks.values())
-        runs = sorted(self.pool._free_by_start.items())
+        assert isinstance(self.pool._allocator, BestFit)
+        runs = self.pool._allocator.runs()
         assert sum(length for _, length in runs) == self.pool.free_bytes
         assert all(a + length < b for (a, length), (b, _) in itertools.pairwise(runs)), "runs must merge"
 
