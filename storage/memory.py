@@ -210,7 +210,7 @@ class MemoryTier:
 
     def _evict(self, nbytes: int) -> int:
         """Make room for ``nbytes`` and some more; evicts nothing when that cannot be had beside what is held."""
-        goal = max(nbytes, self.reserve)
+        goal = max(nbytes - self.pool.free_bytes, self.reserve)  # fragmented: asked again
         with self._lock:
             self._play_touches()
             victims, freed = self._unheld(goal, lambda key: key not in self._dirty)

@@ -184,9 +184,9 @@ def test_slots_are_of_one_size_and_what_is_larger_is_refused_and_said_once(caplo
 
 
 def test_slots_that_cannot_be_are_errors() -> None:
-    with pytest.raises(ConfigError, match="needs memory.slot"):
+    with pytest.raises(ConfigError, match=r"needs memory\.slot"):
         PinnedPool(4 * PAGE, allocator="slots")
-    with pytest.raises(ConfigError, match="more than memory.capacity"):
+    with pytest.raises(ConfigError, match=r"more than memory\.capacity"):
         PinnedPool(4 * PAGE, allocator="slots", slot=5 * PAGE)
 
 
