@@ -314,9 +314,11 @@ class StorageManager:
         return bool(expired)
 
     def _write_ahead(self) -> None:
-        """Demotion: keep the reserve free, or written below, so that evicting loses nothing."""
-        for key, buffer in self._memory.to_write(self._memory.reserve):
-            self._tiers[0].writes.put(key, buffer, settled=self._memory.settle)
+        """Demotion: keep the reserve free, or written to the nearest tier that takes it."""
+        tier = max(self._tiers, key=lambda tier: tier.writes.room_bytes > 0)
+        if room := tier.writes.room_bytes:
+            for key, buffer in self._memory.to_write(min(room, self._memory.reserve)):
+                tier.writes.put(key, buffer, settled=self._memory.settle)
 
     def _leading_below(self, keys: Sequence[ChunkKey]) -> int:
         for tier in self._tiers:

@@ -88,6 +88,13 @@ class WriteQueue:
             buffer.release()
         return taken
 
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that would be taken now."""
+        if self._closed or not self._tier.breaker.ready:
+            return 0
+        return max(0, self._most_bytes - self.pending_bytes)
+
     def drop(self, matches: Callable[[ChunkKey], bool]) -> None:
         """Forget queued writes; those under way are undone when they end."""
         with self._changed:
