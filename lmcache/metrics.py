@@ -13,10 +13,20 @@ LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counte
 
 TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
 TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
-TIER_SHED_BYTES = Counter("lmcache_tier_shed_bytes", "bytes not written because the queue was full", ["tier"])
+TIER_SHED_BYTES = Counter(
+    "lmcache_tier_shed_bytes", "bytes not written: the queue was full, or the tier failed", ["tier"]
+)
 TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
 CORRUPT_CHUNKS = Counter(
     "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
 )
 EVICTED_CHUNKS = Counter("lmcache_evicted_chunks", "chunks evicted for lack of capacity", ["tier"])
+EVICTED_UNWRITTEN_CHUNKS = Counter(
+    "lmcache_evicted_unwritten_chunks", "chunks evicted from memory before a lower tier had them (demotion on_evict)"
+)
+TIER_RETRIES = Counter("lmcache_tier_retries", "second attempts of reads and writes", ["tier"])
+TIER_HUNG_CALLS = Counter("lmcache_tier_hung_calls", "calls that ran out of time and were left behind", ["tier"])
+QUOTA_REFUSED_BYTES = Counter(
+    "lmcache_quota_refused_bytes", "bytes not kept in memory for a tenant's quota", ["tenant"]
+)
 MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
