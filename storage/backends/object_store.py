@@ -232,7 +232,7 @@ class ObjectStoreBackend(StorageBackend):
         if data.nbytes != size:
             raise StorageError(f"{data.nbytes} bytes came, {size} were announced")
         view[:] = data[HEADER_BYTES:]
-        check_chunk(data[:HEADER_BYTES], key, view)
+        check_chunk(bytes(data[:HEADER_BYTES]), key, view)
         self._index.add(key, view.nbytes)
         return True
 
