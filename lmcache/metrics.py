@@ -11,16 +11,6 @@ STORE_FAILURES = Counter("lmcache_store_failures", "stores that raised; their to
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
 
-TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
-TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
-TIER_SHED_BYTES = Counter("lmcache_tier_shed_bytes", "bytes not written because the queue was full", ["tier"])
-TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
-CORRUPT_CHUNKS = Counter(
-    "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
-)
-EVICTED_CHUNKS = Counter("lmcache_evicted_chunks", "chunks evicted for lack of capacity", ["tier"])
-MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
-
 # What the wrappers of a backend see (storage/wrappers.py, compression.py, encryption.py).
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _BYTES = tuple(4.0**n for n in range(5, 17))  # 1 KiB to 4 GiB
@@ -36,3 +26,13 @@ COMPRESSED_BYTES = Counter("lmcache_compressed_bytes", "payload bytes, before an
 UNREADABLE_CHUNKS = Counter(
     "lmcache_unreadable_chunks", "encrypted chunks that were not read, by why: no key, or not authentic", ["why"]
 )
+
+TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
+TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
+TIER_SHED_BYTES = Counter("lmcache_tier_shed_bytes", "bytes not written because the queue was full", ["tier"])
+TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
+CORRUPT_CHUNKS = Counter(
+    "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
+)
+EVICTED_CHUNKS = Counter("lmcache_evicted_chunks", "chunks evicted for lack of capacity", ["tier"])
+MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
