@@ -105,6 +105,9 @@ class Recoding(StorageBackend):
     def clear(self, fingerprint: bytes | None = None) -> int:
         return self.inner.clear(fingerprint)
 
+    def keys(self) -> list[ChunkKey] | None:
+        return self.inner.keys()
+
     def close(self) -> None:
         self.inner.close()
         self._scratch.close()

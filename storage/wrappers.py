@@ -66,6 +66,9 @@ class Wrapper(StorageBackend):
     def clear(self, fingerprint: bytes | None = None) -> int:
         return self._around("clear", (), 0, lambda: self.inner.clear(fingerprint))
 
+    def keys(self) -> list[ChunkKey] | None:
+        return self.inner.keys()
+
     def close(self) -> None:
         self.inner.close()
 

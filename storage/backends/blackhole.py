@@ -42,5 +42,8 @@ class BlackholeBackend(StorageBackend):
     def clear(self, fingerprint: bytes | None = None) -> int:
         return 0
 
+    def keys(self) -> list[ChunkKey]:
+        return []
+
     def close(self) -> None:
         """Nothing is open."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -139,20 +139,26 @@ class ObjectStoreBackend(StorageBackend):
         return len(paths)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        prefix = None if fingerprint is None else fingerprint.hex()
         count = 0
         self._index.clear()
-        pages = iter(obstore.list(self._store, prefix, chunk_size=DELETE_BATCH))
-        while page := self._guard("list chunks", lambda: next(pages, None)):
-            paths = [entry["path"] for entry in page if chunk_key(entry["path"]) is not None]
-            self._delete(paths)
-            count += len(paths)
+        for keys in self._pages(None if fingerprint is None else fingerprint.hex()):
+            self._delete([chunk_path(key) for key in keys])
+            count += len(keys)
         self._index.clear()
         return count
+
+    def keys(self) -> list[ChunkKey]:
+        return [key for keys in self._pages(None) for key in keys]
 
     def close(self) -> None:
         self._transfers.close()
         self._questions.close()
+
+    def _pages(self, prefix: str | None) -> Iterator[list[ChunkKey]]:
+        """Every chunk below a prefix, up to 1,000 at a time."""
+        pages = iter(obstore.list(self._store, prefix, chunk_size=DELETE_BATCH))
+        while page := self._guard("list chunks", lambda: next(pages, None)):
+            yield [key for entry in page if (key := chunk_key(entry["path"])) is not None]
 
     def _check(self) -> None:
         """ConfigError for what will not mend by itself; a store that cannot be reached now may come back."""

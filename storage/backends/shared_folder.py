@@ -131,11 +131,17 @@ class SharedFolderBackend(StorageBackend):
             count += self._unlink(path)
         return count
 
+    def keys(self) -> list[ChunkKey]:
+        return [key for path, _ in self._files(None) if (key := self._key(path)) is not None]
+
     def close(self) -> None:
         """Nothing is open between calls."""
 
     def _path(self, key: ChunkKey) -> Path:
         return self._root / chunk_path(key)
+
+    def _key(self, path: Path) -> ChunkKey | None:
+        return chunk_key(path.relative_to(self._root).as_posix())
 
     def _stat(self, key: ChunkKey) -> int:
         """Bytes of its file, 0 where there is none."""
@@ -151,8 +157,8 @@ class SharedFolderBackend(StorageBackend):
         found: dict[ChunkKey, int] = {}
         for namespace in {key.namespace for key in wanted}:
             for path, entry in self._folder(self._root / namespace_path(namespace)):
-                key = chunk_key(path.relative_to(self._root).as_posix())
-                if key in wanted:
+                key = self._key(path)
+                if key is not None and key in wanted:
                     with contextlib.suppress(FileNotFoundError):
                         found[key] = entry.stat().st_size
         return found
@@ -261,7 +267,7 @@ class SharedFolderBackend(StorageBackend):
             if fingerprint in (None, format_path.name):
                 for tag_path, _ in self._folder(format_path):
                     for path, entry in self._folder(tag_path):
-                        if chunk_key(path.relative_to(self._root).as_posix()) is not None:
+                        if self._key(path) is not None:
                             yield path, entry
 
     def _folder(self, folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:

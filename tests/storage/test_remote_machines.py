@@ -117,6 +117,11 @@ class Machine(RuleBasedStateMachine):
         self.model.clear()
 
     @rule(who=who)
+    def keys(self, who: int) -> None:
+        if self.exact:
+            assert sorted(self.backends[who].keys() or []) == [make_key(n) for n in sorted(self.model)]
+
+    @rule(who=who)
     def restart(self, who: int) -> None:
         self.backends[who].close()
         self.backends[who] = self.open()
