@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 RETRIEVED_TOKENS = Counter("lmcache_retrieved_tokens", "tokens whose KV was written into the engine's pages")
 STORED_TOKENS = Counter("lmcache_stored_tokens", "tokens whose KV was copied out of the engine's pages")
@@ -10,6 +10,22 @@ STORE_REFUSED_TOKENS = Counter("lmcache_store_refused_tokens", "tokens not store
 STORE_FAILURES = Counter("lmcache_store_failures", "stores that raised; their tokens will be computed again")
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
+
+# What the wrappers of a backend see (storage/wrappers.py, compression.py, encryption.py).
+_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_BYTES = tuple(4.0**n for n in range(5, 17))  # 1 KiB to 4 GiB
+BACKEND_SECONDS = Histogram(
+    "lmcache_backend_seconds", "duration of one call of a backend", ["backend", "operation"], buckets=_SECONDS
+)
+BACKEND_BYTES = Histogram(
+    "lmcache_backend_bytes", "payload of one call of a backend", ["backend", "operation"], buckets=_BYTES
+)
+BACKEND_ERRORS = Counter("lmcache_backend_errors", "calls of a backend that raised", ["backend", "operation"])
+AUDIT_FAILURES = Counter("lmcache_audit_failures", "answers that differ from what was put", ["backend"])
+COMPRESSED_BYTES = Counter("lmcache_compressed_bytes", "payload bytes, before and after compression", ["stage"])
+UNREADABLE_CHUNKS = Counter(
+    "lmcache_unreadable_chunks", "encrypted chunks that were not read, by why: no key, or not authentic", ["why"]
+)
 
 TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
 TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
