@@ -14,6 +14,7 @@ LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counte
 TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
 TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
 TIER_SHED_BYTES = Counter("lmcache_tier_shed_bytes", "bytes not written because the queue was full", ["tier"])
+TIER_REFUSED_BYTES = Counter("lmcache_tier_refused_bytes", "bytes that a tier had no room for", ["tier"])
 TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
 CORRUPT_CHUNKS = Counter(
     "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
