@@ -66,8 +66,7 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        log = Path(self.folder.name, "log").open("ab")
-        with log:
+        with Path(self.folder.name, "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self.folder.name)
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
