@@ -1,7 +1,7 @@
 """What storage_bench measures of the Redis family: against a raw socket client on the same Valkey server.
 
-The raw client sends one SET or GET after another and reads into one buffer that it uses again; no header, no checksum,
-no index. Ours moves the same values, with a header that is made and checked, from and to the buffers of a pool.
+The raw client sends one SET or GET after another, from and into the same buffers, which are used again in every round;
+no header, no checksum, no batches. Ours moves the same payloads with a header that is made and checked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ LOOKUP_KEYS = 10_000
 class RawClient:
     """The least that can be done with a socket."""
 
-    def __init__(self, port: int, nbytes: int) -> None:
+    def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), 30.0)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = memoryview(bytearray(random.Random(0).randbytes(nbytes)))
 
-    def set(self, name: bytes) -> None:
-        start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(self._buffer))
-        parts = [memoryview(start), self._buffer, memoryview(b"\r\n")]
+    def set(self, name: bytes, view: memoryview) -> None:
+        start = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(view))
+        parts = [memoryview(start), view, memoryview(b"\r\n")]
         while parts:
             sent = self._socket.sendmsg(parts)
             while parts and sent >= len(parts[0]):
@@ -40,11 +39,19 @@ class RawClient:
                 parts[0] = parts[0][sent:]
         assert self._socket.recv(16) == b"+OK\r\n"
 
-    def get(self, name: bytes) -> None:
+    def get(self, name: bytes, view: memoryview) -> None:
         self._socket.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name))
-        left = len(b"$%d\r\n" % len(self._buffer)) + len(self._buffer) + 2
-        while left:
-            left -= self._socket.recv_into(self._buffer[: min(left, len(self._buffer))])
+        head, end = bytearray(len(b"$%d\r\n" % len(view))), bytearray(2)
+        parts = [memoryview(head), view, memoryview(end)]
+        while parts:
+            got = self._socket.recvmsg_into(parts)[0]
+            assert got
+            while parts and got >= len(parts[0]):
+                got -= len(parts.pop(0))
+            if parts:
+                parts[0] = parts[0][got:]
+        assert head.startswith(b"$%d" % len(view))
+        assert end == b"\r\n"
 
     def close(self) -> None:
         self._socket.close()
@@ -63,7 +70,7 @@ def _transfers(binary: str, nbytes: int, count: int) -> Iterator[Case]:
     server = RedisServer(binary)
     backend = RedisBackend(RedisConfig(url=f"valkey://127.0.0.1:{server.port}"))
     pool = PinnedPool(count * (nbytes + 4096))
-    raw = RawClient(server.port, nbytes)
+    raw = RawClient(server.port)
     keys = [make_key(number) for number in range(count)]
     buffers: list[PoolBuffer] = []
     for number in range(count):
@@ -74,12 +81,12 @@ def _transfers(binary: str, nbytes: int, count: int) -> Iterator[Case]:
 
     def set_raw() -> None:
         server.ask("UNLINK", *names)  # as put() is measured: of keys that are not there
-        for name in names:
-            raw.set(name)
+        for name, buffer in zip(names, buffers, strict=True):
+            raw.set(name, buffer.view)
 
     def get_raw() -> None:
-        for name in names:
-            raw.get(name)
+        for name, buffer in zip(names, buffers, strict=True):
+            raw.get(name, buffer.view)
 
     def put() -> None:
         backend.remove(keys)
