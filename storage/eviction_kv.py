@@ -19,7 +19,7 @@ from lmcache.storage.eviction import EvictionPolicy, Place
 from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
 
 # The position at which attention makes a token cost twice what the first one costs.
-COST_DOUBLES_AT = 1 << 17
+COST_DOUBLES_AT = 1 << 18
 FIT_EVERY = 2048  # uses
 TICK_EVERY = 16  # uses; below the end of the first level
 

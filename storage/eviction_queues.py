@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
 
-# S3-FIFO: shares of the capacity, uses in the small queue that lead to the main one, rounds that uses are good for.
-SMALL_SHARE, GHOST_SHARE = 0.1, 0.9
-USES_FOR_MAIN, MOST_USES = 2, 3
+# S3-FIFO: the small queue's share of the capacity, and how many rounds uses are good for.
+SMALL_SHARE, MOST_USES = 0.1, 3
 
 
 class Sieve(EvictionPolicy):
@@ -81,7 +79,8 @@ class _Entry:
     uses: int = 0
 
 
-_Queue: TypeAlias = OrderedDict[ChunkKey, _Entry]
+class _Queue(OrderedDict[ChunkKey, _Entry]):
+    """Oldest first."""
 
 
 class S3FIFO(EvictionPolicy):
@@ -91,12 +90,16 @@ class S3FIFO(EvictionPolicy):
                   └──evicted──▶ ghost (keys only, as many bytes as 90 %)
 
     Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023; details as in libCacheSim. The
-    capacity is the most bytes that were ever held. Until something is evicted, new keys go to main once small is full.
+    capacity is the most bytes that were ever held.
+
+    promote_at: uses in small after which main takes a key. ghost_share: of the capacity, in bytes of what it remembers.
+    fill_main: until something is evicted, new keys go to main once small is full.
     """
 
-    def __init__(self) -> None:
-        self._small: _Queue = OrderedDict()
-        self._main: _Queue = OrderedDict()
+    def __init__(self, promote_at: int = 2, ghost_share: float = 0.9, fill_main: bool = True) -> None:
+        self._promote_at, self._ghost_share, self._fill_main = promote_at, ghost_share, fill_main
+        self._small = _Queue()
+        self._main = _Queue()
         self._ghost: OrderedDict[ChunkKey, int] = OrderedDict()
         self._small_bytes = self._main_bytes = self._ghost_bytes = self._capacity = 0
         self._full = False
@@ -149,9 +152,9 @@ class S3FIFO(EvictionPolicy):
 
     def _divided(self) -> tuple[_Queue, _Queue]:
         """What is held when nothing was evicted yet: the first keys are in small, as many as fit, the others in main."""
-        small, main, used = OrderedDict(), OrderedDict(), 0
+        small, main, used = _Queue(), _Queue(), 0
         for key, entry in self._small.items():
-            if used < self._small_size():
+            if used < self._small_size() or not self._fill_main:
                 small[key], used = entry, used + entry.nbytes
             else:
                 main[key] = entry
@@ -167,7 +170,7 @@ class S3FIFO(EvictionPolicy):
             if small_bytes and main_bytes <= main_size:
                 for key, entry in fresh:
                     small_bytes -= entry.nbytes
-                    if entry.uses < USES_FOR_MAIN:
+                    if entry.uses < self._promote_at:
                         yield key
                         break
                     moved.append((key, entry.nbytes, 0))
@@ -197,7 +200,7 @@ class S3FIFO(EvictionPolicy):
         from_small = self._main_bytes <= main_size
         while self._small and from_small:
             first, entry = next(iter(self._small.items()))
-            if entry.uses < USES_FOR_MAIN:
+            if entry.uses < self._promote_at:
                 return
             del self._small[first]
             self._small_bytes -= entry.nbytes
@@ -211,5 +214,5 @@ class S3FIFO(EvictionPolicy):
             self._main.move_to_end(first)
 
     def _trim(self) -> None:
-        while self._ghost_bytes > int(self._capacity * GHOST_SHARE):
+        while self._ghost_bytes > int(self._capacity * self._ghost_share):
             self._ghost_bytes -= self._ghost.popitem(last=False)[1]

@@ -18,7 +18,7 @@ PRIOR_CHUNKS = 100.0
 # Before anything is known: as many are used again in each level, so that the least recently used is worth least.
 FIRST_GUESS = 0.05
 # Uses after which what was counted counts half.
-HALF_LIFE = 65536
+HALF_LIFE = 1 << 18
 
 Kind = tuple[int, ...]
 Counts = npt.NDArray[np.float64]
