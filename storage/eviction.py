@@ -15,7 +15,10 @@ from lmcache.keys import ChunkKey
 
 
 class Place(NamedTuple):
-    """Where a chunk stands in its chain: token positions ``[start, stop)`` behind ``parent``, None for the first."""
+    """Where a chunk stands in its chain: token positions ``[start, stop)`` behind ``parent``, None for the first.
+
+    ``stop`` is ``start`` where the positions are not known.
+    """
 
     parent: ChunkKey | None
     start: int

@@ -1,7 +1,7 @@
 """A policy that knows what a KV cache knows.
 
 prefix      a chunk is worthless without its parents, so only chunks without cached children are candidates
-reuse       from how long ago, how often and in what company a chunk was used, its chances to be used again are learned
+reuse       from how long ago and how often a chunk was used, and whether it ends a prompt, its chances are learned
 cost, size  a chunk far down its prompt costs more to compute again; what counts is cost saved for each byte of room
 """
 
@@ -20,6 +20,7 @@ from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
 
 # The position at which attention makes a token cost twice what the first one costs.
 COST_DOUBLES_AT = 1 << 18
+MOST_USES = 5  # uses beyond 16 are not told apart
 FIT_EVERY = 2048  # uses
 TICK_EVERY = 16  # uses; below the end of the first level
 
@@ -27,7 +28,7 @@ TICK_EVERY = 16  # uses; below the end of the first level
 class _Chunk:
     """What is remembered of a chunk: while it is held, and for some time after."""
 
-    __slots__ = ("gap", "held", "key", "kids", "kind", "last", "level", "parent", "queued", "uses", "weight")
+    __slots__ = ("held", "key", "kids", "kind", "last", "level", "parent", "queued", "uses", "weight")
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -37,30 +38,20 @@ class _Chunk:
         self.queued = False  # a candidate
         self.uses = 0
         self.last = -1  # when it was last used; -1: it is only known as a parent
-        self.gap = 0  # between its last two uses
         self.kind = 0
         self.level = -1  # of its age; -1: it has no kind yet
-        self.weight = 0  # cost a byte, in steps of half an octave
+        self.weight = 0  # cost a byte, in octaves
 
 
 class _Queue(OrderedDict[ChunkKey, _Chunk]):
     """Candidates of one kind, level and weight, which are worth the same: the longest unused first."""
-
-    def __init__(self, kind: int, level: int, weight: int) -> None:
-        super().__init__()
-        self.kind, self.level, self.factor = kind, level, 2.0 ** (weight / 2)
-        self.worth = 0.0
-
-
-def _octave(number: int, most: int) -> int:
-    return min(number.bit_length(), most)
 
 
 class Reuse(EvictionPolicy):
     """Least expected saving for each byte and each unit of time first, never a chunk before its children.
 
     See reuse_model.py for how the expectation is learned, from what was let go too, and docs/storage/eviction.md.
-    A new chunk's kind depends on the chain that came in with it, so it has none until that ends; until then the chain
+    Whether a new chunk is an end shows when the chain ends that it came with, so it has none until that ends; until then the chain
     goes last.
     """
 
@@ -101,7 +92,7 @@ class Reuse(EvictionPolicy):
         self._tick()
         self._dequeue(chunk)
         self._use(chunk)
-        self._begin(chunk, self._known_kind(chunk))
+        self._begin(chunk)
         if not chunk.kids:
             self._enqueue(chunk)
 
@@ -135,7 +126,7 @@ class Reuse(EvictionPolicy):
                     yield from self._climb(heapq.heappop(freed), left, freed, serial)
         while freed:
             yield from self._climb(heapq.heappop(freed), left, freed, serial)
-        chain = [chunk for chunk in self._chain if not chunk.kids]
+        chain = [chunk for chunk in self._chain if not left.get(chunk.key, chunk.kids)]
         while chain:
             chunk = chain.pop()
             yield chunk.key
@@ -178,7 +169,7 @@ class Reuse(EvictionPolicy):
         return None if kids else parent
 
     def _worth(self, chunk: _Chunk) -> float:
-        return float(self._model.value[chunk.kind][chunk.level] * 2.0 ** (chunk.weight / 2))
+        return float(self._model.value[chunk.kind][chunk.level] * 2.0**chunk.weight)
 
     def _link(self, chunk: _Chunk, place: Place | None) -> None:
         if place is None or place.parent is None or place.parent == chunk.key:
@@ -197,45 +188,42 @@ class Reuse(EvictionPolicy):
         return (last,) if last.parent is chunk else ()
 
     def _weigh(self, nbytes: int, place: Place | None) -> int:
-        """Cost a byte against what is usual, in steps of half an octave."""
+        """Cost a byte against what is usual, in octaves: finer differences matter less than chances do."""
         if place is None or place.stop <= place.start:
             return 0
         tokens = place.stop - place.start
         self._tokens += tokens
         self._bytes += nbytes
         dense = tokens * self._bytes / (max(nbytes, 1) * max(self._tokens, 1))
-        return round(2 * log2(max(dense, 1e-9) * (1 + place.start / COST_DOUBLES_AT)))
+        return round(log2(max(dense, 1e-9) * (1 + place.start / COST_DOUBLES_AT)))
 
     def _use(self, chunk: _Chunk) -> None:
         if chunk.level >= 0:
             self._model.used[chunk.kind][chunk.level] += 1
-        chunk.gap = self._now - chunk.last if chunk.last >= 0 else 0
         chunk.last, chunk.level = self._now, -1
         chunk.uses += 1
 
-    def _known_kind(self, chunk: _Chunk) -> Kind:
-        """Of a chunk that was used before: how often, and at what interval."""
-        return (_octave(chunk.uses, 5), min(max(0, chunk.gap.bit_length() - 6) // 2, 4))
+    @staticmethod
+    def _kind_of(chunk: _Chunk) -> Kind:
+        """How often it was used, and whether it is the end of what came in: few ask exactly the same again.
+
+        More features (interval of uses, length of the request, what it hangs on) were tried and did not help where
+        it matters: they make many kinds that little is known of.
+        """
+        uses = min(chunk.uses.bit_length(), MOST_USES)
+        return (uses, int(not chunk.kids)) if chunk.uses == 1 else (uses,)
 
     def _end_chain(self) -> None:
-        """What came in has a kind now: what it hangs on, how much came at once, and whether it is an end."""
+        """What came in has a kind now, as it is known what hangs on what."""
         chain, self._chain = self._chain, []
-        if not chain:
-            return
-        first = chain[0] if chain[0].parent is None or chain[0].parent is not chain[-1] else chain[-1]
-        if len(chain) > 1 and chain[0].parent is chain[1]:
-            first = chain[-1]
-        hangs_on = _octave(first.parent.uses, 4) if first.parent else 0
-        run = _octave(len(chain), 8)
         for chunk in chain:
-            new = (0, int(not chunk.kids), hangs_on, run)
-            self._begin(chunk, new if chunk.uses == 1 else self._known_kind(chunk))
+            self._begin(chunk)
             if chunk.held and not chunk.kids:
                 self._enqueue(chunk)
 
-    def _begin(self, chunk: _Chunk, kind: Kind) -> None:
+    def _begin(self, chunk: _Chunk) -> None:
         """``chunk`` begins to age."""
-        chunk.kind, chunk.level = self._model.kind(kind), 0
+        chunk.kind, chunk.level = self._model.kind(self._kind_of(chunk)), 0
         self._model.entered[chunk.kind][0] += 1
         self._ages[0].append((chunk, chunk.last))
 
@@ -243,7 +231,7 @@ class Reuse(EvictionPolicy):
         name = chunk.kind, chunk.level, chunk.weight
         queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[name] = _Queue(*name)
+            queue = self._queues[name] = _Queue()
         if not queue:
             entry = (self._worth(chunk), *name)
             place = bisect_left(self._order, entry)
@@ -269,7 +257,7 @@ class Reuse(EvictionPolicy):
             self._next_fit = self._now + FIT_EVERY
             self._model.fit(self._now)
             self._order = sorted(
-                (self._model.value[kind][level] * 2.0 ** (weight / 2), kind, level, weight)
+                (self._model.value[kind][level] * 2.0**weight, kind, level, weight)
                 for (kind, level, weight), queue in self._queues.items()
                 if queue
             )

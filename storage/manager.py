@@ -16,6 +16,7 @@ from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
+from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PinnedPool, PoolBuffer
@@ -55,11 +56,14 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
-    def put(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background."""
+    def put(self, key: ChunkKey, buffer: PoolBuffer, place: Place | None = None) -> None:
+        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
+
+        place: where it stands in its chain, for eviction policies that care.
+        """
         for tier in self._tiers:
             tier.write(key, buffer.share())
-        self._memory.insert(key, buffer)
+        self._memory.insert(key, buffer, place=place)
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is in some tier."""
@@ -226,8 +230,10 @@ class StorageManager:
             return
         metrics.TIER_HITS.labels(tier.name).inc(got)
         lease._extend([buffer.share() for buffer in buffers[:got]])
-        for key, buffer in zip(keys, buffers[:got], strict=False):
-            self._memory.insert(key, buffer, generation)
+        for index, (key, buffer) in enumerate(zip(keys, buffers[:got], strict=False), start=first):
+            # Which tokens they are, nobody here knows.
+            place = Place(lease.keys[index - 1] if index else None, 0, 0)
+            self._memory.insert(key, buffer, generation, place)
 
     def _sweep(self) -> int:
         """Close leases that ran out and forget closed ones; returns how many ran out."""

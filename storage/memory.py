@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lmcache import metrics
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import EvictionPolicy
+from lmcache.storage.eviction import EvictionPolicy, Place
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
 # One eviction frees at least this share of the pool, so that it does not run for every chunk.
@@ -55,7 +55,9 @@ class MemoryTier:
                 self._policy.touch(key)
         return handles
 
-    def insert(self, key: ChunkKey, buffer: PoolBuffer, generation: int | None = None) -> None:
+    def insert(
+        self, key: ChunkKey, buffer: PoolBuffer, generation: int | None = None, place: Place | None = None
+    ) -> None:
         """Take ``buffer`` over. A key that is here keeps its buffer, and the new one is released.
 
         So is what was read before a clear, told by its ``generation``, and whatever comes after close().
@@ -65,7 +67,7 @@ class MemoryTier:
                 buffer.release()
                 return
             self._buffers[key] = buffer
-            self._policy.add(key, buffer.nbytes)
+            self._policy.add(key, buffer.nbytes, place)
 
     def allocate(self, nbytes: int) -> PoolBuffer | None:
         """A buffer, evicting what nobody holds; None when there is no room even so."""
