@@ -19,6 +19,7 @@ from lmcache.errors import ClosedError, ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PinnedPool, PoolBuffer
@@ -108,21 +109,22 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
-    def put(self, key: ChunkKey, buffer: PoolBuffer, *, tenant: str = "") -> None:
+    def put(self, key: ChunkKey, buffer: PoolBuffer, place: Place | None = None, *, tenant: str = "") -> None:
         """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
 
+        place: where it stands in its chain, for eviction policies that care.
         tenant: whose quota of memory it counts towards. What the quota has no room for goes to lower tiers only.
         """
         if self._frozen:
             buffer.release()
             return
         if self._write_back:
-            self._memory.insert(key, buffer, tenant=tenant)
+            self._memory.insert(key, buffer, place=place, tenant=tenant)
             self._write_ahead()
             return
         for tier in self._tiers:
             tier.writes.put(key, buffer.share())
-        self._memory.insert(key, buffer, tenant=tenant)
+        self._memory.insert(key, buffer, place=place, tenant=tenant)
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is in some tier."""

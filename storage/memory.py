@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lmcache import metrics
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import EvictionPolicy
+from lmcache.storage.eviction import EvictionPolicy, Place
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
 # One eviction frees at least this share of the pool, so that it does not run for every chunk.
@@ -102,6 +102,7 @@ class MemoryTier:
         buffer: PoolBuffer,
         generation: int | None = None,
         *,
+        place: Place | None = None,
         tenant: str = "",
         settled: bool = False,
     ) -> bool:
@@ -123,7 +124,7 @@ class MemoryTier:
                 here = True
                 self._play_touches()
                 self._buffers[key] = buffer
-                self._policy.add(key, buffer.nbytes)
+                self._policy.add(key, buffer.nbytes, place)
                 if tenant in self._quotas:
                     self._tenants[key] = tenant
                     self._tenant_bytes[tenant] += buffer.nbytes

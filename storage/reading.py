@@ -17,6 +17,7 @@ from lmcache import metrics
 from lmcache.errors import ClosedError
 from lmcache.keys import ChunkKey
 from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PoolBuffer
@@ -146,9 +147,11 @@ class Reading:
         self._land(run, offset, held, len(buffers))
         if got:
             metrics.TIER_HITS.labels(tier.name).inc(got)
-        for key, buffer in zip(keys, buffers[:got], strict=False):
+        for at, (key, buffer) in enumerate(zip(keys, buffers[:got], strict=False), start=first):
             if self._keep(key):
-                self._memory.insert(key, buffer, run.generation, tenant=self._tenant, settled=True)
+                # Which tokens they are, nobody here knows.
+                place = Place(self._lease.keys[at - 1] if at else None, 0, 0)
+                self._memory.insert(key, buffer, run.generation, place=place, tenant=self._tenant, settled=True)
             else:
                 buffer.release()
 

@@ -45,7 +45,17 @@ REMOTE_SCHEMES: Registry[type[StorageBackend]] = Registry(
     "lmcache.remote_schemes",
 )
 EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
-    "eviction policy", {"lru": "lmcache.storage.eviction:LRU"}, "lmcache.eviction_policies"
+    "eviction policy",
+    {
+        "lru": "lmcache.storage.eviction:LRU",
+        "mru": "lmcache.storage.eviction:MRU",
+        "fifo": "lmcache.storage.eviction:FIFO",
+        "lfu": "lmcache.storage.eviction:LFU",
+        "s3fifo": "lmcache.storage.eviction_queues:S3FIFO",
+        "sieve": "lmcache.storage.eviction_queues:Sieve",
+        "reuse": "lmcache.storage.eviction_kv:Reuse",
+    },
+    "lmcache.eviction_policies",
 )
 
 
