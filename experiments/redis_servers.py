@@ -32,11 +32,12 @@ def redis_binary() -> str | None:
 
 
 def free_port() -> int:
-    """A port below those that the system hands out to clients, and whose cluster bus port (10000 more) exists."""
-    for port in range(21_000 + time.monotonic_ns() % 9_000, 32_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+    """A port that is free, as is its cluster bus port (10000 more); both below those that clients are given."""
+    for port in range(11_000 + time.monotonic_ns() % 9_000, 22_700):
+        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
+            for one, number in ((probe, port), (bus, port + 10_000)):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(("127.0.0.1", number))
             return port
     raise OSError("no free port")
 

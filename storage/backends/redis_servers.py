@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import redis
 from pydantic import ByteSize, Field, SecretStr, model_validator
+from redis._parsers import _RESP2Parser
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, NodesManager
 from redis.connection import ConnectionPool
@@ -168,6 +169,8 @@ def open_servers(config: RedisConfig) -> Servers:
             "password": secret.get_secret_value() if secret else None,
         }
         sentinel = Sentinel(address.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
+        for client in sentinel.sentinels:
+            _without_hiredis(client)
         return _One(sentinel.master_for(address.service, **options), sentinel)  # type: ignore[no-untyped-call]
     ((host, port),) = address.hosts
     return _One(redis.Redis(host=host, port=port, **options))
@@ -177,7 +180,7 @@ class _One(Servers):
     """One server; with sentinels, the one that is the master when a connection is made."""
 
     def __init__(self, client: redis.Redis, sentinel: Sentinel | None = None) -> None:
-        self._pool = client.connection_pool
+        self._pool = _without_hiredis(client).connection_pool
         self._sentinel = sentinel
 
     def pool_of(self, name: bytes) -> ConnectionPool:
@@ -225,10 +228,21 @@ class _Cluster(Servers):
     def _connected(self) -> NodesManager:
         manager = self._manager
         if manager is None:
-            manager = NodesManager(startup_nodes=self._nodes, **self._options)
+            manager = _Nodes(startup_nodes=self._nodes, **self._options)
             with self._lock:
                 self._manager = manager = self._manager or manager
         return manager
+
+
+class _Nodes(NodesManager):
+    def create_redis_node(self, host: str, port: int, **options: Any) -> redis.Redis:
+        return _without_hiredis(super().create_redis_node(host, port, **options))  # type: ignore[no-untyped-call]
+
+
+def _without_hiredis(client: redis.Redis) -> redis.Redis:
+    """With the parser in Python: that of hiredis takes TLS 1.3 tickets for data left over, and drops the connection."""
+    client.connection_pool.connection_kwargs["parser_class"] = _RESP2Parser
+    return client
 
 
 def _pool(node: ClusterNode) -> ConnectionPool:
