@@ -159,6 +159,14 @@ class ManagerMachine(RuleBasedStateMachine):
         # Also when a tier refuses: it is cleared before it is read again.
         self.forget(gone)
 
+    @rule(first=numbers, world=worlds)
+    def clear_what_refuses(self, first: int, world: dict[str, int]) -> None:
+        self.store_and_evict(first, world)
+        self.tiers[0].before["clear"] = raising(StorageError("refused"))
+        self.manager.clear()
+        self.forget(list(self.allowed))
+        self.read(first, 4, world, hold=False, late=False)
+
     @rule(
         first=numbers,
         world=worlds,
