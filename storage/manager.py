@@ -55,11 +55,28 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
-    def put(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background."""
+    def put(self, key: ChunkKey, buffer: PoolBuffer, on_written: Callable[[bool], None] | None = None) -> None:
+        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
+
+        on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
+        """
+        report = None if on_written is None else _first_success(on_written, len(self._tiers))
         for tier in self._tiers:
-            tier.write(key, buffer.share())
+            tier.write(key, buffer.share(), report)
         self._memory.insert(key, buffer)
+        if on_written is not None and not self._tiers:
+            on_written(False)
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
+        sizes: list[int] = []
+        while len(sizes) < len(keys):
+            rest = keys[len(sizes) :]
+            found = self._memory.sizes(rest) or self._sizes_below(rest)
+            if not found:
+                break
+            sizes += found
+        return sizes
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is in some tier."""
@@ -102,11 +119,13 @@ class StorageManager:
                 raise
         return lease
 
-    def remove(self, keys: Sequence[ChunkKey]) -> None:
-        """Forget chunks, in every tier that answers in time."""
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        """Forget chunks, in every tier that answers in time. Returns the largest number that one tier had."""
+        counts = [self._memory.remove(keys)]
+        counts += [tier.remove(keys, ASK_TIMEOUT_S) for tier in self._tiers]
+        # Once more, for what a read found in a tier before that tier was asked.
         self._memory.remove(keys)
-        for tier in self._tiers:
-            tier.ask(lambda: tier.backend.remove(keys), 0, ASK_TIMEOUT_S)  # noqa: B023
+        return max(counts)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one KVFormat, or all, in every tier. Returns the largest number that one tier had."""
@@ -154,6 +173,13 @@ class StorageManager:
             if found := tier.ask(lambda: tier.backend.contains(keys), 0, ASK_TIMEOUT_S):  # noqa: B023
                 return found
         return 0
+
+    def _sizes_below(self, keys: Sequence[ChunkKey]) -> list[int]:
+        nothing: list[int] = []
+        for tier in self._tiers:
+            if found := tier.ask(lambda: tier.backend.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
+                return found
+        return nothing
 
     def _read_below(self, lease: Lease, timeout_s: float) -> None:
         reading: list[LowerTier] = []
@@ -239,3 +265,20 @@ class StorageManager:
             logger.warning("a lease on %d chunks ran out", lease.ready)
             lease.close()
         return len(expired)
+
+
+def _first_success(report: Callable[[bool], None], calls: int) -> Callable[[bool], None]:
+    """What is called ``calls`` times, and reports once: at the first True, or when all were False."""
+    lock = threading.Lock()
+    left, reported = calls, False
+
+    def one(ok: bool) -> None:
+        nonlocal left, reported
+        with lock:
+            left -= 1
+            if reported or not (ok or left == 0):
+                return
+            reported = True
+        report(ok)
+
+    return one

@@ -41,6 +41,15 @@ class MemoryTier:
                 return count
         return len(keys)
 
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of that run."""
+        sizes: list[int] = []
+        for key in keys:
+            if (buffer := self._buffers.get(key)) is None:
+                break
+            sizes.append(buffer.nbytes)
+        return sizes
+
     def pin(self, keys: Sequence[ChunkKey]) -> list[PoolBuffer]:
         """Handles on the leading run of ``keys`` that is here; the caller releases them."""
         handles: list[PoolBuffer] = []
@@ -76,13 +85,16 @@ class MemoryTier:
                 return None
         return buffer
 
-    def remove(self, keys: Sequence[ChunkKey]) -> None:
-        """Forget chunks; whoever holds one keeps it."""
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        """Forget chunks; whoever holds one keeps it. Returns how many were here."""
+        count = 0
         with self._lock:
             for key in keys:
                 if (buffer := self._buffers.pop(key, None)) is not None:
                     self._policy.remove(key)
                     buffer.release()
+                    count += 1
+        return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Forget the chunks of one format, or all."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lmcache import metrics
@@ -24,6 +25,20 @@ READ_THREADS = 2
 WRITE_BATCH_BYTES = 16 << 20
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Write:
+    """A queued write, with a handle of its own on the bytes."""
+
+    key: ChunkKey
+    buffer: PoolBuffer
+    on_done: Callable[[bool], None] | None
+
+    def end(self, held: bool) -> None:
+        self.buffer.release()
+        if self.on_done is not None:
+            self.on_done(held)
+
+
 class LowerTier:
     """Runs a backend's blocking calls on threads of its own, so that one that hangs holds up nobody else."""
 
@@ -34,12 +49,13 @@ class LowerTier:
         self._queue_bytes = queue_bytes
         self._reads: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._asks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._writes: deque[tuple[ChunkKey, PoolBuffer]] = deque()
+        self._writes: deque[_Write] = deque()
         self._changed = threading.Condition()
         self._pending_bytes = 0
         self._generation = 0
+        self._removed: set[ChunkKey] = set()  # of those that are being written
         self._clearing = 0
-        self._writing = False
+        self._writing: set[ChunkKey] = set()
         self._owed: set[bytes | None] = set()  # formats that could not be cleared yet
         self._stopping = False
         self._timeout_s = config.read_timeout_s
@@ -108,17 +124,38 @@ class LowerTier:
         self.failed(f"no answer within {timeout_s} s")
         return otherwise
 
-    def write(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Queue a write, taking the handle over; sheds it when the queue is full or the breaker open."""
+    def write(self, key: ChunkKey, buffer: PoolBuffer, on_done: Callable[[bool], None] | None = None) -> None:
+        """Queue a write, taking the handle over; sheds it when the queue is full or the breaker open.
+
+        on_done: called once, from whatever thread, with whether the backend holds the chunk.
+        """
+        write = _Write(key, buffer, on_done)
         with self._changed:
             full = self._pending_bytes + buffer.nbytes > self._queue_bytes
             if not full and not self._stopping and not (self.breaker.is_open and not self.breaker.allows()):
-                self._writes.append((key, buffer))
+                self._writes.append(write)
                 self._pending_bytes += buffer.nbytes
                 self._changed.notify_all()
                 return
         metrics.TIER_SHED_BYTES.labels(self.name).inc(buffer.nbytes)
-        buffer.release()
+        write.end(False)
+
+    def remove(self, keys: Sequence[ChunkKey], timeout_s: float) -> int:
+        """Drop queued writes and stored chunks; returns how many there were of the larger kind.
+
+        Waits for a write under way, which is undone by its thread when it takes too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        unwanted = set(keys)
+        with self._changed:
+            self._removed |= unwanted & self._writing
+            dropped = self._take_out(lambda key: key in unwanted)
+        for write in dropped:
+            write.end(False)
+        with self._changed:
+            self._changed.wait_for(lambda: not unwanted & self._writing, timeout_s / 2)
+        left = max(0.0, deadline - time.monotonic())
+        return max(len(dropped), self.ask(lambda: self.backend.remove(keys), 0, left))
 
     def clear(self, fingerprint: bytes | None, timeout_s: float) -> int:
         """Drop queued writes and stored chunks of a format. Does not ask the breaker.
@@ -130,12 +167,9 @@ class LowerTier:
         with self._changed:
             self._generation += 1
             self._clearing += 1
-            kept = deque((k, b) for k, b in self._writes if fingerprint not in (None, k.fingerprint))
-            dropped = [b for k, b in self._writes if fingerprint in (None, k.fingerprint)]
-            self._writes = kept
-            self._pending_bytes -= sum(b.nbytes for b in dropped)
-        for buffer in dropped:
-            buffer.release()
+            dropped = self._take_out(lambda key: fingerprint in (None, key.fingerprint))
+        for write in dropped:
+            write.end(False)
         try:
             with self._changed:
                 self._changed.wait_for(lambda: not self._writing, timeout_s / 2)
@@ -159,11 +193,9 @@ class LowerTier:
         """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
         with self._changed:
             self._stopping = True
-            dropped, self._writes = self._writes, deque()
-            self._pending_bytes -= sum(buffer.nbytes for _, buffer in dropped)
-            self._changed.notify_all()
-        for _, buffer in dropped:
-            buffer.release()
+            dropped = self._take_out(lambda _: True)
+        for write in dropped:
+            write.end(False)
         for _ in range(READ_THREADS):
             self._reads.put(None)
         self._asks.put(None)
@@ -175,30 +207,47 @@ class LowerTier:
     def pending_bytes(self) -> int:
         return self._pending_bytes
 
+    def _take_out(self, unwanted: Callable[[ChunkKey], bool]) -> list[_Write]:
+        """Take writes out of the queue, under the lock; the caller ends them, without it."""
+        dropped = [write for write in self._writes if unwanted(write.key)]
+        self._writes = deque(write for write in self._writes if not unwanted(write.key))
+        self._pending_bytes -= sum(write.buffer.nbytes for write in dropped)
+        self._changed.notify_all()
+        return dropped
+
     def _write_loop(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: (self._writes and not self._clearing) or self._stopping)
                 if self._stopping:
                     return
-                self._writing = True
                 generation, batch, nbytes = self._generation, [], 0
                 while self._writes and nbytes < WRITE_BATCH_BYTES:
                     batch.append(self._writes.popleft())
-                    nbytes += batch[-1][1].nbytes
-            keys = [key for key, _ in batch]
-            self.guarded(lambda: self.backend.put(keys, [buffer for _, buffer in batch]), 0)  # noqa: B023
-            for _, buffer in batch:
-                buffer.release()
+                    nbytes += batch[-1].buffer.nbytes
+                self._writing = {write.key for write in batch}
+            held = self._write_batch(batch)
             with self._changed:
                 stale = generation != self._generation
-            if stale:
-                # Cleared meanwhile: what was just written must not come back.
-                self.guarded(lambda: self.backend.remove(keys), 0)  # noqa: B023
+                removed = [write.key for write in batch if stale or write.key in self._removed]
+            if removed:
+                # Cleared or removed meanwhile: what was just written must not come back.
+                self.guarded(lambda: self.backend.remove(removed), 0)  # noqa: B023
             with self._changed:
-                self._writing = False
+                self._writing.clear()
+                self._removed.clear()
                 self._pending_bytes -= nbytes
                 self._changed.notify_all()
+            for write, ok in zip(batch, held, strict=True):
+                write.end(ok)
+
+    def _write_batch(self, batch: list[_Write]) -> list[bool]:
+        """Which of them the backend holds."""
+        keys = [write.key for write in batch]
+        count = self.guarded(lambda: self.backend.put(keys, [write.buffer for write in batch]), 0)
+        if count in (0, len(batch)) or not any(write.on_done for write in batch):
+            return [count == len(batch)] * len(batch)
+        return [self.guarded(lambda: self.backend.contains([key]), 0, transfers=False) == 1 for key in keys]  # noqa: B023
 
 
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
