@@ -36,7 +36,7 @@ from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key
 
 sys.path.insert(0, str(Path(__file__).parent))
-from server_process import ServerProcess  # noqa: E402
+from server_process import ServerProcess
 
 CHUNK = 100_000
 WAIT_S = 20.0
@@ -101,28 +101,30 @@ def in_use(server: Server) -> int:
     return server._shared.store.pool.used_bytes - held
 
 
-# -- conformance: a process with memory, one with memory and disk, one that acknowledges what is on disk -----------------
+# -- conformance: a process with memory, one with memory and disk, one that acknowledges what is on disk
+
+
+@pytest.fixture(scope="class")
+def process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = str(tmp_path_factory.mktemp("kv"))
+    overrides = [override.replace("FOLDER", folder) for override in request.cls.overrides]
+    process = ServerProcess("storage.memory.capacity=64MiB", *overrides)
+    yield process
+    status, said = process.terminate()
+    assert status == 0, said
+    assert "Traceback" not in said
 
 
 class OverAProcess(BackendTests):
     durable = False
     overrides: tuple[str, ...] = ()
 
-    @pytest.fixture(scope="class")
-    def process(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-        folder = tmp_path_factory.mktemp("kv")
-        process = ServerProcess(
-            "storage.memory.capacity=64MiB", *(o.replace("FOLDER", str(folder)) for o in self.overrides)
-        )
-        yield process
-        status, said = process.terminate()
-        assert status == 0, said
-        assert "Traceback" not in said
-
     @pytest.fixture
     def open_backend(self, process: ServerProcess) -> Callable[[], StorageBackend]:
         url = f"lm://127.0.0.1:{process.port}"
-        LMServerBackend(ClientConfig(url=url)).clear()
+        before = LMServerBackend(ClientConfig(url=url))
+        before.clear()
+        before.close()
         return lambda: build_backend({"type": "remote", "url": url}, "test")
 
 
@@ -140,7 +142,7 @@ class TestDurableServer(OverAProcess):
     overrides = ("storage.tiers=[{type: disk, path: FOLDER}]", "durable=true")
 
 
-# -- damage and limits ---------------------------------------------------------------------------------------------------
+# -- damage and limits
 
 
 def test_damage_in_the_servers_memory_is_a_miss_and_goes(open_server: Any, connect: Any) -> None:
@@ -224,7 +226,7 @@ def test_requests_without_room_are_refused_in_time_and_nothing_leaks(open_server
     assert get(client, 0) == [data(0)]
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input
 
 
 def log_in(port: int) -> Channel:
@@ -390,7 +392,7 @@ def test_a_client_that_dies_midway_leaves_nothing(open_server: Any, reset: bool)
     assert server.stats()["chunks"] <= 1, "what came whole may be held"
 
 
-# -- tokens and TLS ------------------------------------------------------------------------------------------------------
+# -- tokens and TLS
 
 
 @pytest.fixture
@@ -432,7 +434,20 @@ def test_a_server_that_does_not_know_the_token_is_not_believed(open_server: Any,
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test".split()
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test",
+    ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     try:
         subprocess.run(command, check=True, capture_output=True)
@@ -453,7 +468,7 @@ def test_tls_serves_and_checks_certificates(open_server: Any, connect: Any, cert
     assert get(client, 0) == [data(0)]
 
 
-# -- the client and its faults -------------------------------------------------------------------------------------------
+# -- the client and its faults
 
 
 def test_nobody_listens(connect: Any) -> None:
@@ -602,7 +617,7 @@ def test_closing_the_client_ends_calls_under_way(impostor: Any, connect: Any) ->
         get(client, 0)
 
 
-# -- processes: crashes, restarts, shutdown, pages -----------------------------------------------------------------------
+# -- processes: crashes, restarts, shutdown, pages
 
 
 def test_sigkill_loses_no_durable_chunk(tmp_path: Path, connect: Any) -> None:
@@ -710,7 +725,7 @@ def test_slow_readers_of_pages_do_not_keep_others_out(open_server: Any) -> None:
     pages.close()
 
 
-# -- configuration -------------------------------------------------------------------------------------------------------
+# -- configuration
 
 
 @pytest.mark.parametrize(
