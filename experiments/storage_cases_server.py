@@ -1,6 +1,6 @@
 """Cases of storage_bench for our server: chunks of 4 MiB over loopback, against a plain socket stream of as many bytes.
 
-Both sides of the stream touch as much memory as the server and the client do: a stream that goes round in one small buffer
+Both sides of the stream touch as much memory as the server and the client do: one that goes round in a small buffer
 would measure caches. Server and stream are processes of their own; the clients are threads of this one, in both cases.
 """
 
@@ -188,7 +188,7 @@ def main(chosen: Sequence[Case] | None = None) -> None:
         rates = [f"{case.nbytes / seconds / 1e9:.2f}" for seconds in (own, raw)]
         best = min(times["raw"]) / min(times["own"])
         print(
-            f"{case.name:12} {case.size:14} {rates[0]} GB/s, socket {rates[1]}, ratio {raw / own:.2f}, of bests {best:.2f}"
+            f"{case.name:12} {case.size:14} {rates[0]} GB/s, socket {rates[1]}, ratio {raw / own:.2f}, bests {best:.2f}"
         )
         case.close()
 
