@@ -16,15 +16,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
-import xxhash
 
 from lmcache.errors import ProtocolError
-from lmcache.keys import ChunkKey
-from lmcache.server.protocol import PREFIX_BYTES, SEAL_BYTES, Message, check_head, decode_prefix, encode_frame, seal
+from lmcache.server.protocol import PREFIX_BYTES, Message, check_head, decode_prefix, encode_frame
 
 T = TypeVar("T")
-# Fewer pieces wake a receiver less often; smaller ones overlap hashing with the wire. Measured: docs/storage/server.md.
-PIECE_BYTES = 2 << 20
 _HEAD_PIECE_BYTES = 64 << 10
 _DISCARD_BYTES = 64 << 10
 _LINGER_S, _LINGER_BYTES = 0.5, 1 << 20
@@ -59,28 +55,13 @@ class Channel:
         """A frame with its values."""
         self._send([memoryview(encode_frame(message, sum(value.nbytes for value in values))), *values])
 
-    def send_head(self, message: Message, payload_bytes: int) -> None:
-        """A frame whose values ``send_value`` sends."""
-        self._send([memoryview(encode_frame(message, payload_bytes))])
+    def send(self, *views: memoryview | bytes) -> None:
+        """All of these bytes."""
+        self._send([memoryview(view) for view in views])
 
-    def send_value(self, key: ChunkKey, payload: memoryview) -> None:
-        """A payload and its seal, which is computed on the way."""
-        digest, nbytes = xxhash.xxh3_64(), payload.nbytes
-        for at in range(0, nbytes, PIECE_BYTES):
-            piece = payload[at : at + PIECE_BYTES]
-            digest.update(piece)
-            last = at + PIECE_BYTES >= nbytes
-            self._send([piece, memoryview(seal(key, nbytes, digest.intdigest()))] if last else [piece])
-
-    def receive_value(self, key: ChunkKey, payload: memoryview, kept_seal: memoryview | None = None) -> bool:
-        """Fill ``payload`` (and ``kept_seal``); whether the seal that came is that of ``key`` and these bytes."""
-        digest, nbytes = xxhash.xxh3_64(), payload.nbytes
-        kept_seal = memoryview(bytearray(SEAL_BYTES)) if kept_seal is None else kept_seal
-        for at in range(0, nbytes, PIECE_BYTES):
-            piece = payload[at : at + PIECE_BYTES]
-            self._receive([piece, kept_seal] if at + PIECE_BYTES >= nbytes else [piece])
-            digest.update(piece)
-        return kept_seal == seal(key, nbytes, digest.intdigest())
+    def receive_into(self, *views: memoryview) -> None:
+        """Fill all of them."""
+        self._receive(list(views))
 
     def receive_frame(self, decoder: msgspec.msgpack.Decoder[T], max_head_bytes: int) -> tuple[T, int]:
         """The head of the next frame, and the bytes of the payload that follows."""

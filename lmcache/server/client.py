@@ -24,6 +24,7 @@ from lmcache.keys import ChunkKey
 from lmcache.server import protocol
 from lmcache.server.channel import Channel, TlsChannel
 from lmcache.server.protocol import MAX_HEAD_BYTES, MAX_HELLO_BYTES, MAX_KEYS, SEAL_BYTES, Failed, Found, join_keys
+from lmcache.server.sealing import Sealer
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Client:
         self._idle: list[Channel] = []
         self._busy: set[Channel] = set()
         self._closed = threading.Event()
+        self._sealer = Sealer(config.connections)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Payload bytes of each of the leading run of ``keys`` that the server holds."""
@@ -109,7 +111,7 @@ class Client:
         count = 0
         for part in _parts(keys):
             views = into[count : count + len(part)]
-            good, damaged = self._call(lambda channel: _get(channel, part, views))  # noqa: B023
+            good, damaged = self._call(lambda channel: _get(channel, self._sealer, part, views))  # noqa: B023
             count += good
             if damaged:
                 self._forget(part[good])
@@ -120,9 +122,10 @@ class Client:
     def put(self, keys: Sequence[ChunkKey], payloads: Sequence[memoryview]) -> int:
         """Returns how many of them the server has acknowledged."""
         count = at = 0
+        durable = self._config.durable
         for part in _parts(keys):
             views = payloads[at : at + len(part)]
-            count += self._call(lambda channel: _put(channel, part, views, self._config.durable))  # noqa: B023
+            count += self._call(lambda channel: _put(channel, self._sealer, part, views, durable))  # noqa: B023
             at += len(part)
         return count
 
@@ -144,6 +147,7 @@ class Client:
                 channel.shutdown()
         for channel in idle:
             channel.close()
+        self._sealer.close()
 
     def _forget(self, key: ChunkKey) -> None:
         metrics.CORRUPT_CHUNKS.labels(PLAIN).inc()
@@ -290,34 +294,59 @@ def _ask(channel: Channel, request: protocol.Message, kind: type[T]) -> T:
     return _expect(channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES), kind)
 
 
-def _put(channel: Channel, keys: Sequence[ChunkKey], payloads: Sequence[memoryview], durable: bool) -> int:
+def _put(
+    channel: Channel, sealer: Sealer, keys: Sequence[ChunkKey], payloads: Sequence[memoryview], durable: bool
+) -> int:
     sizes = [payload.nbytes for payload in payloads]
-    channel.send_head(protocol.Put(join_keys(keys), sizes, durable), sum(sizes) + SEAL_BYTES * len(keys))
+    before: bytes = protocol.encode_frame(
+        protocol.Put(join_keys(keys), sizes, durable), sum(sizes) + SEAL_BYTES * len(keys)
+    )
     for key, payload in zip(keys, payloads, strict=True):
-        channel.send_value(key, payload)
+        made = sealer.start(key, payload)  # while the payload is sent
+        try:
+            channel.send(before, payload)
+        finally:
+            before = made()
+    channel.send(before)
     count = _expect(channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES), protocol.Count).count
     if not 0 <= count <= len(keys):
         raise ProtocolError(f"{count} of {len(keys)} chunks acknowledged")
     return count
 
 
-def _get(channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> tuple[int, bool]:
+def _get(channel: Channel, sealer: Sealer, keys: Sequence[ChunkKey], into: Sequence[memoryview]) -> tuple[int, bool]:
     """How many leading payloads are good, and whether the next one came damaged."""
     channel.send_frame(protocol.Get(join_keys(keys), [view.nbytes for view in into]))
-    came = good = 0
-    damaged = False
-    while True:
-        frame = channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)
-        found = _expect(frame, Found, None)
-        views = into[came : came + len(found.sizes)]
-        if found.sizes != [view.nbytes for view in views] or (found.more and not views):
-            raise ProtocolError("other chunks came than were asked for")
-        if frame[1] != sum(found.sizes) + SEAL_BYTES * len(views):
-            raise ProtocolError(f"{frame[1]} bytes of values for chunks of {sum(found.sizes)} bytes")
-        for key, view in zip(keys[came:], views, strict=False):
-            # What comes behind a damaged chunk is read, so that the connection stays in step, and not counted.
-            damaged = not channel.receive_value(key, view) or damaged
-            good += not damaged
-        came += len(views)
-        if not found.more:
-            return good, damaged
+    seals: list[tuple[Callable[[], bytes], bytearray]] = []
+    try:
+        more = True
+        while more:
+            more = _receive_found(channel, sealer, keys, into, seals)
+    finally:
+        # Also when the connection breaks: nothing may look at the caller's buffers when this has returned.
+        whole = [made() == came for made, came in seals]
+    good = next((at for at, is_whole in enumerate(whole) if not is_whole), len(whole))
+    return good, good < len(whole)
+
+
+def _receive_found(
+    channel: Channel,
+    sealer: Sealer,
+    keys: Sequence[ChunkKey],
+    into: Sequence[memoryview],
+    seals: list[tuple[Callable[[], bytes], bytearray]],
+) -> bool:
+    """One Found frame and its values; ``seals`` grows by the seals to be and those that came. Whether more follow."""
+    found, nbytes = channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)
+    found = _expect((found, nbytes), Found, None)
+    first = len(seals)
+    views = into[first : first + len(found.sizes)]
+    if found.sizes != [view.nbytes for view in views] or (found.more and not views):
+        raise ProtocolError("other chunks came than were asked for")
+    if nbytes != sum(found.sizes) + SEAL_BYTES * len(views):
+        raise ProtocolError(f"{nbytes} bytes of values for chunks of {sum(found.sizes)} bytes")
+    for key, view in zip(keys[first:], views, strict=False):
+        came = bytearray(SEAL_BYTES)
+        channel.receive_into(view, memoryview(came))
+        seals.append((sealer.start(key, view), came))  # checked while the next one comes
+    return found.more

@@ -191,6 +191,11 @@ def seal(key: ChunkKey, nbytes: int, checksum: int) -> bytes:
     return _SEAL.pack(checksum, xxhash.xxh3_64_intdigest(sealed))
 
 
+def seal_fits(key: ChunkKey, nbytes: int, kept: memoryview) -> bool:
+    """Whether ``kept`` can be a seal of ``key`` and so many bytes, which are not looked at."""
+    return kept == seal(key, nbytes, _SEAL.unpack(kept)[0])
+
+
 def prove(token: bytes, who: str, first: bytes, second: bytes) -> bytes:
     """Proof that ``who`` ("client" or "server") knows the token, for two nonces of one connection."""
     return hmac.digest(token, b"lmcache " + who.encode() + first + second, hashlib.sha256)

@@ -49,7 +49,7 @@ def test_a_chunk_under_another_key_is_a_miss(open_server: Any, connect: Any) -> 
 def test_a_put_that_does_not_bear_its_seal_is_not_held(open_server: Any) -> None:
     server = open_server()
     channel = log_in(server.port)
-    channel.send_head(protocol.Put(join_keys([make_key(0)]), [CHUNK], False), CHUNK + SEAL_BYTES)
+    channel.send(encode_frame(protocol.Put(join_keys([make_key(0)]), [CHUNK], False), CHUNK + SEAL_BYTES))
     channel._send([memoryview(data(0)), memoryview(bytes(SEAL_BYTES))])
     assert channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)[0] == protocol.Count(0)
     assert server.stats()["chunks"] == 0
@@ -211,7 +211,7 @@ def test_who_says_nothing_or_too_little_is_cut_off(open_server: Any) -> None:
     slow = log_in(server.port)
     slow._send([memoryview(encode_frame(protocol.Sizes(KEYS))[:20])])
     midway = log_in(server.port)
-    midway.send_head(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES))
+    midway.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
     midway._send([memoryview(data(0))])
     eventually(lambda: server.stats()["connections"] == 0)
     assert (server._shared.budget.used, server.stats()["used_bytes"]) == (0, 0)
@@ -238,7 +238,7 @@ def test_a_client_that_dies_midway_leaves_nothing(open_server: Any, reset: bool)
     server = open_server()
     for sent in (0, 10, CHUNK, CHUNK + 8, CHUNK + SEAL_BYTES, CHUNK + SEAL_BYTES + 5):
         channel = log_in(server.port)
-        channel.send_head(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES))
+        channel.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
         value = data(0) + protocol.seal(make_key(0), CHUNK, protocol.xxhash.xxh3_64_intdigest(data(0)))
         channel._send([memoryview((value * 2)[:sent])] if sent else [])
         if reset:

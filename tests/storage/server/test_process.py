@@ -19,7 +19,7 @@ from server_process import ServerProcess
 from lmcache.errors import StorageError
 from lmcache.server import protocol
 from lmcache.server.client import Client, ClientConfig
-from lmcache.server.protocol import MAX_HEAD_BYTES, SEAL_BYTES, join_keys
+from lmcache.server.protocol import MAX_HEAD_BYTES, SEAL_BYTES, encode_frame, join_keys
 from lmcache.storage.testing import make_key
 
 
@@ -66,7 +66,7 @@ def test_sigterm_finishes_what_is_under_way_and_writes_what_is_queued(tmp_path: 
     assert put(connect(process), *range(50)) == 50
     idle = log_in(process.port)
     channel = log_in(process.port)
-    channel.send_head(protocol.Put(join_keys([make_key(99)]), [CHUNK], False), CHUNK + SEAL_BYTES)
+    channel.send(encode_frame(protocol.Put(join_keys([make_key(99)]), [CHUNK], False), CHUNK + SEAL_BYTES))
     channel._send([memoryview(value(99)[:1000])])
     probe = Client(ClientConfig(url=f"lm://127.0.0.1:{process.port}", attempts=1))
     assert probe.sizes([make_key(0)]) == [CHUNK]  # the server has read the head before this, as far as one can tell
@@ -84,7 +84,7 @@ def test_sigterm_finishes_what_is_under_way_and_writes_what_is_queued(tmp_path: 
 def test_sigterm_does_not_wait_for_ever(connect: Any) -> None:
     process = ServerProcess("storage.memory.capacity=16MiB", "drain_timeout_s=0.2")
     channel = log_in(process.port)
-    channel.send_head(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES))
+    channel.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
     channel._send([memoryview(data(0))])
     connect(process).sizes([make_key(0)])
     start = time.monotonic()
