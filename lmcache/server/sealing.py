@@ -1,4 +1,4 @@
-"""Seals are made and checked beside the thread that moves bytes: a hash costs a third of what a loopback socket does."""
+"""Seals are made and checked beside the thread that moves bytes: a hash costs a third of what loopback does."""
 
 from __future__ import annotations
 
