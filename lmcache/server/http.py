@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from lmcache.errors import ConfigError
 from lmcache.server.server import Server
+
+logger = logging.getLogger(__name__)
 
 THREADS: Final = 8
 TIMEOUT_S: Final = 5.0
@@ -58,6 +61,7 @@ class StatusPages(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Whoever asks for a page and goes away is nobody's concern."""
+        logger.debug("a page could not be served", exc_info=True)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

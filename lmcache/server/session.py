@@ -55,12 +55,13 @@ class Session:
         self._open_channel = open_channel
         self._lock = threading.Lock()
         self._idle = self._draining = False
-        self._channel: Channel
+        self._channel: Channel  # once run() has opened it
+        self._opened: Channel | None = None
 
     def run(self) -> None:
         """Everything, on the calling thread; raises nothing."""
         try:
-            self._channel = self._open_channel()
+            self._channel = self._opened = self._open_channel()
         except (OSError, ssl.SSLError) as error:
             self._shared.complaints.add("tls", self._peer, error)
             return
@@ -94,8 +95,8 @@ class Session:
 
     def abort(self) -> None:
         """End the connection now."""
-        if hasattr(self, "_channel"):
-            self._channel.shutdown()
+        if self._opened is not None:
+            self._opened.shutdown()
 
     def _login(self) -> None:
         channel, token = self._channel, self._shared.token

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 from server_harness import CHUNK, KEYS, WAIT_S, data, get, log_in, put, value
-from server_process import ServerProcess
+from server_process import ROOT, ServerProcess
 
 from lmcache.errors import StorageError
 from lmcache.server import protocol
@@ -115,3 +118,18 @@ def test_metrics_health_and_systemd(tmp_path: Path, connect: Any) -> None:
         missing.value.close()
         assert process.terminate()[0] == 0
         assert systemd.recv(100) == b"STOPPING=1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("prot=1", "unknown key prot; known: host, port"), ("port", "expected name=value"), ("port=[", "port: ")],
+)
+def test_a_wrong_command_line_is_a_message_and_no_traceback(argument: str, message: str) -> None:
+    command = [sys.executable, "-m", "lmcache.cli", "server", argument]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
