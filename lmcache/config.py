@@ -6,7 +6,7 @@ The only place of the package that reads the environment.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from lmcache.errors import ConfigError
 
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+NOTIFY_SOCKET_VARIABLE = "NOTIFY_SOCKET"
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
@@ -125,19 +126,25 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
 def load_config(
     path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> LMCacheConfig:
-    """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top.
+    """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top; see ``load``."""
+    return load(LMCacheConfig, path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE), overrides)
+
+
+def load(
+    cls: type[ConfigT], path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """The ``cls`` of a YAML file (else defaults), with ``overrides`` on top.
 
     overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, other values
         replace.
     Raises ConfigError for a file that cannot be read or parsed, an unknown key or a wrong value.
     """
-    source = path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE)
     values: dict[str, Any] = {}
     where = "config"
-    if source:
-        where = str(source)
+    if path:
+        where = str(path)
         try:
-            loaded = yaml.safe_load(Path(source).expanduser().read_text())
+            loaded = yaml.safe_load(Path(path).expanduser().read_text())
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the config file {where}: {error}") from error
         if loaded is not None and not isinstance(loaded, Mapping):
@@ -145,7 +152,26 @@ def load_config(
         values = dict(loaded or {})
     for name, value in (overrides or {}).items():
         _merge(values, name.split("."), value)
-    return build(LMCacheConfig, values, where)
+    return build(cls, values, where)
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """``["memory.capacity=4GiB"]`` -> ``{"memory.capacity": "4GiB"}``; values are YAML. ConfigError."""
+    values = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"expected name=value, got {item!r}")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return values
+
+
+def service_manager_socket() -> str | None:
+    """Where systemd wants to be told that a service is ready; None when it does not."""
+    return os.environ.get(NOTIFY_SOCKET_VARIABLE) or None
 
 
 def _merge(into: dict[str, Any], path: list[str], value: Any) -> None:

@@ -47,3 +47,12 @@ QUOTA_REFUSED_BYTES = Counter(
     "lmcache_quota_refused_bytes", "bytes not kept in memory for a tenant's quota", ["tenant"]
 )
 MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
+
+SERVER_CONNECTIONS = Gauge("lmcache_server_connections", "connections of clients")
+SERVER_REQUESTS = Counter("lmcache_server_requests", "requests answered", ["request"])
+SERVER_SECONDS = Histogram("lmcache_server_request_seconds", "from a request's head to its answer's end", ["request"])
+SERVER_RECEIVED_BYTES = Counter("lmcache_server_received_bytes", "bytes of chunks received")
+SERVER_SENT_BYTES = Counter("lmcache_server_sent_bytes", "bytes of chunks sent")
+SERVER_NOT_HELD = Counter("lmcache_server_not_held", "chunks that were put and are not held", ["reason"])
+SERVER_COMPLAINTS = Counter("lmcache_server_complaints", "connections that were ended or refused", ["kind"])
+SERVER_IN_FLIGHT_BYTES = Gauge("lmcache_server_in_flight_bytes", "bytes of memory that requests under way hold")

@@ -109,22 +109,51 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
-    def put(self, key: ChunkKey, buffer: PoolBuffer, place: Place | None = None, *, tenant: str = "") -> None:
+    def put(
+        self,
+        key: ChunkKey,
+        buffer: PoolBuffer,
+        place: Place | None = None,
+        *,
+        tenant: str = "",
+        on_written: Callable[[bool], None] | None = None,
+    ) -> None:
         """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
 
         place: where it stands in its chain, for eviction policies that care.
         tenant: whose quota of memory it counts towards. What the quota has no room for goes to lower tiers only.
+        on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
+        Such a chunk is written now, also where writing waits for demotion.
         """
-        if self._frozen:
-            buffer.release()
+        if self._frozen or (on_written is not None and not self._tiers):
+            if self._frozen:
+                buffer.release()
+            else:
+                self._memory.insert(key, buffer, place=place, tenant=tenant)
+            if on_written is not None:
+                on_written(False)
             return
-        if self._write_back:
+        if self._write_back and on_written is None:
             self._memory.insert(key, buffer, place=place, tenant=tenant)
             self._write_ahead()
             return
+        report = None if on_written is None else _first_success(on_written, len(self._tiers))
         for tier in self._tiers:
-            tier.writes.put(key, buffer.share())
+            settled = None if report is None else _settled(report)
+            if not tier.writes.put(key, buffer.share(), settled=settled) and report is not None:
+                report(False)
         self._memory.insert(key, buffer, place=place, tenant=tenant)
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
+        sizes: list[int] = []
+        while len(sizes) < len(keys):
+            rest = keys[len(sizes) :]
+            found = self._memory.sizes(rest) or self._sizes_below(rest)
+            if not found:
+                break
+            sizes += found
+        return sizes
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is in some tier."""
@@ -171,12 +200,17 @@ class StorageManager:
         prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always)
         return prefetch
 
-    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> None:
-        """Forget chunks, in every tier that answers in time, or in the one of that name."""
+    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
+        """Forget chunks, in every tier that answers in time, or in the one of that name.
+
+        Returns the largest number that one tier had.
+        """
+        counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
+        counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
         if self._means_memory(tier):
+            # Once more, for what a read found in a tier before that tier was asked.
             self._memory.remove(keys)
-        for each in self._lower(tier):
-            each.remove(keys, ASK_TIMEOUT_S)
+        return max(counts)
 
     def clear(self, fingerprint: bytes | None = None, *, tags: bytes | None = None, tier: str | None = None) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
@@ -328,6 +362,13 @@ class StorageManager:
                 return found
         return 0
 
+    def _sizes_below(self, keys: Sequence[ChunkKey]) -> list[int]:
+        nothing: list[int] = []
+        for tier in self._tiers:
+            if found := tier.ask(lambda: tier.backend.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
+                return found
+        return nothing
+
     def _means_memory(self, tier: str | None) -> bool:
         return tier in (None, self._memory.name)
 
@@ -337,3 +378,25 @@ class StorageManager:
             known = [self._memory.name, *(tier.name for tier in self._tiers)]
             raise ConfigError(f"unknown tier {name!r}; known: {', '.join(known)}")
         return found
+
+
+def _settled(report: Callable[[bool], None]) -> Callable[[Sequence[ChunkKey], bool], None]:
+    """``report`` as the queue of a tier calls it, different for each write."""
+    return lambda keys, held: report(held)
+
+
+def _first_success(report: Callable[[bool], None], calls: int) -> Callable[[bool], None]:
+    """What is called ``calls`` times, and reports once: at the first True, or when all were False."""
+    lock = threading.Lock()
+    left, reported = calls, False
+
+    def one(ok: bool) -> None:
+        nonlocal left, reported
+        with lock:
+            left -= 1
+            if reported or not (ok or left == 0):
+                return
+            reported = True
+        report(ok)
+
+    return one

@@ -75,6 +75,15 @@ class MemoryTier:
                 return count
         return len(keys)
 
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of that run."""
+        sizes: list[int] = []
+        for key in keys:
+            if (buffer := self._buffers.get(key)) is None:
+                break
+            sizes.append(buffer.nbytes)
+        return sizes
+
     def pin(self, keys: Sequence[ChunkKey]) -> list[PoolBuffer]:
         """Handles on the leading run of ``keys`` that is here; the caller releases them."""
         found: list[PoolBuffer] = []
