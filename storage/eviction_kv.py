@@ -51,8 +51,7 @@ class Reuse(EvictionPolicy):
     """Least expected saving for each byte and each unit of time first, never a chunk before its children.
 
     See reuse_model.py for how the expectation is learned, from what was let go too, and docs/storage/eviction.md.
-    Whether a new chunk is an end shows when the chain ends that it came with, so it has none until that ends; until then the chain
-    goes last.
+    Whether a new chunk is an end shows when the chain ends that it came with; until then that chain goes last.
     """
 
     def __init__(self) -> None:
