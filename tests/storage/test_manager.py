@@ -344,7 +344,10 @@ def test_close_is_bounded_when_a_tier_hangs(open_manager: Open) -> None:
             r"tiers\[0\] \(disk\): unknown key capactiy; known: path",
         ),
         ({"type": "disk"}, r"tiers\[0\] \(disk\): path: Field required"),
-        ({"type": "disk", "path": "/tmp/x", "eviction": "lur"}, "unknown eviction policy 'lur'; known: lru"),
+        (
+            {"type": "disk", "path": "/tmp/x", "eviction": "lur"},
+            "unknown eviction policy 'lur'; known: fifo, lfu, lru, mru, reuse, s3fifo, sieve",
+        ),
     ],
 )
 def test_typos_in_tiers_are_named(tier: dict[str, Any], message: str) -> None:
