@@ -44,7 +44,9 @@ class JudgeConfig(Model):
 
 class Config(ExperimentConfig):
     trace: str = Field("mooncake", description=f"mooncake, {', '.join(SYNTHETIC)}, or a file in Mooncake's format")
-    sizes: tuple[int, ...] = Field((), description="cache sizes in blocks; none: by how many different blocks there are")
+    sizes: tuple[int, ...] = Field(
+        (), description="cache sizes in blocks; none: by how many different blocks there are"
+    )
     policies: tuple[str, ...] = Field(description=f"names of eviction policies; {PAPER} too")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
 
@@ -67,13 +69,17 @@ def run(config: Config, results: Results) -> Outcome:
     endless = infinite(requests)
     print(table(found, sizes, endless))
     total = sum(map(len, requests))
-    caption = f"{config.trace}: {len(requests):,} requests, {total:,} blocks, {different:,} different; hit: cached prefix"
-    plots.eviction_figure(found, endless, config.judge.ours, "Hit ratio by cache size", caption, results.folder / "eviction.png")
+    caption = (
+        f"{config.trace}: {len(requests):,} requests, {total:,} blocks, {different:,} different; hit: cached prefix"
+    )
+    plots.eviction_figure(
+        found, endless, config.judge.ours, "Hit ratio by cache size", caption, results.folder / "eviction.png"
+    )
     failures = judge(found, sizes, config.judge)
     ours = found.get(config.judge.ours, {})
-    best = {size: max((of[size] for name, of in found.items() if name in stock(found, config.judge))) for size in sizes}
-    gains = [ours[size] - best[size] for size in sizes] if ours else [0.0]
-    line = f"{config.judge.ours} against the best other policy at {len(sizes)} sizes: {min(gains):+.4f} to {max(gains):+.4f}"
+    others = stock(found, config.judge)
+    gains = [ours[size] - max(found[name][size] for name in others) for size in sizes] if ours else [0.0]
+    line = f"{config.judge.ours} less the best other, {len(sizes)} sizes: {min(gains):+.4f} to {max(gains):+.4f}"
     return Outcome({**found, INFINITE: endless}, failures, line)
 
 

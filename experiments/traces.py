@@ -21,8 +21,7 @@ Request = Sequence[int]
 
 def read_mooncake(path: Path = MOONCAKE) -> list[Request]:
     """``hash_ids`` of every line of a trace in Mooncake's format, plain or gzipped, in order."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         return [json.loads(line)["hash_ids"] for line in lines]
 
 

@@ -28,7 +28,7 @@ TICK_EVERY = 16  # uses; below the end of the first level
 class _Chunk:
     """What is remembered of a chunk: while it is held, and for some time after."""
 
-    __slots__ = ("held", "key", "kids", "kind", "last", "level", "parent", "queued", "uses", "weight")
+    __slots__ = ("gap", "held", "key", "kids", "kind", "last", "level", "parent", "queued", "uses", "weight")
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -37,6 +37,7 @@ class _Chunk:
         self.held = False
         self.queued = False  # a candidate
         self.uses = 0
+        self.gap = 0  # between its last two uses
         self.last = -1  # when it was last used; -1: it is only known as a parent
         self.kind = 0
         self.level = -1  # of its age; -1: it has no kind yet
@@ -51,8 +52,7 @@ class Reuse(EvictionPolicy):
     """Least expected saving for each byte and each unit of time first, never a chunk before its children.
 
     See reuse_model.py for how the expectation is learned, from what was let go too, and docs/storage/eviction.md.
-    Whether a new chunk is an end shows when the chain ends that it came with, so it has none until that ends; until then the chain
-    goes last.
+    Whether a new chunk is an end shows when the chain ends that it came with; until then that chain goes last.
     """
 
     def __init__(self) -> None:
@@ -200,18 +200,19 @@ class Reuse(EvictionPolicy):
     def _use(self, chunk: _Chunk) -> None:
         if chunk.level >= 0:
             self._model.used[chunk.kind][chunk.level] += 1
+        chunk.gap = self._now - chunk.last if chunk.last >= 0 else 0
         chunk.last, chunk.level = self._now, -1
         chunk.uses += 1
 
     @staticmethod
     def _kind_of(chunk: _Chunk) -> Kind:
-        """How often it was used, and whether it is the end of what came in: few ask exactly the same again.
+        """Of a new chunk, whether it ends a prompt: few ask exactly the same again. Else how often, and how far apart.
 
-        More features (interval of uses, length of the request, what it hangs on) were tried and did not help where
-        it matters: they make many kinds that little is known of.
+        How long the request was, and what it hangs on, were tried too: many kinds of which little is known do worse.
         """
-        uses = min(chunk.uses.bit_length(), MOST_USES)
-        return (uses, int(not chunk.kids)) if chunk.uses == 1 else (uses,)
+        if chunk.uses == 1:
+            return (1, int(not chunk.kids))
+        return (min(chunk.uses.bit_length(), MOST_USES), min(max(0, chunk.gap.bit_length() - 6) // 2, 4))
 
     def _end_chain(self) -> None:
         """What came in has a kind now, as it is known what hangs on what."""

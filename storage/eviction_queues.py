@@ -151,7 +151,7 @@ class S3FIFO(EvictionPolicy):
         return int(self._capacity * SMALL_SHARE)
 
     def _divided(self) -> tuple[_Queue, _Queue]:
-        """What is held when nothing was evicted yet: the first keys are in small, as many as fit, the others in main."""
+        """What is held when nothing was evicted yet: the first keys in small, as many as fit, the others in main."""
         small, main, used = _Queue(), _Queue(), 0
         for key, entry in self._small.items():
             if used < self._small_size() or not self._fill_main:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# Ages at which the levels begin. The last one has no end: what gets there is taken for never used again.
-LEVELS = 20
-STARTS = [0, *(int(32 * 2**i) for i in range(LEVELS - 1))]
+# Ages at which the levels begin. The last one has no end: what gets there is taken for never
+# used again, and what was let go is forgotten then. So no more than that many are remembered beside what is held.
+LEVELS = 18
+STARTS = [0, *(int(32 * 1.75**i) for i in range(LEVELS - 1))]
 LAST = LEVELS - 1
 # Chunks of the wider kind that a kind's own counts are mixed with: those of a request live and die together.
 PRIOR_CHUNKS = 100.0

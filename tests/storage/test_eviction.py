@@ -21,6 +21,7 @@ from lmcache.storage import eviction_kv
 from lmcache.storage.eviction import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES
+from lmcache.storage.reuse_model import LAST, STARTS
 from lmcache.storage.testing import make_key
 
 NAMES = ["lru", "mru", "fifo", "lfu", "s3fifo", "sieve", "reuse"]
@@ -193,8 +194,7 @@ def test_reuse_forgets_what_is_gone_long_ago() -> None:
         policy.remove(make_key(number))
     assert len(policy._chunks) == 1000
     policy.add(make_key(5000), 64)
-    # As if two million uses had passed.
-    policy._now += 3_000_000
+    policy._now += 2 * STARTS[LAST]
     for _ in range(eviction_kv.TICK_EVERY):
         policy.touch(make_key(5000))
     assert len(policy._chunks) == 1
