@@ -8,7 +8,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from lmcache.errors import StorageError
+from lmcache.errors import ClosedError, StorageError
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class BoundedCaller:
         with self._lock:
             if self._closed:
                 self._free.release()
-                raise StorageError(f"{what}: closed")
+                raise ClosedError(f"{what}: closed")
             if self._started < self._most:
                 self._started += 1
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()

@@ -99,7 +99,7 @@ class Journal:
         """Apply the records in ``data``; the rest, that may be the beginning of a record."""
         at = 0
         while (at := data.find(MAGIC, at)) >= 0 and len(data) - at >= _RECORD.size:
-            magic, operation, raw, size, checksum = _RECORD.unpack_from(data, at)
+            _, operation, raw, size, checksum = _RECORD.unpack_from(data, at)
             if checksum != xxhash.xxh3_64_intdigest(data[at : at + _FIELDS.size]):
                 at += 1
                 continue

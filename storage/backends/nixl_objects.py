@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lmcache.errors import CorruptChunkError, StorageError
+from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
 from lmcache.storage.backends.chunk_files import chunk_name
@@ -146,7 +146,7 @@ class NixlObjects(Place):
         try:
             names = [self._name(key)]
             there = self._queries.call(lambda: self._agent.exists(names), self._timeout_s, "NIXL's query")
-        except StorageError:
+        except (StorageError, ClosedError):
             return error
         if there != [False]:
             return error
