@@ -15,9 +15,9 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmcache.errors import ConfigError, StorageError
+from lmcache.errors import ConfigError, CorruptChunkError, StorageError
 from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
-from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.chunk import HEADER_BYTES, check_header
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,24 @@ class ChunkFiles:
             raise StorageError(f"cannot remove {self.path(key)}: {error}") from error
         return True
 
+    def misfit(self, key: ChunkKey, file: int, wanted: int) -> bool | StorageError | None:
+        """None when the open file has ``wanted`` bytes, False when it is whole but of another length; or what is off."""
+        path = self.path(key)
+        try:
+            size = os.fstat(file).st_size
+            if size == wanted:
+                return None
+            with path.open(
+                "rb"
+            ) as again:  # not by the descriptor, that may bypass the page cache and ask for alignment
+                if size == HEADER_BYTES + check_header(again.read(HEADER_BYTES), key)[0]:
+                    return False
+        except CorruptChunkError as error:
+            return error
+        except OSError as error:
+            return StorageError(f"cannot read {path}: {error}")
+        return CorruptChunkError(f"{path} has {size} bytes, expected {wanted}")
+
     def used(self, key: ChunkKey) -> None:
         """Note that it was used, so that the order of use survives a restart."""
         with contextlib.suppress(OSError):
@@ -106,6 +124,11 @@ class ChunkFiles:
             return ChunkKey.from_bytes(bytes.fromhex("".join(parts)))
         except ValueError:
             return None
+
+
+def reserve(file: int, nbytes: int) -> None:
+    """Ask for the room before a library writes: the kernel says why there is none, where the library may not."""
+    os.posix_fallocate(file, 0, nbytes)
 
 
 def _temporary_name() -> str:

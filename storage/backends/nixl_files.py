@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from lmcache.errors import CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.chunk_files import ChunkFiles
+from lmcache.storage.backends.chunk_files import ChunkFiles, reserve
 from lmcache.storage.backends.indexed import Place
 from lmcache.storage.backends.nixl_agent import Agent, NixlError
 from lmcache.storage.backends.staging import Staging
 from lmcache.storage.base import Buffer
-from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
+from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.pool import PAGE
 
 logger = logging.getLogger(__name__)
@@ -151,20 +151,7 @@ class NixlFiles(Place):
         return outcome
 
     def _length_is_wrong(self, item: _Open) -> bool | StorageError | None:
-        """None when the file is as long as is wanted, False when it is whole but of another length."""
-        path, wanted = self._files.path(item.key), HEADER_BYTES + item.buffer.nbytes
-        try:
-            size = os.fstat(item.file).st_size
-            if size == wanted:
-                return None
-            with path.open("rb") as again:  # unaligned, so not by a descriptor that may bypass the page cache
-                if size == HEADER_BYTES + check_header(again.read(HEADER_BYTES), item.key)[0]:
-                    return False
-        except CorruptChunkError as error:
-            return error
-        except OSError as error:
-            return StorageError(f"cannot read {path}: {error}")
-        return CorruptChunkError(f"{path} has {size} bytes, expected {wanted}")
+        return self._files.misfit(item.key, item.file, HEADER_BYTES + item.buffer.nbytes)
 
     def _explain(self, item: _Open, failure: NixlError) -> bool | StorageError:
         """What a failed read was: a file cut meanwhile, or the place itself."""
@@ -186,8 +173,7 @@ class NixlFiles(Place):
         except OSError as error:
             return StorageError(f"cannot write {self._files.path(key)}: {error}")
         try:
-            # Room is asked for first: the kernel says why there is none, and does not block NIXL later to find some.
-            os.posix_fallocate(file, 0, HEADER_BYTES + buffer.nbytes)
+            reserve(file, HEADER_BYTES + buffer.nbytes)
         except OSError as error:
             os.close(file)
             with contextlib.suppress(OSError):
