@@ -75,7 +75,7 @@ class ChunkFiles:
         return True
 
     def misfit(self, key: ChunkKey, file: int, wanted: int) -> bool | StorageError | None:
-        """None when the open file has ``wanted`` bytes, False when it is whole but of another length; or what is off."""
+        """None when the open file has ``wanted`` bytes, False when it is whole but of another length, or an error."""
         path = self.path(key)
         try:
             size = os.fstat(file).st_size

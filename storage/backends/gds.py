@@ -208,7 +208,8 @@ def _on_host(buffer: Buffer) -> memoryview:
         return buffer.view
     import torch
 
-    return memoryview(torch.as_tensor(buffer, device="cuda").flatten().view(torch.uint8).cpu().numpy())
+    array = torch.as_tensor(buffer, device="cuda").flatten().view(torch.uint8).cpu().numpy()
+    return memoryview(array)  # type: ignore[arg-type]
 
 
 def _import_kvikio() -> Any:

@@ -7,12 +7,16 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
@@ -187,6 +191,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path: Path, pool
 
 WRITER = """
 import sys
+import tempfile
 from lmcache.storage.registry import build_backend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key
@@ -364,3 +369,59 @@ def test_what_the_service_refuses_is_an_error(service: Any, tmp_path: Path, pool
     assert backend.used_bytes == 0
     buffer.release()
     backend.close()
+
+
+class FilesMachine(RuleBasedStateMachine):
+    """Random work with restarts, against a dict."""
+
+    keys = st.integers(0, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.pool = PinnedPool(1 << 20)
+        self.model: dict[int, bytes] = {}
+        self.capacity = 6 * (HEADER_BYTES + 8192)
+        self.open()
+
+    @rule(n=keys, seed=st.integers(0, 1000))
+    def put(self, n: int, seed: int) -> None:
+        buffer = take(self.pool, 8192)
+        data = fill(buffer, seed)
+        present = self.backend.contains([make_key(n)])
+        assert self.backend.put([make_key(n)], [buffer]) == 1
+        buffer.release()
+        if not present:
+            self.model[n] = data
+
+    @rule(n=keys)
+    def get(self, n: int) -> None:
+        present = self.backend.contains([make_key(n)])
+        assert get(self.backend, self.pool, make_key(n), 8192) == (self.model[n] if present else None)
+
+    @rule(n=keys)
+    def remove(self, n: int) -> None:
+        present = self.backend.contains([make_key(n)])
+        assert self.backend.remove([make_key(n)]) == present
+        assert self.backend.contains([make_key(n)]) == 0
+
+    @rule()
+    def open(self) -> None:
+        if hasattr(self, "backend"):
+            self.backend.close()
+        self.backend = open_files(Path(self.folder.name), capacity=self.capacity)
+
+    @invariant()
+    def capacity_holds(self) -> None:
+        files = list(Path(self.folder.name).rglob("*.kv"))
+        assert sum(file.stat().st_size for file in files) == self.backend.used_bytes <= self.capacity
+        assert self.pool.used_bytes == 0
+
+    def teardown(self) -> None:
+        self.backend.close()
+        self.pool.close()
+        self.folder.cleanup()
+
+
+FilesMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+TestFilesMachine = FilesMachine.TestCase
