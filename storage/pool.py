@@ -179,6 +179,12 @@ class PoolBuffer:
         return self._pool.address + self._start
 
     @property
+    def region(self) -> tuple[int, int]:
+        """Address and bytes of the whole pool: what a transfer library registers once for all its buffers."""
+        self._check()
+        return self._pool.address, self._pool.capacity
+
+    @property
     def shared(self) -> bool:
         """Whether other handles on the same bytes exist."""
         self._check()
