@@ -30,8 +30,10 @@ class Agent:
 
     def __init__(self, plugin: str, parameters: dict[str, str]) -> None:
         nixl = _import_nixl()
-        self._errors: tuple[type[Exception], ...] = tuple(
-            value for name, value in vars(nixl).items() if name.startswith("nixl") and _is_error(value)
+        # RuntimeError: what they arrive as where another pybind11 module of the process translates exceptions first.
+        self._errors: tuple[type[Exception], ...] = (
+            RuntimeError,
+            *(value for name, value in vars(nixl).items() if name.startswith("nixl") and _is_error(value)),
         )
         self._memory = "OBJ" if plugin == "OBJ" else "FILE"
         self._plugins = [plugin]
