@@ -20,3 +20,5 @@ CORRUPT_CHUNKS = Counter(
 )
 EVICTED_CHUNKS = Counter("lmcache_evicted_chunks", "chunks evicted for lack of capacity", ["tier"])
 MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
+DIRECT_IO = Gauge("lmcache_direct_io", "1 where a folder's files bypass the page cache, 0 where not", ["folder"])
+FOLDER_ERRORS = Counter("lmcache_folder_errors", "operations on the files of a folder that failed", ["folder"])
