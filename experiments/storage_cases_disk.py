@@ -1,9 +1,10 @@
 """Cases of storage_bench for the disk tier, against the same bytes moved with bare O_DIRECT calls by as many threads.
 
 Both sides move the same batch of files in the same folder, one file a job; raw reads are of the very files that the
-tier wrote. Neither side uses the page cache; that the tier does not is checked. Writes include the removal of the files
-that the last round wrote. "in place" overwrites those instead, which a file system does faster than it makes new ones;
-the tier never does that, so it has no floor.
+tier wrote. Neither side uses the page cache; that the tier does not is checked.
+
+write, empty   the last round's files are removed, within the measured time, and new ones made; so does the raw side
+write, full    the tier is full, so every chunk evicts one; the raw side writes over the files that it has
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class _Bench:
     def __init__(self, folder: Path, nbytes: int, threads: int) -> None:
         self.nbytes, self.count = nbytes, BATCH_BYTES // nbytes
         self.folder = Path(tempfile.mkdtemp(prefix="lmcache-bench-", dir=folder))
-        config = DiskConfig(path=self.folder / "kv", capacity=4 * BATCH_BYTES, threads=threads, in_flight=BATCH_BYTES)
-        self.disk = DiskBackend(config)
+        self.disk = self._open("kv", 4 * BATCH_BYTES, threads)
+        self.full = self._open("full", self.count * (nbytes + HEADER_BYTES), threads)
         if not self.disk.direct:
             raise RuntimeError(f"{folder}: O_DIRECT is refused here, so there is nothing to compare with")
         self.raw = self.folder / "raw"
@@ -48,8 +49,18 @@ class _Bench:
             buffer.view[:] = os.urandom(1 << 20) * (nbytes >> 20)
             self.buffers.append(buffer)
         self.keys = [make_key(number) for number in range(self.count)]
+        self.next = 0
         self.header = memoryview(mmap.mmap(-1, HEADER_BYTES))
         self.threads = ThreadPoolExecutor(threads)
+
+    def _open(self, name: str, capacity: int, threads: int) -> DiskBackend:
+        config = DiskConfig(path=self.folder / name, capacity=capacity, threads=threads, in_flight=BATCH_BYTES)
+        return DiskBackend(config)
+
+    def put_full(self) -> None:
+        keys = [make_key(self.next + number) for number in range(self.count)]
+        self.next += self.count
+        assert self.full.put(keys, self.buffers) == self.count
 
     def put(self) -> None:
         self.disk.remove(self.keys)
@@ -82,6 +93,7 @@ class _Bench:
     def close(self) -> None:
         self.threads.shutdown()
         self.disk.close()
+        self.full.close()
         for buffer in self.buffers:
             buffer.release()
         self.buffers.clear()
@@ -96,9 +108,11 @@ def cases(folder: Path | None = None, threads: int = THREADS) -> Iterator[Case]:
 
 
 def _cases_of(bench: _Bench) -> Iterator[Case]:
-    """Write, overwrite, read; the last closes the bench."""
+    """The last one closes the bench."""
     size = f"{bench.count} x {bench.nbytes >> 20} MiB"
     case = functools.partial(Case, size=size, nbytes=BATCH_BYTES)
-    yield case("disk write", run=bench.put, limit=bench.raw_write, limit_name="O_DIRECT, new files", floor=FLOOR)
-    yield case("disk write", run=bench.put, limit=bench.raw_overwrite, limit_name="O_DIRECT, in place")
+    yield case("disk write, empty", run=bench.put, limit=bench.raw_write, limit_name="O_DIRECT, new files", floor=FLOOR)
+    yield case(
+        "disk write, full", run=bench.put_full, limit=bench.raw_overwrite, limit_name="O_DIRECT, in place", floor=FLOOR
+    )
     yield case("disk read", run=bench.get, limit=bench.raw_read, limit_name="O_DIRECT", floor=FLOOR, close=bench.close)

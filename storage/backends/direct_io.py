@@ -37,7 +37,7 @@ _pages = _Pages()
 
 
 def write_chunk(file: int, header: bytes, payload: memoryview, *, direct: bool) -> None:
-    """Write a whole file. direct: it is open with O_DIRECT, and ``payload`` is page-aligned."""
+    """Write a file, whatever is in it. direct: it is open with O_DIRECT, and ``payload`` is page-aligned."""
     _pages.header[:] = header
     parts, whole = _parts(payload, direct)
     if rest := payload.nbytes - whole:
@@ -45,8 +45,9 @@ def write_chunk(file: int, header: bytes, payload: memoryview, *, direct: bool) 
         _pages.rest[rest:] = bytes(PAGE - rest)
     total = sum(part.nbytes for part in parts)
     _transfer(os.pwritev, file, parts, total)
-    if rest:
-        os.ftruncate(file, HEADER_BYTES + payload.nbytes)
+    size = HEADER_BYTES + payload.nbytes
+    if os.fstat(file).st_size != size:
+        os.ftruncate(file, size)
 
 
 def read_chunk(file: int, payload: memoryview, *, direct: bool) -> memoryview:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from lmcache.errors import ConfigError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk_folder import Folder
 from lmcache.storage.backends.disk_index import DiskIndex, Entry
+from lmcache.storage.backends.disk_space import DiskSpace
 from lmcache.storage.backends.io_threads import IOThreads, Outcome
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -36,10 +36,6 @@ from lmcache.storage.registry import EVICTION_POLICIES
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
-EVICTION_ROUNDS, SPARING_ROUNDS = 16, 3
-# A folder is scanned again when other processes have written this share of it that we don't know, but not so often that
-# scans would take more than a twentieth of the time.
-UNKNOWN_SHARE, SCAN_PAUSE = 1 / 8, 20
 MOST_OWED = 10_000
 
 
@@ -88,11 +84,8 @@ class DiskBackend(StorageBackend):
             for number, path in enumerate(config.folders)
         ]
         self._alone = len(self._folders) == 1
-        self._share = config.capacity // len(self._folders)
         self._index = DiskIndex(policy, len(self._folders))
-        self._lock = threading.Lock()
-        self._pending = [0] * len(self._folders)
-        self._next_scan = [0.0] * len(self._folders)
+        self._space = DiskSpace(self._index, len(self._folders), config.capacity // len(self._folders), self.name)
         self._io = IOThreads(config.threads, config.in_flight, "lmcache-disk")
         self._open()
 
@@ -130,7 +123,7 @@ class DiskBackend(StorageBackend):
             for key in reversed(keys):
                 if (entry := written.pop(key, None)) is not None:
                     self._index.add(key, entry)
-                    self._settle(self._folders[entry.folder], entry.size)
+                    self._space.settle(entry.folder, entry.size)
         self._raise_if_all_fail(outcomes)
         return sum(outcome is True for outcome in outcomes)
 
@@ -141,7 +134,7 @@ class DiskBackend(StorageBackend):
             entry = self._index.forget(key)
             for folder in self._folders:
                 try:
-                    there |= self._unlink(folder, key, entry if entry and entry.folder == folder.number else None)
+                    there |= self._space.unlink(folder, key, entry if entry and entry.folder == folder.number else None)
                 except OSError as error:
                     failure = self._owe(folder, key, error) or failure
             count += there
@@ -225,12 +218,12 @@ class DiskBackend(StorageBackend):
         folder = next((folder for folder in self._ranked(key) if self._usable(folder)), None)
         if folder is None:
             raise StorageError(f"cannot write {key}: every folder of the disk tier fails")
-        size = HEADER_BYTES + buffer.nbytes
-        if not self._reserve(folder, size):
+        size, spares = HEADER_BYTES + buffer.nbytes, list[str]()
+        if not self._space.reserve(folder, key, size, spares):
             return False
         new = False
         try:
-            new = folder.write(key, buffer)
+            new = folder.write(key, buffer, spares)
             folder.succeeded()
         except OSError as error:
             folder.failed(error)
@@ -240,83 +233,18 @@ class DiskBackend(StorageBackend):
                 written[key] = Entry(folder.number, size, time.time_ns())
             else:
                 folder.account.change(-size)
-                self._settle(folder, size)
+                self._space.settle(folder.number, size)
+            for spare in spares:
+                folder.drop(spare)
             if folder.remade:
-                self._scan(folder)
+                with contextlib.suppress(OSError):
+                    self._space.scan(folder)
         return True
 
     def _raise_if_all_fail(self, outcomes: Sequence[Outcome]) -> None:
         error = next((outcome for outcome in outcomes if isinstance(outcome, OSError)), None)
         if error is not None and all(folder.failing for folder in self._folders):
             raise error
-
-    def _unlink(self, folder: Folder, key: ChunkKey, entry: Entry | None) -> bool:
-        found = folder.find(key) if entry is None else None
-        size = entry.size if entry is not None else found[2] if found is not None else 0
-        gone = folder.unlink(key)
-        if gone:
-            folder.account.change(-size)
-        return gone
-
-    # Room
-
-    def _reserve(self, folder: Folder, size: int) -> bool:
-        """Count ``size`` bytes more, evicting as need be; False when they cannot be had."""
-        if size > self._share:
-            return False
-        for attempt in range(EVICTION_ROUNDS):
-            limit = self._limit(folder, size)
-            with self._lock:
-                if folder.account.reserve(size, limit):
-                    self._pending[folder.number] += size
-                    return True
-            missing = folder.account.read() + size - limit
-            if self._scan_if_due(folder, missing):
-                continue
-            if not self._evict(folder, missing, sparing=attempt < SPARING_ROUNDS):
-                return False  # other writers have reserved what is not indexed yet
-        return False
-
-    def _settle(self, folder: Folder, size: int) -> None:
-        with self._lock:
-            self._pending[folder.number] -= size
-
-    def _limit(self, folder: Folder, size: int) -> int:
-        """Bytes that the folder may have: its share of the capacity, less when its file system is fuller than that."""
-        try:
-            free = folder.free_bytes() - self._pending[folder.number]
-        except OSError:
-            return self._share
-        if size > free + self._index.known_bytes(folder.number):
-            return self._share  # evicting everything would not do, so nothing is evicted: the write says what is wrong
-        return min(self._share, folder.account.read() + free)
-
-    def _evict(self, folder: Folder, nbytes: int, *, sparing: bool) -> bool:
-        """Evict ``nbytes``, or what there is; False when there was nothing.
-
-        sparing: what another process has used since we last heard of it is kept, and counts as used.
-        """
-        victims, count = self._index.candidates(folder.number, nbytes), 0
-        for key, entry in victims:
-            if sparing and folder.used_since(key, entry.used_ns):
-                self._index.keep(key, time.time_ns())
-                continue
-            self._index.forget(key)
-            with contextlib.suppress(OSError):
-                count += self._unlink(folder, key, entry)
-        metrics.EVICTED_CHUNKS.labels(self.name).inc(count)
-        return bool(victims)
-
-    def _scan_if_due(self, folder: Folder, missing: int) -> bool:
-        known = self._index.known_bytes(folder.number)
-        unknown = folder.account.read() - known - self._pending[folder.number]
-        wanted = unknown > self._share * UNKNOWN_SHARE or (unknown > 0 and missing > known)
-        if not wanted or time.monotonic() < self._next_scan[folder.number]:
-            return False
-        self._scan(folder)
-        return True
-
-    # Folders
 
     def _open(self) -> None:
         for folder in self._folders:
@@ -332,10 +260,8 @@ class DiskBackend(StorageBackend):
 
     def _open_folder(self, folder: Folder) -> None:
         folder.open()
-        self._scan(folder)
-        excess = folder.account.read() - self._share
-        if excess > 0:
-            self._evict(folder, excess, sparing=False)
+        self._space.scan(folder)
+        self._space.trim(folder)
 
     def _usable(self, folder: Folder) -> bool:
         """Whether to write there; one that failed is tried again now and then, and settles first what it owes."""
@@ -348,7 +274,7 @@ class DiskBackend(StorageBackend):
                 self._open_folder(folder)
             for owed in list(folder.owed):
                 if isinstance(owed, ChunkKey):
-                    self._unlink(folder, owed, None)
+                    self._space.unlink(folder, owed, None)
                 else:
                     self._clear(folder, owed)
                 folder.owed.discard(owed)
@@ -368,23 +294,4 @@ class DiskBackend(StorageBackend):
     def _clear(self, folder: Folder, fingerprint: bytes | None) -> int:
         # By the folder and not by the index, so that what other processes wrote goes too.
         keys: Iterable[ChunkKey] = [key for _, key, _ in folder.scan()[0] if fingerprint in (None, key.fingerprint)]
-        return sum(self._unlink(folder, key, self._index.forget(key)) for key in keys)
-
-    def _scan(self, folder: Folder) -> None:
-        """Bring index and account in line with the files."""
-        started = time.monotonic()
-        folder.remade = False
-        folder.account.open()
-        changes = folder.account.changes()
-        known = set(self._index.keys_of(folder.number))
-        found, writing = folder.scan()
-        folder.account.correct(changes, sum(size for _, _, size in found) + writing)
-        for used_ns, key, size in found:
-            if key in known:
-                known.discard(key)
-            elif self._index.find(key) is None:
-                self._index.add(key, Entry(folder.number, size, used_ns))
-        for key in known:
-            self._index.forget(key)
-        now = time.monotonic()
-        self._next_scan[folder.number] = now + SCAN_PAUSE * (now - started)
+        return sum(self._space.unlink(folder, key, self._index.forget(key)) for key in keys)

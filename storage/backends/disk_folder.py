@@ -107,14 +107,38 @@ class Folder:
         """
         return self._aligned(buffer, lambda direct: self._read(key, buffer.view, used_ns, direct))
 
-    def write(self, key: ChunkKey, buffer: Buffer) -> bool:
-        """Write a file, there whole or not at all. False when somebody else's, as long, is there already."""
+    def write(self, key: ChunkKey, buffer: Buffer, spares: list[str]) -> bool:
+        """Write a file, there whole or not at all. False when somebody else's, as long, is there already.
+
+        spares: files that ``take`` gave for this key; one is written over, if there is one, and gone in any case.
+        """
         header = encode_header(key, buffer.view)
+
+        def write(direct: bool) -> bool:
+            return self._write(key, header, buffer.view, direct, spares.pop() if spares else None)
+
         try:
-            return self._aligned(buffer, lambda direct: self._write(key, header, buffer.view, direct))
+            return self._aligned(buffer, write)
         except FileNotFoundError:
             # The folder was removed meanwhile, or a process that cannot see ours took the temporary file for an orphan.
-            return self._aligned(buffer, lambda direct: self._write(key, header, buffer.view, direct))
+            return self._aligned(buffer, write)
+
+    def take(self, victim: ChunkKey, key: ChunkKey) -> str | None:
+        """Make the file of ``victim`` a temporary one for ``key``; None when it is not there any more."""
+        directory = os.path.dirname(self.file_of(key))
+        if not os.path.isdir(directory):
+            self._make(directory)
+        temporary = f"{directory}/{_temporary_name()}"
+        try:
+            os.rename(self.file_of(victim), temporary)
+        except FileNotFoundError:
+            return None
+        return temporary
+
+    def drop(self, temporary: str) -> None:
+        """Remove what ``take`` gave."""
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
     def unlink(self, key: ChunkKey) -> bool:
         """Remove a file; True if it was this call that did."""
@@ -187,8 +211,9 @@ class Folder:
         metrics.DIRECT_IO.labels(self._root).set(0)
 
     def _read(self, key: ChunkKey, view: memoryview, used_ns: int, direct: bool) -> bool:
+        path = self.file_of(key)
         try:
-            file = os.open(self.file_of(key), os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
         except (FileNotFoundError, NotADirectoryError):
             return False
         try:
@@ -200,18 +225,25 @@ class Folder:
             check_chunk(read_chunk(file, view, direct=direct), key, view)
             with contextlib.suppress(OSError):
                 os.utime(file, ns=(used_ns, used_ns))  # the order of use survives a restart, and others see it
+        except CorruptChunkError:
+            if _names(path, file):
+                raise
+            return False  # it was evicted meanwhile, and another chunk written over it
         finally:
             os.close(file)
         return True
 
-    def _write(self, key: ChunkKey, header: bytes, view: memoryview, direct: bool) -> bool:
+    def _write(self, key: ChunkKey, header: bytes, view: memoryview, direct: bool, spare: str | None) -> bool:
         path = self.file_of(key)
         directory = os.path.dirname(path)
-        temporary = f"{directory}/{_temporary_name()}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        temporary = spare or f"{directory}/{_temporary_name()}"
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        flags |= 0 if spare else os.O_CREAT | os.O_EXCL
         try:
             file = os.open(temporary, flags, 0o600)
         except FileNotFoundError:
+            if spare:
+                raise
             self._make(directory)
             file = os.open(temporary, flags, 0o600)
         try:
@@ -277,6 +309,14 @@ def _key(directory: str, name: str) -> ChunkKey | None:
         return ChunkKey.from_bytes(bytes.fromhex(outer + inner + name.removesuffix(SUFFIX)))
     except ValueError:
         return None
+
+
+def _names(path: str, file: int) -> bool:
+    """Whether ``path`` leads to this open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except OSError:
+        return False
 
 
 def _temporary_name() -> str:
