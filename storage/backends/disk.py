@@ -213,8 +213,11 @@ class DiskBackend(StorageBackend):
         return found
 
     def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
-        if self._locate(key) is not None:
-            return True
+        entry = self._locate(key)
+        if entry is not None:
+            if self._folders[entry.folder].find(key) is not None:
+                return True
+            self._index.forget(key)  # another process evicted it
         folder = next((folder for folder in self._ranked(key) if self._usable(folder)), None)
         if folder is None:
             raise StorageError(f"cannot write {key}: every folder of the disk tier fails")
