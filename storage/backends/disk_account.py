@@ -77,13 +77,16 @@ class Account:
         with self._lock:
             return self._load()[1]
 
-    def correct(self, changes_before: int, found: int) -> None:
+    def correct(self, changes_before: int, found: int, slack: int) -> None:
         """Set the count to what a scan ``found``, plus what came and went since ``changes()`` before it.
 
         Does not count as a change, so that two scans at once do not add up.
+        slack: by how many bytes the count may be too high and stay as it is.
         """
-        with self._changing() as (_, changes):
-            self._store(found + changes - changes_before, changes)
+        with self._changing() as (used, changes):
+            found += changes - changes_before
+            if not found <= used <= found + slack:
+                self._store(found, changes)
 
     def __del__(self) -> None:
         self._close()

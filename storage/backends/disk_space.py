@@ -38,26 +38,21 @@ class DiskSpace:
         """
         if size > self._share:
             return False
-        for attempt in range(ROUNDS):
+        scanned, rounds = False, 0
+        while rounds < ROUNDS:
             limit = self._limit(folder, size)
             if self._count(folder, size, limit):
                 return True
             missing = folder.account.read() + size - limit
-            if missing <= 0 or self._scan_if_due(folder, missing):
-                continue  # somebody has just given bytes back, or we know more now
-            victims = self._index.candidates(folder.number, missing)
-            if not victims:
+            if missing <= 0:
+                rounds += 1  # somebody has just given bytes back
+            elif not scanned and self._scan_if_wanted(folder, missing):
+                scanned = True
+            elif (victims := self._index.candidates(folder.number, missing)) == []:
                 break  # other writers have reserved what is not indexed yet
-            evicted = 0
-            for victim, entry in victims:
-                if attempt < SPARING_ROUNDS and folder.used_since(victim, entry.used_ns):
-                    # Another process has used it since we last heard of it.
-                    self._index.keep(victim, time.time_ns())
-                elif not spares and size // 2 <= entry.size <= size * 2:
-                    evicted += self._take(folder, victim, entry, key, spares)
-                else:
-                    evicted += self._evict(folder, victim, entry)
-            metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
+            else:
+                # Victims that other processes have evicted already make no round, as each of them is forgotten.
+                rounds += self._make_room(folder, victims, key, size, spares, sparing=rounds < SPARING_ROUNDS)
         for spare in spares:
             folder.drop(spare)
         return False
@@ -83,15 +78,19 @@ class DiskSpace:
             folder.account.change(-size)
         return gone
 
-    def scan(self, folder: Folder) -> None:
-        """Bring index and account in line with the files. OSError."""
+    def scan(self, folder: Folder, *, exact: bool = True) -> None:
+        """Bring index and account in line with the files. OSError.
+
+        exact: also where the account has a little more than there is, such as bytes that others are about to write.
+        """
         started = time.monotonic()
         folder.remade = False
         folder.account.open()
         changes = folder.account.changes()
         known = set(self._index.keys_of(folder.number))
         found, writing = folder.scan()
-        folder.account.correct(changes, sum(size for _, _, size in found) + writing)
+        slack = 0 if exact else int(self._share * UNKNOWN_SHARE)
+        folder.account.correct(changes, sum(size for _, _, size in found) + writing, slack)
         for used_ns, key, size in found:
             if key in known:
                 known.discard(key)
@@ -119,6 +118,30 @@ class DiskSpace:
             return self._share  # evicting everything would not do, so nothing is evicted: the write says what is wrong
         return min(self._share, folder.account.read() + free)
 
+    def _make_room(
+        self,
+        folder: Folder,
+        victims: list[tuple[ChunkKey, Entry]],
+        key: ChunkKey,
+        size: int,
+        spares: list[str],
+        *,
+        sparing: bool,
+    ) -> bool:
+        """Evict ``victims``, one of them into ``spares``; whether any was there."""
+        evicted = kept = 0
+        for victim, entry in victims:
+            if sparing and folder.used_since(victim, entry.used_ns):
+                # Another process has used it since we last heard of it.
+                self._index.keep(victim, time.time_ns())
+                kept += 1
+            elif not spares and size // 2 <= entry.size <= size * 2:
+                evicted += self._take(folder, victim, entry, key, spares)
+            else:
+                evicted += self._evict(folder, victim, entry)
+        metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
+        return evicted + kept > 0
+
     def _evict(self, folder: Folder, key: ChunkKey, entry: Entry) -> bool:
         self._index.forget(key)
         with contextlib.suppress(OSError):
@@ -134,13 +157,14 @@ class DiskSpace:
                 return True
         return False
 
-    def _scan_if_due(self, folder: Folder, missing: int) -> bool:
+    def _scan_if_wanted(self, folder: Folder, missing: int) -> bool:
         known = self._index.known_bytes(folder.number)
         unknown = folder.account.read() - known - self._pending[folder.number]
-        wanted = unknown > self._share * UNKNOWN_SHARE or (unknown > 0 and missing > known)
-        if not wanted or time.monotonic() < self._next_scan[folder.number]:
+        due = time.monotonic() >= self._next_scan[folder.number]
+        # When nothing we know of is left to evict, others hold nearly everything, and a scan puts an end to that.
+        if not (unknown > 0 and missing > known) and not (unknown > self._share * UNKNOWN_SHARE and due):
             return False
         with contextlib.suppress(OSError):
-            self.scan(folder)
+            self.scan(folder, exact=False)
             return True
         return False

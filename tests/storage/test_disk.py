@@ -305,12 +305,13 @@ class SmallDisk(BackendMachine(lambda folder: open_disk(folder / "kv", CAPACITY)
         if self.faults is not None:
             self.faults.close()
 
-    @rule(number=st.integers(0, 9), at=st.floats(0, 0.999))
-    def garble(self, number: int, at: float) -> None:
-        file = self.backend.file_of(self.key(number))
-        if file.exists():
+    @rule(number=st.integers(0, 9), at=st.integers(0, 1 << 16), payload=st.booleans())
+    def garble(self, number: int, at: int, payload: bool) -> None:
+        if files := sorted(self.folder.rglob("*.kv")):
+            file = files[number % len(files)]
             raw = bytearray(file.read_bytes())
-            raw[int(at * len(raw))] ^= 1
+            first = HEADER_BYTES if payload else 0
+            raw[first + at % (len(raw) - first)] ^= 1
             file.write_bytes(raw)
 
     def check(self) -> None:
