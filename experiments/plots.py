@@ -89,3 +89,32 @@ def codec_figure(found: Sequence[Found], title: str, caption: str, path: Path) -
     figure.tight_layout(rect=(0, 0.04, 1, 0.99))
     figure.savefig(path)
     plt.close(figure)
+
+
+def eviction_figure(
+    found: Mapping[str, Mapping[int, float]], infinite: float, ours: str, title: str, caption: str, path: Path
+) -> None:
+    """Hit ratio against cache size, a line a policy, with the infinite cache above; written to ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 6), dpi=160)
+    for name, ratios in found.items():
+        style = {"color": "#c8553d", "lw": 3.0, "zorder": 3} if name == ours else {"lw": 1.4}
+        if name == "belady":
+            style = {"color": INK, "lw": 1.4, "ls": ":"}
+        axes.plot(list(ratios), list(ratios.values()), marker="o", ms=4, label=name, **style)
+    axes.axhline(infinite, color=FADED, lw=1, ls="--", label="infinite cache")
+    axes.set_xscale("log")
+    axes.set_xlabel("cache size, blocks", color=FADED)
+    axes.set_ylabel("hit ratio (blocks of cached prefixes)", color=FADED)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
+    figure.tight_layout(rect=(0, 0.04, 1, 0.99))
+    figure.savefig(path)
+    plt.close(figure)

@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "ttft": "experiments.ttft_bench",
     "codec_quality": "experiments.codec_quality",
     "codec_answers": "experiments.codec_answers",
+    "replay": "experiments.replay",
 }
 
 

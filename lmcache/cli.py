@@ -32,21 +32,37 @@ def config(
     """Check a configuration and print it resolved, as YAML."""
     import yaml
 
-    from lmcache.config import load_config
+    from lmcache.config import load_config, parse_overrides
     from lmcache.errors import ConfigError
 
     try:
-        values = {}
-        for item in overrides or []:
-            name, separator, value = item.partition("=")
-            if not separator:
-                raise ConfigError(f"expected name=value, got {item!r}")
-            values[name] = yaml.safe_load(value)
-        resolved = load_config(file, values)
+        resolved = load_config(file, parse_overrides(overrides or []))
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).rstrip())
+
+
+@app.command()
+def server(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; default: defaults")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="port=7420 storage.memory.capacity=4GiB ...")] = None,
+) -> None:
+    """Run the standalone store that several engines share, until SIGTERM or SIGINT."""
+    import logging
+
+    from lmcache.config import load, parse_overrides
+    from lmcache.errors import ConfigError
+    from lmcache.server.config import ServerConfig
+    from lmcache.server.service import run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        done = run(load(ServerConfig, config, parse_overrides(overrides or [])))
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(0 if done else 2)
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ The only place of the package that reads the environment.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from lmcache.errors import ConfigError
 
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+NOTIFY_SOCKET_VARIABLE = "NOTIFY_SOCKET"
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
@@ -39,7 +40,19 @@ class MemoryConfig(Config):
 
     capacity: ByteSize = Field(ByteSize(1 << 30), gt=0, description="bytes of host memory per worker, for example 4GiB")
     eviction: str = Field("lru", description="name of the eviction policy")
-    huge_pages: bool = Field(True, description="ask the kernel for transparent huge pages")
+    huge_pages: bool | Literal["transparent", "hugetlb"] = Field(
+        True, description="true or transparent: ask the kernel for huge pages; hugetlb: take reserved ones (2MiB)"
+    )
+    numa_node: int | None = Field(
+        None, ge=-1, description="NUMA node of the memory; null: the GPU's, else the processors'; -1: any"
+    )
+    allocator: Literal["auto", "slots", "best_fit"] = Field(
+        "auto", description="how the pool is divided; auto: best fit that hands freed blocks of one size on in O(1)"
+    )
+    slot: ByteSize | None = Field(None, gt=0, description="bytes of one slot, for allocator slots: a full chunk's size")
+    low_watermark: float = Field(
+        1 / 64, gt=0, le=0.5, description="share of capacity that one eviction frees at least (on_evict: keeps written)"
+    )
 
 
 class BreakerConfig(Config):
@@ -47,6 +60,13 @@ class BreakerConfig(Config):
 
     failures: int = Field(3, ge=1, description="consecutive failures that open the breaker")
     cooldown_s: float = Field(10.0, gt=0, description="seconds until one probe is let through")
+
+
+class RetryConfig(Config):
+    """How a read or a write of a lower tier that raised is tried again, within its deadline."""
+
+    attempts: int = Field(2, ge=1, le=10, description="how often it is tried in all")
+    backoff_s: float = Field(0.02, gt=0, description="pause before the second attempt, doubled each time, +-50% jitter")
 
 
 class LMCacheConfig(Config):
@@ -74,6 +94,20 @@ class LMCacheConfig(Config):
     lease_timeout_s: float = Field(120.0, gt=0, description="how long found chunks are held for a request that waits")
     close_timeout_s: float = Field(10.0, gt=0, description="how long close() waits for queued writes")
     breaker: BreakerConfig = Field(BreakerConfig(), description="circuit breaker of every lower tier")
+    retry: RetryConfig = Field(RetryConfig(), description="second attempts of every lower tier")
+    read_threads: int = Field(2, ge=1, le=64, description="reads of one lower tier that are in flight at once")
+    read_batch: ByteSize = Field(
+        ByteSize(16 << 20), gt=0, description="bytes of one such read; times read_threads: bytes in flight per tier"
+    )
+    promote: Literal["always", "second_hit", "never"] = Field(
+        "always", description="which chunks read from a lower tier stay in memory"
+    )
+    demotion: Literal["write_all", "on_evict"] = Field(
+        "write_all", description="when a chunk is written below: at once to all tiers, or to the next before eviction"
+    )
+    quotas: dict[str, ByteSize] = Field(
+        {}, description="bytes of memory that a tenant's chunks may take up, by the tenant's name; others: all of it"
+    )
 
 
 def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
@@ -92,19 +126,25 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
 def load_config(
     path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> LMCacheConfig:
-    """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top.
+    """The config of ``path`` (else of $LMCACHE_CONFIG_FILE, else defaults), with ``overrides`` on top; see ``load``."""
+    return load(LMCacheConfig, path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE), overrides)
+
+
+def load(
+    cls: type[ConfigT], path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """The ``cls`` of a YAML file (else defaults), with ``overrides`` on top.
 
     overrides: nested mappings or dotted names (``{"memory.capacity": "4GiB"}``); mappings merge, other values
         replace.
     Raises ConfigError for a file that cannot be read or parsed, an unknown key or a wrong value.
     """
-    source = path if path is not None else os.environ.get(CONFIG_FILE_VARIABLE)
     values: dict[str, Any] = {}
     where = "config"
-    if source:
-        where = str(source)
+    if path:
+        where = str(path)
         try:
-            loaded = yaml.safe_load(Path(source).expanduser().read_text())
+            loaded = yaml.safe_load(Path(path).expanduser().read_text())
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the config file {where}: {error}") from error
         if loaded is not None and not isinstance(loaded, Mapping):
@@ -112,7 +152,26 @@ def load_config(
         values = dict(loaded or {})
     for name, value in (overrides or {}).items():
         _merge(values, name.split("."), value)
-    return build(LMCacheConfig, values, where)
+    return build(cls, values, where)
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """``["memory.capacity=4GiB"]`` -> ``{"memory.capacity": "4GiB"}``; values are YAML. ConfigError."""
+    values = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"expected name=value, got {item!r}")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return values
+
+
+def service_manager_socket() -> str | None:
+    """Where systemd wants to be told that a service is ready; None when it does not."""
+    return os.environ.get(NOTIFY_SOCKET_VARIABLE) or None
 
 
 def _merge(into: dict[str, Any], path: list[str], value: Any) -> None:

@@ -6,7 +6,8 @@
     ├── KernelArgumentError (ValueError)  a tensor of the wrong dtype, device, stride or shape
     ├── BufferStateError (RuntimeError) a pool handle used after, or released more than once
     ├── StorageError (OSError)          a tier could not do what was asked; the manager turns it into a miss
-    │   └── CorruptChunkError           the bytes read are not the chunk that was asked for
+    │   ├── CorruptChunkError           the bytes read are not the chunk that was asked for
+    │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
     └── ClosedError (RuntimeError)      use after close()
 
@@ -42,6 +43,10 @@ class StorageError(LMCacheError, OSError):
 
 class CorruptChunkError(StorageError):
     """The bytes read are not the chunk that was asked for."""
+
+
+class ProtocolError(StorageError):
+    """What came over a connection is not what the protocol says; the connection is closed."""
 
 
 class LeaseExpiredError(LMCacheError, RuntimeError):

@@ -84,6 +84,13 @@ class StorageBackend(ABC):
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Remove every chunk of one KVFormat, or all of them. Returns how many."""
 
+    def keys(self) -> list[ChunkKey] | None:
+        """Every key that is held, read from an index and not from payloads; None where the place cannot list them.
+
+        What selects chunks by more than their format (a tenant) then clears more than it was asked to.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Release resources; what was put stays where the medium keeps it. Idempotent."""

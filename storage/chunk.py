@@ -32,6 +32,15 @@ def encode_header(key: ChunkKey, payload: memoryview, codec: str = "raw") -> byt
 
 def check_chunk(header: bytes | memoryview, key: ChunkKey, payload: memoryview) -> None:
     """CorruptChunkError, saying what is off, unless ``header`` and ``payload`` are the chunk of ``key``."""
+    nbytes, checksum = check_header(header, key)
+    if nbytes != payload.nbytes:
+        raise CorruptChunkError(f"payload of {nbytes} bytes, expected {payload.nbytes}")
+    if xxhash.xxh3_64_intdigest(payload) != checksum:
+        raise CorruptChunkError("the payload's checksum is wrong")
+
+
+def check_header(header: bytes | memoryview, key: ChunkKey) -> tuple[int, int]:
+    """Payload bytes and payload checksum that a header states; CorruptChunkError unless it is one of ``key``."""
     if len(header) != HEADER_BYTES:
         raise CorruptChunkError(f"header of {len(header)} bytes, expected {HEADER_BYTES}")
     magic, version, raw_key, _, nbytes, checksum = _FIELDS.unpack_from(header)
@@ -44,7 +53,4 @@ def check_chunk(header: bytes | memoryview, key: ChunkKey, payload: memoryview) 
         raise CorruptChunkError(f"chunk version {version}, this release reads {VERSION}")
     if raw_key != key.to_bytes():
         raise CorruptChunkError(f"the chunk of another key, {ChunkKey.from_bytes(raw_key)}")
-    if nbytes != payload.nbytes:
-        raise CorruptChunkError(f"payload of {nbytes} bytes, expected {payload.nbytes}")
-    if xxhash.xxh3_64_intdigest(payload) != checksum:
-        raise CorruptChunkError("the payload's checksum is wrong")
+    return nbytes, checksum

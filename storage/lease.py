@@ -1,4 +1,4 @@
-"""A hold on found chunks."""
+"""A hold on found chunks, and chunks on their way into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from lmcache.keys import ChunkKey
+from lmcache.storage.deadlines import Deadline
 from lmcache.storage.pool import PoolBuffer
 
 
@@ -29,8 +30,10 @@ class Lease:
         self._buffers: list[PoolBuffer] = []
         self._timeout_s = timeout_s
         self._on_done = on_done
-        self._lock = threading.Lock()
-        self._event = threading.Event()
+        self._on_closed: Callable[[Lease], None] | None = None
+        self._expiry: Deadline | None = None
+        self._changed = threading.Condition(threading.Lock())
+        self._done = False
         self._closed = False
         self.expires_at = float("inf")
 
@@ -47,17 +50,17 @@ class Lease:
     @property
     def buffers(self) -> list[PoolBuffer]:
         """Their payloads; valid until ``close``."""
-        with self._lock:
+        with self._changed:
             return list(self._buffers)
 
     def share(self) -> list[PoolBuffer]:
         """Handles of the caller's own on what is held; they outlive ``close``, and the caller releases them."""
-        with self._lock:
-            return [buffer.share() for buffer in self._buffers]
+        with self._changed:
+            return self._buffers[0]._pool.share_leading(self._buffers) if self._buffers else []
 
     @property
     def done(self) -> bool:
-        return self._event.is_set()
+        return self._done
 
     @property
     def closed(self) -> bool:
@@ -67,23 +70,40 @@ class Lease:
     def expired(self) -> bool:
         return time.monotonic() > self.expires_at
 
-    def renew(self) -> None:
-        """Start the timeout anew."""
-        if self.done:
-            self.expires_at = time.monotonic() + self._timeout_s
+    def renew(self, timeout_s: float | None = None) -> None:
+        """Start the timeout anew; a given ``timeout_s`` is the timeout from now on. A closed lease stays closed."""
+        with self._changed:
+            if timeout_s is not None:
+                self._timeout_s = timeout_s
+            if self._done:
+                self.expires_at = time.monotonic() + self._timeout_s
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until done; False when it is not after ``timeout_s``."""
-        return self._event.wait(timeout_s)
+        if self._done:
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self._done, timeout_s)
+
+    def wait_ready(self, count: int, timeout_s: float | None = None) -> bool:
+        """Wait until ``count`` chunks are held, or it is done; returns whether they are.
+
+        So the first can be used while the next are being read.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._done or len(self._buffers) >= count, timeout_s)
+            return len(self._buffers) >= count
 
     def close(self) -> None:
         """Let go. Reads that still run end in memory, unheld. Idempotent."""
-        with self._lock:
-            self._closed = True
+        with self._changed:
+            first, self._closed = not self._closed, True
             buffers, self._buffers = self._buffers, []
-        for buffer in buffers:
-            buffer.release()
+        if buffers:
+            buffers[0]._pool.release_all(buffers)
         self._finish()
+        if first and self._on_closed is not None:
+            self._on_closed(self)
 
     def __enter__(self) -> Lease:
         return self
@@ -93,19 +113,53 @@ class Lease:
 
     def _extend(self, buffers: Sequence[PoolBuffer]) -> bool:
         """Hold more; False (and nothing held) when the lease is done or closed."""
-        with self._lock:
-            if not self._closed and not self.done:
+        with self._changed:
+            if not self._closed and not self._done:
                 self._buffers.extend(buffers)
+                self._changed.notify_all()
                 return True
-        for buffer in buffers:
-            buffer.release()
+        if buffers:
+            buffers[0]._pool.release_all(buffers)
         return False
 
     def _finish(self) -> None:
-        with self._lock:
-            if self.done:
+        with self._changed:
+            if self._done:
                 return
             self.expires_at = time.monotonic() + self._timeout_s
-            self._event.set()
+            self._done = True
+            self._changed.notify_all()
         if self._on_done is not None:
             self._on_done(self)
+
+
+class Prefetch:
+    """Chunks that are being brought from lower tiers into memory, where nothing holds them afterwards. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lease: Lease | None = None
+        self._ended = threading.Event()
+        self._found = 0
+
+    @property
+    def found(self) -> int:
+        """How many leading keys were in memory or have come in."""
+        return self._found if self._ended.is_set() or self._lease is None else self._lease.ready
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it ended; False when it has not after ``timeout_s``."""
+        return self._ended.wait(timeout_s)
+
+    def cancel(self) -> None:
+        """Start no further read. What a read under way brings still comes in. Idempotent."""
+        if self._lease is not None:
+            self._finished(self._lease)
+
+    def _finished(self, lease: Lease) -> None:
+        self._found = max(self._found, lease.ready)
+        self._ended.set()
+        lease.close()

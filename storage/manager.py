@@ -1,6 +1,6 @@
 """The tiers in order: write to all, read from the first that has it, promote to memory.
 
-put      L1 at once ──> bounded queue of every lower tier ──> its writing thread
+put      L1 at once ──> bounded queue of every lower tier ──> its writing thread     (or before eviction: demotion)
 acquire  L1 pins what it has; the rest is read tier by tier into pool buffers, verified, handed to L1 and pinned
 """
 
@@ -10,23 +10,44 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
-from lmcache.errors import ClosedError
+from lmcache.errors import ClosedError, ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.lease import Lease
+from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.eviction import Place
+from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.promotion import promotion
+from lmcache.storage.reading import Reading
 from lmcache.storage.registry import EVICTION_POLICIES, build_tiers
-from lmcache.storage.tier import LowerTier
+from lmcache.storage.selection import Selection
+from lmcache.storage.tier import LowerTier, TierHealth
+from lmcache.storage.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
-READ_BATCH_BYTES, READ_BATCH_CHUNKS = 16 << 20, 256
 # How long a question to a tier's index may take; it is asked on paths where something waits.
 ASK_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True)
+class StorageHealth:
+    """How storage fares, tier by tier."""
+
+    used_bytes: int
+    free_bytes: int
+    chunks: int
+    leases: int
+    frozen: bool
+    tenant_bytes: dict[str, int]
+    """Of every tenant that has a quota."""
+    tiers: tuple[TierHealth, ...]
 
 
 class StorageManager:
@@ -36,30 +57,103 @@ class StorageManager:
         self, config: LMCacheConfig, *, pin: bool = False, tiers: Sequence[StorageBackend] | None = None
     ) -> None:
         self._config = config
-        policy = EVICTION_POLICIES.get(config.memory.eviction)()
+        memory = config.memory
+        policy = EVICTION_POLICIES.get(memory.eviction)()
         backends = build_tiers(config.tiers) if tiers is None else tiers
-        self.pool = PinnedPool(config.memory.capacity, pin=pin, huge_pages=config.memory.huge_pages)
-        self._memory = MemoryTier(self.pool, policy)
+        self._write_back = config.demotion == "on_evict" and bool(backends)
+        self.pool = PinnedPool(
+            memory.capacity,
+            pin=pin,
+            huge_pages=memory.huge_pages,
+            numa_node=memory.numa_node,
+            allocator=memory.allocator,
+            slot=memory.slot,
+        )
+        self._memory = MemoryTier(
+            self.pool,
+            policy,
+            low_watermark=memory.low_watermark,
+            quotas=config.quotas,
+            write_back=self._write_back,
+        )
+        self._deadlines = Deadlines()
         # Queued chunks cannot be evicted, so they may not take more than half of memory.
-        queue_bytes = min(config.write_queue, config.memory.capacity // 2)
-        self._tiers = [LowerTier(backend, config, queue_bytes) for backend in backends]
+        queue_bytes = min(config.write_queue, memory.capacity // 2)
+        self._tiers: list[LowerTier] = []
+        for backend in backends:
+            count = sum(tier.backend.name == backend.name for tier in self._tiers)
+            name = f"{backend.name}-{count + 1}" if count else backend.name
+            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name))
+        self._transfers = Transfers(self._memory, self._tiers, config.read_batch)
+        self._promotes = promotion(config.promote)
         self._leases: set[Lease] = set()
         self._lock = threading.Lock()
+        self._frozen = False
         self._closed = False
 
-    def allocate(self, nbytes: int) -> PoolBuffer | None:
-        """A buffer, evicting chunks that nobody holds; None when there is no room. Never blocks."""
-        buffer = self._memory.allocate(nbytes)
-        if buffer is None and self._sweep():
+    def allocate(self, nbytes: int, timeout_s: float = 0.0) -> PoolBuffer | None:
+        """A buffer, evicting chunks that nobody holds; None when there is no room, or storage is frozen.
+
+        timeout_s: how long to wait for leases and writes to end; by default not at all.
+        """
+        ends_at = time.monotonic() + timeout_s
+        buffer = None
+        while not self._frozen:
+            seen = self.pool.releases
             buffer = self._memory.allocate(nbytes)
+            if buffer is not None or nbytes > self.pool.largest:
+                break
+            left = ends_at - time.monotonic()
+            if not self._close_expired() and (left <= 0 or not self.pool.wait_released(seen, left)):
+                break
         metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
-    def put(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background."""
+    def put(
+        self,
+        key: ChunkKey,
+        buffer: PoolBuffer,
+        place: Place | None = None,
+        *,
+        tenant: str = "",
+        on_written: Callable[[bool], None] | None = None,
+    ) -> None:
+        """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
+
+        place: where it stands in its chain, for eviction policies that care.
+        tenant: whose quota of memory it counts towards. What the quota has no room for goes to lower tiers only.
+        on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
+        Such a chunk is written now, also where writing waits for demotion.
+        """
+        if self._frozen or (on_written is not None and not self._tiers):
+            if self._frozen:
+                buffer.release()
+            else:
+                self._memory.insert(key, buffer, place=place, tenant=tenant)
+            if on_written is not None:
+                on_written(False)
+            return
+        if self._write_back and on_written is None:
+            self._memory.insert(key, buffer, place=place, tenant=tenant)
+            self._write_ahead()
+            return
+        report = None if on_written is None else _first_success(on_written, len(self._tiers))
         for tier in self._tiers:
-            tier.write(key, buffer.share())
-        self._memory.insert(key, buffer)
+            settled = None if report is None else _settled(report)
+            if not tier.writes.put(key, buffer.share(), settled=settled) and report is not None:
+                report(False)
+        self._memory.insert(key, buffer, place=place, tenant=tenant)
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
+        sizes: list[int] = []
+        while len(sizes) < len(keys):
+            rest = keys[len(sizes) :]
+            found = self._memory.sizes(rest) or self._sizes_below(rest)
+            if not found:
+                break
+            sizes += found
+        return sizes
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is in some tier."""
@@ -77,77 +171,190 @@ class StorageManager:
         sizes: Sequence[int | range],
         on_done: Callable[[Lease], None] | None = None,
         timeout_s: float | None = None,
+        *,
+        hold_s: float | None = None,
+        tenant: str = "",
     ) -> Lease:
         """A lease on the longest prefix of ``keys`` that can be had.
 
         sizes: payload bytes of each, or the range that they are in; a chunk of another size is damaged.
 
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
-        on_done: called once, from whatever thread ends it, without a lock held.
+        on_done: called once, from whatever thread ends it, without a lock held; it must not block.
+        hold_s: how long it holds them once it is done, unless it is renewed (``lease_timeout_s``).
+        tenant: whose quota of memory counts what is promoted.
         """
-        if self._closed:
-            raise ClosedError("the storage manager is closed")
-        self._sweep()
-        lease = Lease(keys, sizes, self._config.lease_timeout_s, on_done)
-        with self._lock:
-            self._leases.add(lease)
-        lease._extend(self._memory.pin(keys))
-        if lease.ready == len(keys) or not self._tiers:
-            lease._finish()
-        else:
-            try:
-                self._read_below(lease, timeout_s or self._config.read_timeout_s)
-            except BaseException:
-                lease.close()
-                raise
-        return lease
+        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, tenant, self._promotes)
 
-    def remove(self, keys: Sequence[ChunkKey]) -> None:
-        """Forget chunks, in every tier that answers in time."""
-        self._memory.remove(keys)
-        for tier in self._tiers:
-            tier.ask(lambda: tier.backend.remove(keys), 0, ASK_TIMEOUT_S)  # noqa: B023
+    def prefetch(
+        self,
+        keys: Sequence[ChunkKey],
+        sizes: Sequence[int | range],
+        timeout_s: float | None = None,
+        *,
+        tenant: str = "",
+    ) -> Prefetch:
+        """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
+        prefetch = Prefetch()
+        always = promotion("always")
+        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always)
+        return prefetch
 
-    def clear(self, fingerprint: bytes | None = None) -> int:
-        """Forget the chunks of one KVFormat, or all, in every tier. Returns the largest number that one tier had."""
-        counts = [self._memory.clear(fingerprint)]
-        counts += [tier.clear(fingerprint, self._config.read_timeout_s) for tier in self._tiers]
-        # Once more, for what a read found in a tier before that tier was cleared.
-        self._memory.clear(fingerprint)
+    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
+        """Forget chunks, in every tier that answers in time, or in the one of that name.
+
+        Returns the largest number that one tier had.
+        """
+        counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
+        counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
+        if self._means_memory(tier):
+            # Once more, for what a read found in a tier before that tier was asked.
+            self._memory.remove(keys)
         return max(counts)
+
+    def clear(self, fingerprint: bytes | None = None, *, tags: bytes | None = None, tier: str | None = None) -> int:
+        """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
+
+        tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
+        of ``fingerprint`` too. Returns the largest number that one tier had.
+        """
+        selection = Selection(fingerprint, tags)
+        counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
+        counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
+        if self._means_memory(tier):
+            # Once more, for what a read found in a tier before that tier was cleared.
+            self._memory.clear(selection.matches)
+        return max(counts)
+
+    def copy(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
+        """Copy what tier ``source`` has of ``keys`` to tier ``target`` ("memory" or a backend's name); returns how many
+        are known to be there by ``timeout_s`` (``read_timeout_s``)."""
+        return len(self._transfers.copy(keys, source, target, timeout_s or self._config.read_timeout_s))
+
+    def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
+        """The same, and ``source`` forgets what was copied."""
+        return len(self._transfers.move(keys, source, target, timeout_s or self._config.read_timeout_s))
+
+    def freeze(self) -> None:
+        """Store nothing from now on: no buffer is given, what is put is let go of. Reads go on."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Store again."""
+        self._frozen = self._closed
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every queued write is done; False when some are not by then."""
         deadline = time.monotonic() + timeout_s
-        return all([tier.flush(max(0.0, deadline - time.monotonic())) for tier in self._tiers])
+        return all([tier.writes.flush(max(0.0, deadline - time.monotonic())) for tier in self._tiers])
 
     def close(self) -> None:
         """Write what is queued, within ``close_timeout_s``, and let go of everything. Idempotent."""
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
-        if not self.flush(self._config.close_timeout_s):
+            self._closed = self._frozen = True
+        ends_at = time.monotonic() + self._config.close_timeout_s
+        if self._write_back:
+            for key, buffer in self._memory.to_write():
+                self._tiers[0].writes.put(key, buffer, wait_until=ends_at)
+        if not self.flush(max(0.0, ends_at - time.monotonic())):
             logger.warning("not everything was written within %s s; the rest is lost", self._config.close_timeout_s)
         for tier in self._tiers:
             tier.close()
         for lease in list(self._leases):
             lease.close()
+        self._deadlines.close()
         self._memory.close()
         self.pool.close()
 
     def stats(self) -> dict[str, int]:
         """What is where, now."""
-        with self._lock:
-            self._leases = {lease for lease in self._leases if not lease.closed}
         return {
             "chunks": len(self._memory),
             "used_bytes": self.pool.used_bytes,
             "free_bytes": self.pool.free_bytes,
             "leases": len(self._leases),
-            "pending_write_bytes": sum(tier.pending_bytes for tier in self._tiers),
+            "pending_write_bytes": sum(tier.writes.pending_bytes for tier in self._tiers),
             "open_breakers": sum(tier.breaker.is_open for tier in self._tiers),
         }
+
+    def health(self) -> StorageHealth:
+        """How every tier fares, now."""
+        return StorageHealth(
+            used_bytes=self.pool.used_bytes,
+            free_bytes=self.pool.free_bytes,
+            chunks=len(self._memory),
+            leases=len(self._leases),
+            frozen=self._frozen,
+            tenant_bytes=self._memory.tenant_bytes,
+            tiers=tuple(tier.health() for tier in self._tiers),
+        )
+
+    def _acquire(
+        self,
+        keys: Sequence[ChunkKey],
+        sizes: Sequence[int | range],
+        on_done: Callable[[Lease], None] | None,
+        timeout_s: float | None,
+        hold_s: float | None,
+        tenant: str,
+        keep: Callable[[ChunkKey], bool],
+    ) -> Lease:
+        lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
+        lease._on_closed = self._forget
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the storage manager is closed")
+            self._leases.add(lease)
+        lease._extend(self._memory.pin(keys))
+        if lease.ready == len(keys) or not self._tiers:
+            lease._finish()
+        else:
+            try:
+                reading = Reading(
+                    lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep, tenant=tenant
+                )
+                reading.start(timeout_s or self._config.read_timeout_s, self._deadlines)
+            except BaseException:
+                lease.close()
+                raise
+        self._watch(lease)
+        return lease
+
+    def _watch(self, lease: Lease) -> None:
+        """Close the lease when it has run out; looks again when it was renewed, or is still being read."""
+        if lease.closed:
+            return
+        left = lease.expires_at - time.monotonic()
+        if left < 0:
+            logger.warning("a lease on %d chunks ran out", lease.ready)
+            lease.close()
+            return
+        due = time.monotonic() + min(left, self._config.read_timeout_s)
+        lease._expiry = self._deadlines.at(max(due, time.monotonic() + 1e-3), partial(self._watch, lease))
+
+    def _forget(self, lease: Lease) -> None:
+        if lease._expiry is not None:
+            lease._expiry.cancel()
+        with self._lock:
+            self._leases.discard(lease)
+
+    def _close_expired(self) -> bool:
+        """Close leases that ran out and have not been seen to; returns whether there were any."""
+        with self._lock:
+            expired = [lease for lease in self._leases if lease.expired]
+        for lease in expired:
+            logger.warning("a lease on %d chunks ran out", lease.ready)
+            lease.close()
+        return bool(expired)
+
+    def _write_ahead(self) -> None:
+        """Demotion: keep the reserve free, or written to the nearest tier that takes it."""
+        tier = max(self._tiers, key=lambda tier: tier.writes.room_bytes > 0)
+        if room := tier.writes.room_bytes:
+            for key, buffer in self._memory.to_write(min(room, self._memory.reserve)):
+                tier.writes.put(key, buffer, settled=self._memory.settle)
 
     def _leading_below(self, keys: Sequence[ChunkKey]) -> int:
         for tier in self._tiers:
@@ -155,87 +362,41 @@ class StorageManager:
                 return found
         return 0
 
-    def _read_below(self, lease: Lease, timeout_s: float) -> None:
-        reading: list[LowerTier] = []
-
-        def deadline() -> None:
-            if not lease.done:
-                for tier in reading[-1:]:
-                    tier.failed(f"a read did not end within {timeout_s} s")
-                lease._finish()
-
-        timer = threading.Timer(timeout_s, deadline)
-        timer.daemon = True
-        timer.start()
-
-        def advance(index: int) -> None:
-            """Go on with tier ``index`` at the first key that is not held yet."""
-            if lease.done or index >= len(self._tiers):
-                timer.cancel()
-                lease._finish()
-                return
-            tier = self._tiers[index]
-            if not tier.breaker.allows():
-                advance(index + 1)
-                return
-            tier.read(lambda: step(index))
-
-        def step(index: int) -> None:
-            # A tier answers for the time that it works, not for the time that its queue is long.
-            reading.append(self._tiers[index])
-            before = lease.ready
-            if not lease.done:
-                self._read_batch(lease, self._tiers[index])
-                lease._extend(self._memory.pin(lease.keys[lease.ready :]))
-            if lease.ready == len(lease.keys) or lease.closed:
-                index = len(self._tiers)
-            elif lease.ready > before:
-                index = 0
-            else:
-                index += 1
-            advance(index)
-
-        advance(0)
-
-    def _read_batch(self, lease: Lease, tier: LowerTier) -> None:
-        """Read the next keys of ``lease`` from ``tier`` into L1, and hold them."""
-        generation, first = self._memory.generation, lease.ready
-        nbytes = 0
-        keys = lease.keys[first : first + READ_BATCH_CHUNKS]
+    def _sizes_below(self, keys: Sequence[ChunkKey]) -> list[int]:
         nothing: list[int] = []
-        sizes = tier.guarded(lambda: tier.backend.sizes(keys), nothing, transfers=False)
-        buffers: list[PoolBuffer] = []
-        for index, size in enumerate(sizes):
-            if not lease.fits(first + index, size):
-                metrics.CORRUPT_CHUNKS.labels(tier.name).inc()
-                logger.warning("removed %s from tier %s: a chunk of %d bytes", keys[index], tier.name, size)
-                tier.guarded(lambda: tier.backend.remove(keys[index : index + 1]), 0)  # noqa: B023
-                break
-            if buffers and nbytes + size > READ_BATCH_BYTES:
-                break
-            nbytes += size
-            buffer = self.allocate(size)
-            if buffer is None:
-                break
-            buffers.append(buffer)
-        keys = keys[: len(buffers)]
-        got = tier.guarded(lambda: tier.backend.get(keys, buffers), 0) if buffers else 0
-        for buffer in buffers[got:]:
-            buffer.release()
-        if not got:
-            return
-        metrics.TIER_HITS.labels(tier.name).inc(got)
-        lease._extend([buffer.share() for buffer in buffers[:got]])
-        for key, buffer in zip(keys, buffers[:got], strict=False):
-            self._memory.insert(key, buffer, generation)
+        for tier in self._tiers:
+            if found := tier.ask(lambda: tier.backend.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
+                return found
+        return nothing
 
-    def _sweep(self) -> int:
-        """Close leases that ran out and forget closed ones; returns how many ran out."""
-        now = time.monotonic()
-        with self._lock:
-            expired = [lease for lease in self._leases if not lease.closed and now > lease.expires_at]
-            self._leases = {lease for lease in self._leases if not lease.closed and now <= lease.expires_at}
-        for lease in expired:
-            logger.warning("a lease on %d chunks ran out", lease.ready)
-            lease.close()
-        return len(expired)
+    def _means_memory(self, tier: str | None) -> bool:
+        return tier in (None, self._memory.name)
+
+    def _lower(self, name: str | None) -> list[LowerTier]:
+        found = [tier for tier in self._tiers if name in (None, tier.name)]
+        if not found and not self._means_memory(name):
+            known = [self._memory.name, *(tier.name for tier in self._tiers)]
+            raise ConfigError(f"unknown tier {name!r}; known: {', '.join(known)}")
+        return found
+
+
+def _settled(report: Callable[[bool], None]) -> Callable[[Sequence[ChunkKey], bool], None]:
+    """``report`` as the queue of a tier calls it, different for each write."""
+    return lambda keys, held: report(held)
+
+
+def _first_success(report: Callable[[bool], None], calls: int) -> Callable[[bool], None]:
+    """What is called ``calls`` times, and reports once: at the first True, or when all were False."""
+    lock = threading.Lock()
+    left, reported = calls, False
+
+    def one(ok: bool) -> None:
+        nonlocal left, reported
+        with lock:
+            left -= 1
+            if reported or not (ok or left == 0):
+                return
+            reported = True
+        report(ok)
+
+    return one

@@ -1,87 +1,143 @@
-"""One block of host memory a process, handed out in 4 KiB-aligned buffers.
-
-0        4K                                              capacity
-├─ used ─┼──── free ────┼── used ──┼── used ──┼── free ──┤
-a released block merges with the free runs at both sides; a request takes the smallest run that fits
-"""
+"""One block of host memory a process, handed out in 4 KiB-aligned, reference-counted buffers."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import threading
-from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 
 from lmcache.errors import BufferStateError, ClosedError, ConfigError
+from lmcache.storage import host_memory
+from lmcache.storage.allocators import PAGE, build_allocator
+
+__all__ = ["PAGE", "PinnedPool", "PoolBuffer"]
 
 logger = logging.getLogger(__name__)
 
-PAGE = 4096
-
 
 class PinnedPool:
-    """Preallocated, touched and (on CUDA) pinned host memory with a best-fit allocator. Thread-safe; never blocks.
+    """Preallocated, touched and (on CUDA) pinned host memory. Thread-safe.
 
-    capacity: bytes, rounded down to whole pages. pin: register with CUDA. huge_pages: ask for transparent huge pages.
+    Its lock is held for bookkeeping only, never for a copy; a batch of buffers is shared or released under one hold.
+
+    capacity: bytes, rounded down to whole pages. pin: register with CUDA.
+    huge_pages: False, True or "transparent", or "hugetlb" for reserved pages.
+    numa_node: see ``host_memory.bind_to_node``. allocator, slot: see ``allocators.build_allocator``.
     """
 
-    def __init__(self, capacity: int, *, pin: bool = False, huge_pages: bool = True) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        pin: bool = False,
+        huge_pages: host_memory.HugePages = True,
+        numa_node: int | None = None,
+        allocator: str = "auto",
+        slot: int | None = None,
+    ) -> None:
         self.capacity = capacity // PAGE * PAGE
         if self.capacity <= 0:
             raise ConfigError(f"a pool needs at least {PAGE} bytes, got {capacity}")
-        self._map = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if huge_pages:
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:
-                logger.warning("huge pages were refused (%s): small pages are used", error)
-        self.view = memoryview(self._map)
+        self._allocator = build_allocator(allocator, self.capacity, slot)
+        self._map = host_memory.map_memory(self.capacity, huge_pages)
+        self.view = memoryview(self._map)[: self.capacity]
         first = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(first)
-        # The first touch of fresh memory costs several times a copy, so it happens here and not in a request.
-        ctypes.memset(self.address, 0, self.capacity)
         del first
-        self._pinned = pin and _pin(self.address, self.capacity)
+        self.numa_node = host_memory.bind_to_node(self.address, self.capacity, numa_node, cuda=pin)
+        host_memory.touch(self.address, self.capacity)
+        self._pinned = pin and host_memory.pin(self.address, self.capacity)
         self._lock = threading.Lock()
-        self._free_by_start: dict[int, int] = {0: self.capacity}
-        self._free_by_end: dict[int, int] = {self.capacity: 0}
-        self._sizes: list[tuple[int, int]] = [(self.capacity, 0)]
-        self._references: dict[int, int] = {}
+        self._released = threading.Condition(self._lock)
+        self._waiting = 0
+        self.releases = 0
+        """Goes up with every release of a handle; ``wait_released`` waits for the next one."""
         self.used_bytes = 0
         self._closed = False
+        self._warned = False
 
     @property
     def free_bytes(self) -> int:
         return self.capacity - self.used_bytes
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest buffer that there can be."""
+        return self._allocator.largest
+
     def allocate(self, nbytes: int) -> PoolBuffer | None:
-        """A buffer of ``nbytes``, or None when no free run is long enough."""
-        size = -(-nbytes // PAGE) * PAGE
-        if size <= 0:
+        """A buffer of ``nbytes``, or None when nothing free is long enough. Never waits."""
+        if nbytes <= 0:
             raise ValueError(f"nbytes must be positive, got {nbytes}")
+        size = self._allocator.rounded(nbytes)
+        if size > self.largest and not self._warned:
+            self._warned = True
+            logger.warning("a buffer of %d bytes can never be had: the largest is %d", nbytes, self.largest)
         with self._lock:
             if self._closed:
                 raise ClosedError("the pool is closed")
-            index = bisect_left(self._sizes, (size, -1))
-            if index == len(self._sizes):
+            start = self._allocator.take(size)
+            if start is None:
                 return None
-            length, start = self._sizes[index]
-            self._take(start, length)
-            if length > size:
-                self._give(start + size, length - size)
-            self._references[start] = 1
             self.used_bytes += size
-        return PoolBuffer(self, start, nbytes)
+        return PoolBuffer(self, _Block(start, size), nbytes)
+
+    def share_leading(self, buffers: Sequence[PoolBuffer]) -> list[PoolBuffer]:
+        """New handles on the leading run of ``buffers`` that nobody has released meanwhile."""
+        with self._lock:
+            for count, buffer in enumerate(buffers):
+                if buffer._released:
+                    buffers = buffers[:count]
+                    break
+                buffer._block.holders += 1
+        return [PoolBuffer(self, buffer._block, buffer.nbytes) for buffer in buffers]
+
+    def release_all(self, buffers: Iterable[PoolBuffer]) -> None:
+        """Release many handles. BufferStateError at the first that already was; those before it are released."""
+        with self._lock:
+            try:
+                for buffer in buffers:
+                    if buffer._released:
+                        buffer._check()
+                    buffer._released = True
+                    block = buffer._block
+                    block.holders -= 1
+                    if not block.holders:
+                        self._allocator.give(block.start, block.size)
+                        self.used_bytes -= block.size
+            finally:
+                self.releases += 1
+                if self._waiting:
+                    self._released.notify_all()
+                last = self._closed and not self.used_bytes
+        if last:
+            self._unmap()
+
+    def wait_released(self, seen: int, timeout_s: float) -> bool:
+        """Wait until ``releases`` is no longer ``seen``; False when it still is after ``timeout_s``."""
+        with self._released:
+            self._waiting += 1
+            try:
+                return self._released.wait_for(lambda: self.releases != seen or self._closed, timeout_s)
+            finally:
+                self._waiting -= 1
 
     def close(self) -> None:
-        """Unpin; the memory goes back to the system when nobody views it any more. Idempotent."""
-        with self._lock:
+        """Give the memory back; while a buffer is held, or a view looks at it, that waits for them. Idempotent."""
+        with self._released:
             if self._closed:
                 return
             self._closed = True
+            self._released.notify_all()
+            # A call that hangs in a tier may still write by address: the last handle to go takes the mapping with it.
+            last = not self.used_bytes
+        if last:
+            self._unmap()
+
+    def _unmap(self) -> None:
         if self._pinned:
-            _unpin(self.address)
+            host_memory.unpin(self.address)
         try:
             self.view.release()
             self._map.close()
@@ -89,45 +145,26 @@ class PinnedPool:
             # A tensor or a memoryview still looks at it; the last one to go unmaps it.
             logger.debug("the pool is closed while buffers are still viewed")
 
-    def _share(self, start: int) -> None:
-        with self._lock:
-            self._references[start] += 1
 
-    def _release(self, start: int, nbytes: int) -> None:
-        size = -(-nbytes // PAGE) * PAGE
-        with self._lock:
-            self._references[start] -= 1
-            if self._references[start]:
-                return
-            del self._references[start]
-            self.used_bytes -= size
-            begin, length = start, size
-            if (before := self._free_by_end.get(begin)) is not None:
-                self._take(before, begin - before)
-                begin, length = before, length + begin - before
-            if (after := self._free_by_start.get(start + size)) is not None:
-                self._take(start + size, after)
-                length += after
-            self._give(begin, length)
+class _Block:
+    """Bytes ``[start, start + size)`` of the pool, and how many handles there are on them."""
 
-    def _take(self, start: int, length: int) -> None:
-        del self._free_by_start[start], self._free_by_end[start + length]
-        del self._sizes[bisect_left(self._sizes, (length, start))]
+    __slots__ = ("holders", "size", "start")
 
-    def _give(self, start: int, length: int) -> None:
-        self._free_by_start[start] = length
-        self._free_by_end[start + length] = start
-        insort(self._sizes, (length, start))
+    def __init__(self, start: int, size: int) -> None:
+        self.start = start
+        self.size = size
+        self.holders = 1
 
 
 class PoolBuffer:
     """A handle on a block of a PinnedPool (see ``Buffer`` in storage/base.py)."""
 
-    __slots__ = ("_pool", "_released", "_start", "nbytes")
+    __slots__ = ("_block", "_pool", "_released", "nbytes")
 
-    def __init__(self, pool: PinnedPool, start: int, nbytes: int) -> None:
+    def __init__(self, pool: PinnedPool, block: _Block, nbytes: int) -> None:
         self._pool = pool
-        self._start = start
+        self._block = block
         self._released = False
         self.nbytes = nbytes
 
@@ -142,36 +179,30 @@ class PoolBuffer:
         return self._pool.address + self._start
 
     @property
+    def region(self) -> tuple[int, int]:
+        """Address and bytes of the whole pool: what a transfer library registers once for all its buffers."""
+        self._check()
+        return self._pool.address, self._pool.capacity
+
+    @property
     def shared(self) -> bool:
         """Whether other handles on the same bytes exist."""
         self._check()
-        return self._pool._references[self._start] > 1
+        return self._block.holders > 1
 
     def share(self) -> PoolBuffer:
-        self._check()
-        self._pool._share(self._start)
-        return PoolBuffer(self._pool, self._start, self.nbytes)
+        handles = self._pool.share_leading((self,))
+        if not handles:
+            self._check()
+        return handles[0]
 
     def release(self) -> None:
-        self._check()
-        self._released = True
-        self._pool._release(self._start, self.nbytes)
+        self._pool.release_all((self,))
+
+    @property
+    def _start(self) -> int:
+        return self._block.start
 
     def _check(self) -> None:
         if self._released:
             raise BufferStateError("this buffer handle was already released: each handle is released once")
-
-
-def _pin(address: int, nbytes: int) -> bool:
-    import torch
-
-    code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
-    if code:
-        logger.warning("cudaHostRegister failed with code %d: copies will go through pageable memory", code)
-    return code == 0
-
-
-def _unpin(address: int) -> None:
-    import torch
-
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from lmcache.config import build
 from lmcache.errors import ConfigError
@@ -11,18 +12,64 @@ from lmcache.registry import Registry, split_type
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.eviction import EvictionPolicy
 
+_BACKENDS = "lmcache.storage.backends"
 STORAGE_BACKENDS: Registry[type[StorageBackend]] = Registry(
-    "storage backend", {"disk": "lmcache.storage.backends.disk:DiskBackend"}, "lmcache.storage_backends"
+    "storage backend",
+    {
+        "disk": f"{_BACKENDS}.disk:DiskBackend",
+        "gds": f"{_BACKENDS}.gds:GdsBackend",
+        "nixl": f"{_BACKENDS}.nixl:NixlBackend",
+        "metered": "lmcache.storage.wrappers:Metered",
+        "latency": "lmcache.storage.wrappers:Latency",
+        "faults": "lmcache.storage.wrappers:Faults",
+        "audit": "lmcache.storage.wrappers:Audit",
+        "zstd": "lmcache.storage.compression:Zstd",
+        "encrypted": "lmcache.storage.encryption:Encrypted",
+    },
+    "lmcache.storage_backends",
+)
+REMOTE = "remote"  # {type: remote, url: ...}: the class is that of the URL's scheme
+REMOTE_SCHEMES: Registry[type[StorageBackend]] = Registry(
+    "remote scheme",
+    {
+        **dict.fromkeys(
+            ("redis", "rediss", "valkey", "valkeys", "redis+sentinel", "redis+cluster"),
+            f"{_BACKENDS}.redis:RedisBackend",
+        ),
+        **dict.fromkeys(("s3", "gs", "az"), f"{_BACKENDS}.object_store:ObjectStoreBackend"),
+        "mooncake": f"{_BACKENDS}.mooncake:MooncakeBackend",
+        **dict.fromkeys(("lm", "lms"), f"{_BACKENDS}.lm:LMServerBackend"),
+        "fs": f"{_BACKENDS}.shared_folder:SharedFolderBackend",
+        "blackhole": f"{_BACKENDS}.blackhole:BlackholeBackend",
+    },
+    "lmcache.remote_schemes",
 )
 EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
-    "eviction policy", {"lru": "lmcache.storage.eviction:LRU"}, "lmcache.eviction_policies"
+    "eviction policy",
+    {
+        "lru": "lmcache.storage.eviction:LRU",
+        "mru": "lmcache.storage.eviction:MRU",
+        "fifo": "lmcache.storage.eviction:FIFO",
+        "lfu": "lmcache.storage.eviction:LFU",
+        "s3fifo": "lmcache.storage.eviction_queues:S3FIFO",
+        "sieve": "lmcache.storage.eviction_queues:Sieve",
+        "reuse": "lmcache.storage.eviction_kv:Reuse",
+    },
+    "lmcache.eviction_policies",
 )
 
 
 def build_backend(options: Mapping[str, Any], where: str) -> StorageBackend:
     """``{type: disk, path: ..., capacity: 10GiB}`` -> a backend. ConfigError names what is known."""
     name, rest = split_type(options, where)
-    backend = STORAGE_BACKENDS.get(name)
+    if name == REMOTE:
+        url = rest.get("url")
+        if not isinstance(url, str) or "://" not in url:
+            raise ConfigError(f"{where}: a remote needs a url such as redis://127.0.0.1:6379, got {url!r}")
+        name = urlsplit(url).scheme
+        backend = REMOTE_SCHEMES.get(name)
+    else:
+        backend = STORAGE_BACKENDS.get(name)
     return backend(build(backend.Config, rest, f"{where} ({name})"))
 
 

@@ -1,73 +1,258 @@
-"""A lower tier as the manager runs it: a backend, its threads, its breaker and its write queue."""
+"""A lower tier as the manager runs it: a backend, its threads, its breaker and its health."""
 
 from __future__ import annotations
 
+import errno
 import logging
-import queue
+import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
+from lmcache.errors import CorruptChunkError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.breaker import CircuitBreaker
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.selection import Selection, clear_backend
+from lmcache.storage.workers import Job, Workers
+from lmcache.storage.writing import WriteQueue
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-READ_THREADS = 2
-WRITE_BATCH_BYTES = 16 << 20
+# What trying again does not mend.
+FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+CLOSE_S = 1.0  # for a write under way, and for the backend
+LATENCY_WEIGHT = 0.1  # of the newest call in the average
+
+
+@dataclass(frozen=True)
+class TierHealth:
+    """How a lower tier fares."""
+
+    name: str
+    breaker: str
+    """``closed``, ``open`` or ``half_open``."""
+    failures: int
+    """Failures in a row."""
+    last_error: str | None
+    last_error_age_s: float | None
+    latency_s: float | None
+    """Exponentially weighted mean of the calls that moved bytes."""
+    queue_bytes: int
+    """Bytes that wait to be written, or are being written."""
+    hung_threads: int
+    """Calls that ran out of time and have not come back."""
+    owes_clear: bool
+    """Whether it could not be cleared yet, and will be before it is used again."""
 
 
 class LowerTier:
     """Runs a backend's blocking calls on threads of its own, so that one that hangs holds up nobody else."""
 
-    def __init__(self, backend: StorageBackend, config: LMCacheConfig, queue_bytes: int) -> None:
+    def __init__(
+        self,
+        backend: StorageBackend,
+        config: LMCacheConfig,
+        queue_bytes: int,
+        deadlines: Deadlines,
+        name: str | None = None,
+    ) -> None:
         self.backend = backend
-        self.name = backend.name
+        self.name = name or backend.name
         self.breaker = CircuitBreaker(config.breaker)
-        self._queue_bytes = queue_bytes
-        self._reads: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._asks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._writes: deque[tuple[ChunkKey, PoolBuffer]] = deque()
-        self._changed = threading.Condition()
-        self._pending_bytes = 0
-        self._generation = 0
-        self._clearing = 0
-        self._writing = False
-        self._owed: set[bytes | None] = set()  # formats that could not be cleared yet
-        self._stopping = False
+        self._retry = config.retry
         self._timeout_s = config.read_timeout_s
-        for jobs in [self._reads] * READ_THREADS + [self._asks]:
-            threading.Thread(target=_run, args=(jobs,), name=f"lmcache-{self.name}", daemon=True).start()
-        self._writer = threading.Thread(target=self._write_loop, name=f"lmcache-{self.name}-write", daemon=True)
-        self._writer.start()
+        self._owed: set[Selection] = set()  # what could not be cleared yet
+        self._stopping = threading.Event()
+        self._last_error: tuple[str, float] | None = None
+        self._latency_s: float | None = None
+        threads = config.read_threads
+        self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
+        self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
+        self.writes = WriteQueue(self, queue_bytes, config.read_timeout_s, deadlines)
 
-    def guarded(self, call: Callable[[], T], otherwise: T, *, transfers: bool = True) -> T:
+    @property
+    def available(self) -> bool:
+        """Whether a read may be tried now."""
+        return self.breaker.ready and self._reads.working
+
+    def guarded(
+        self,
+        call: Callable[[], T],
+        otherwise: T,
+        *,
+        transfers: bool = True,
+        always: bool = False,
+        ends_at: float | None = None,
+    ) -> T:
         """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged.
 
-        transfers: whether it moves bytes. A quick look into an index says little about reads that come late, so its
-        success closes an open breaker, but does not make up for failures.
+        transfers: whether it moves bytes. Such a call is tried again. A quick look into an index says little about
+        reads that come late, so its success closes an open breaker, but does not make up for failures.
+        always: do not ask the breaker. ends_at: when an answer is late, by default ``read_timeout_s`` from now.
         """
-        started = time.monotonic()
-        try:
-            for fingerprint in list(self._owed):
-                self.backend.clear(fingerprint)
-                self._owed.discard(fingerprint)
-            result = call()
-        # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
-        except Exception as error:
-            self.failed(str(error))
+        if not always and not self.breaker.allows():
             return otherwise
+        started = time.monotonic()
+        ends_at = started + self._timeout_s if ends_at is None else ends_at
+        attempt = 1
+        while True:
+            try:
+                self._clear_what_is_owed()
+                result = call()
+                break
+            # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
+            except Exception as error:
+                if not transfers or attempt >= self._retry.attempts or not self._pause(error, attempt, ends_at):
+                    self.failed(str(error) or type(error).__name__)
+                    return otherwise
+            attempt += 1
+        took = time.monotonic() - started
+        if transfers:
+            known = took if self._latency_s is None else self._latency_s
+            self._latency_s = known + LATENCY_WEIGHT * (took - known)
         # An answer after the deadline came too late for whoever asked: it does not speak for the tier.
-        if time.monotonic() - started <= self._timeout_s and (transfers or self.breaker.is_open):
+        if time.monotonic() <= ends_at and (transfers or self.breaker.is_open):
             self._succeeded()
+        else:
+            self.breaker.undecided()
         return result
+
+    def failed(self, why: str) -> None:
+        """Count a failure; the breaker opens after some."""
+        metrics.TIER_ERRORS.labels(self.name).inc()
+        self._last_error = why, time.monotonic()
+        was_open = self.breaker.is_open
+        self.breaker.failed()
+        metrics.TIER_BREAKER_OPEN.labels(self.name).set(self.breaker.is_open)
+        if not was_open:
+            then = "; it is left alone for a while" if self.breaker.is_open else ""
+            logger.warning("tier %s: %s%s", self.name, why, then)
+
+    def hung(self, limit_s: float) -> None:
+        """A call did not end in time: a failure, and its thread is replaced."""
+        metrics.TIER_HUNG_CALLS.labels(self.name).inc()
+        self.failed(f"a call did not end within {limit_s:.3g} s")
+
+    def read(self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None] | None = None) -> Job | None:
+        """Run ``call`` on a reading thread; None when there is none. A call that takes longer is a failure."""
+
+        def late() -> None:
+            self.hung(limit_s)
+            if on_late is not None:
+                on_late()
+
+        return self._reads.submit(call, limit_s, late)
+
+    def overdue(self, job: Job) -> None:
+        """A running read will not be waited for."""
+        self._reads.overdue(job)
+
+    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
+        """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
+        if not self.breaker.ready:
+            return otherwise
+        return self._wait(self._asks, call, otherwise, timeout_s, transfers=False)
+
+    def transfer(self, call: Callable[[], T], otherwise: T, timeout_s: float, unwanted: Callable[[T], None]) -> T:
+        """The same for a call that moves bytes. unwanted: takes the result when nobody waits for it any more."""
+        if not self.breaker.ready:
+            return otherwise
+        return self._wait(self._reads, call, otherwise, timeout_s, unwanted=unwanted)
+
+    def remove(self, keys: Sequence[ChunkKey], timeout_s: float) -> int:
+        """Forget chunks, also queued ones and those that are being written."""
+        wanted = set(keys)
+        self.writes.drop(wanted.__contains__)
+        return self.ask(lambda: self.backend.remove(keys), 0, timeout_s)
+
+    def clear(self, selection: Selection, timeout_s: float) -> int:
+        """Drop queued writes and stored chunks. Does not ask the breaker.
+
+        Waits for a write under way, which is undone by its thread when it takes too long. A tier that cannot be cleared
+        now is cleared before it is used again, so that its chunks do not come back.
+        """
+        deadline = time.monotonic() + timeout_s
+        nothing: int | None = None
+        if selection.tags is not None and self.backend.keys() is None:
+            logger.warning("tier %s cannot list its keys: more than the chunks of the tenant is cleared", self.name)
+        with self.writes.held_back(selection.matches, timeout_s / 2):
+            left = max(0.0, deadline - time.monotonic())
+            cleared = self._wait(
+                self._asks, lambda: clear_backend(self.backend, selection), nothing, left, transfers=False, always=True
+            )
+        if cleared is None:
+            self._owed.add(selection)
+            logger.error("tier %s: could not be cleared now; it will be before it is used again", self.name)
+        return cleared or 0
+
+    def close(self) -> None:
+        """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
+        self._stopping.set()
+        if self.writes.close(CLOSE_S):
+            self._wait(self._asks, self.backend.close, None, CLOSE_S, transfers=False, always=True)
+        for workers in (self._reads, self._asks):
+            workers.close()
+
+    def health(self) -> TierHealth:
+        message, at = self._last_error or (None, None)
+        return TierHealth(
+            name=self.name,
+            breaker=self.breaker.state,
+            failures=self.breaker.failures,
+            last_error=message,
+            last_error_age_s=None if at is None else time.monotonic() - at,
+            latency_s=self._latency_s,
+            queue_bytes=self.writes.pending_bytes,
+            hung_threads=self._reads.lost + self._asks.lost + self.writes.hung_threads,
+            owes_clear=bool(self._owed),
+        )
+
+    def _wait(
+        self,
+        workers: Workers,
+        call: Callable[[], T],
+        otherwise: T,
+        timeout_s: float,
+        *,
+        transfers: bool = True,
+        always: bool = False,
+        unwanted: Callable[[T], None] | None = None,
+    ) -> T:
+        answer = _Answer[T](unwanted)
+        ends_at = time.monotonic() + timeout_s
+
+        def job() -> None:
+            answer.give(self.guarded(call, otherwise, transfers=transfers, always=always, ends_at=ends_at))
+
+        running = workers.submit(job, timeout_s, lambda: self.hung(timeout_s))
+        if running is None:
+            return otherwise
+        if answer.wait(timeout_s):
+            return answer.take()
+        workers.withdraw(running)
+        return otherwise
+
+    def _clear_what_is_owed(self) -> None:
+        for selection in list(self._owed):
+            clear_backend(self.backend, selection)
+            self._owed.discard(selection)
+
+    def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
+        """Wait before the next attempt; False when there should be none."""
+        if isinstance(error, CorruptChunkError) or getattr(error, "errno", None) in FINAL:
+            return False
+        pause = self._retry.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+        if time.monotonic() + pause >= ends_at or self._stopping.wait(pause):
+            return False
+        metrics.TIER_RETRIES.labels(self.name).inc()
+        return True
 
     def _succeeded(self) -> None:
         was_open = self.breaker.is_open
@@ -76,135 +261,30 @@ class LowerTier:
             metrics.TIER_BREAKER_OPEN.labels(self.name).set(0)
             logger.warning("tier %s: answers again", self.name)
 
-    def failed(self, why: str) -> None:
-        """Count a failure; the breaker opens after some."""
-        metrics.TIER_ERRORS.labels(self.name).inc()
-        was_open = self.breaker.is_open
-        self.breaker.failed()
-        metrics.TIER_BREAKER_OPEN.labels(self.name).set(self.breaker.is_open)
-        if not was_open:
-            then = "; it is left alone for a while" if self.breaker.is_open else ""
-            logger.warning("tier %s: %s%s", self.name, why, then)
 
-    def read(self, job: Callable[[], None]) -> None:
-        """Run ``job`` on a reading thread."""
-        self._reads.put(job)
+class _Answer(Generic[T]):
+    """Hands a result from a tier's thread to the one that waits, or to ``unwanted`` when that one has gone."""
 
-    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
-        """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
-        return self._ask(call, otherwise, timeout_s) if self.breaker.allows() else otherwise
+    def __init__(self, unwanted: Callable[[T], None] | None) -> None:
+        self._unwanted = unwanted
+        self._results: list[T] = []
+        self._changed = threading.Condition()
+        self._gone = False
 
-    def _ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
-        answer: list[T] = []
-        done = threading.Event()
-
-        def job() -> None:
-            answer.append(self.guarded(call, otherwise, transfers=False))
-            done.set()
-
-        self._asks.put(job)
-        if done.wait(timeout_s):
-            return answer[0]
-        self.failed(f"no answer within {timeout_s} s")
-        return otherwise
-
-    def write(self, key: ChunkKey, buffer: PoolBuffer) -> None:
-        """Queue a write, taking the handle over; sheds it when the queue is full or the breaker open."""
+    def give(self, result: T) -> None:
         with self._changed:
-            full = self._pending_bytes + buffer.nbytes > self._queue_bytes
-            if not full and not self._stopping and not (self.breaker.is_open and not self.breaker.allows()):
-                self._writes.append((key, buffer))
-                self._pending_bytes += buffer.nbytes
-                self._changed.notify_all()
+            if not self._gone:
+                self._results.append(result)
+                self._changed.notify()
                 return
-        metrics.TIER_SHED_BYTES.labels(self.name).inc(buffer.nbytes)
-        buffer.release()
+        if self._unwanted is not None:
+            self._unwanted(result)
 
-    def clear(self, fingerprint: bytes | None, timeout_s: float) -> int:
-        """Drop queued writes and stored chunks of a format. Does not ask the breaker.
-
-        Waits for a write under way, which is undone by its thread when it takes too long. A tier that cannot be cleared
-        now is cleared before it is used again, so that its chunks do not come back.
-        """
-        deadline = time.monotonic() + timeout_s
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is a result after ``timeout_s``; if not, none is wanted any more."""
         with self._changed:
-            self._generation += 1
-            self._clearing += 1
-            kept = deque((k, b) for k, b in self._writes if fingerprint not in (None, k.fingerprint))
-            dropped = [b for k, b in self._writes if fingerprint in (None, k.fingerprint)]
-            self._writes = kept
-            self._pending_bytes -= sum(b.nbytes for b in dropped)
-        for buffer in dropped:
-            buffer.release()
-        try:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._writing, timeout_s / 2)
-            left = max(0.0, deadline - time.monotonic())
-            cleared = self._ask(lambda: self.backend.clear(fingerprint), None, left)
-        finally:
-            with self._changed:
-                self._clearing -= 1
-                self._changed.notify_all()
-        if cleared is None:
-            self._owed.add(fingerprint)
-            logger.error("tier %s: could not be cleared now; it will be before it is used again", self.name)
-        return cleared or 0
+            self._gone = not self._changed.wait_for(lambda: bool(self._results), timeout_s)
+            return not self._gone
 
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued or being written."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._pending_bytes, timeout_s)
-
-    def close(self) -> None:
-        """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
-        with self._changed:
-            self._stopping = True
-            dropped, self._writes = self._writes, deque()
-            self._pending_bytes -= sum(buffer.nbytes for _, buffer in dropped)
-            self._changed.notify_all()
-        for _, buffer in dropped:
-            buffer.release()
-        for _ in range(READ_THREADS):
-            self._reads.put(None)
-        self._asks.put(None)
-        self._writer.join(timeout=1.0)
-        if not self._writer.is_alive():
-            self.guarded(self.backend.close, None)
-
-    @property
-    def pending_bytes(self) -> int:
-        return self._pending_bytes
-
-    def _write_loop(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: (self._writes and not self._clearing) or self._stopping)
-                if self._stopping:
-                    return
-                self._writing = True
-                generation, batch, nbytes = self._generation, [], 0
-                while self._writes and nbytes < WRITE_BATCH_BYTES:
-                    batch.append(self._writes.popleft())
-                    nbytes += batch[-1][1].nbytes
-            keys = [key for key, _ in batch]
-            self.guarded(lambda: self.backend.put(keys, [buffer for _, buffer in batch]), 0)  # noqa: B023
-            for _, buffer in batch:
-                buffer.release()
-            with self._changed:
-                stale = generation != self._generation
-            if stale:
-                # Cleared meanwhile: what was just written must not come back.
-                self.guarded(lambda: self.backend.remove(keys), 0)  # noqa: B023
-            with self._changed:
-                self._writing = False
-                self._pending_bytes -= nbytes
-                self._changed.notify_all()
-
-
-def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        try:
-            job()
-        # The entry loop of a thread: a job that fails must not take the thread with it.
-        except Exception:
-            logger.exception("a storage job failed")
+    def take(self) -> T:
+        return self._results[0]

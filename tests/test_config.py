@@ -60,3 +60,29 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> Non
 def test_configs_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config().chunk_tokens = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(True, True), (False, False), ("hugetlb", "hugetlb"), ("transparent", "transparent"), ("false", False)],
+)
+def test_huge_pages_are_a_switch_or_a_kind(given: object, read: object) -> None:
+    assert load_config(overrides={"memory.huge_pages": given}).memory.huge_pages == read
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"memory.allocator": "slabs"},
+        {"memory.low_watermark": 0.9},
+        {"memory.huge_pages": "gigantic"},
+        {"memory.numa_node": -2},
+        {"promote": "sometimes"},
+        {"demotion": "never"},
+        {"quotas": {"tenant": "much"}},
+        {"retry": {"attempts": 0}},
+    ],
+)
+def test_storage_options_that_cannot_be_are_errors(overrides: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(overrides)).replace(".", r"\.")):
+        load_config(overrides=overrides)

@@ -25,6 +25,7 @@ from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
 from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
+from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PoolBuffer
@@ -242,6 +243,7 @@ class CacheEngine:
         self._check_open()
         prompt = self.database.prompt(pack_tokens(tokens), tags, placeholders)
         spans = prompt.chunks + (prompt.tails(len(prompt.chunks))[:1] if tail else [])
+        parents = dict(zip([span.key for span in spans], [None, *(span.key for span in spans)], strict=False))
         spans = [span for span in spans if span.stop > start]
         spans = spans[self.storage.contains([span.key for span in spans]) :]
         if not spans:
@@ -259,7 +261,7 @@ class CacheEngine:
             self._give_back([taken for _, taken in stored])
             raise
         for span, taken in stored:
-            self.storage.put(span.key, taken)
+            self.storage.put(span.key, taken, Place(parents[span.key], span.start, span.stop))
         count = sum(span.stop - span.start for span, _ in stored)
         metrics.STORED_TOKENS.inc(count)
         return count

@@ -1,306 +1,300 @@
-"""L3: one file a chunk in a folder.
+"""L3: one file a chunk, in one folder or striped over several (see disk_folder.py for their layout).
 
-    <path>/<format fingerprint>/<tag hash>/<digest>.kv      header (4096 bytes), payload
+A file is written under a temporary name and renamed, so it is there whole or not at all, whatever is killed when. The
+index is rebuilt at start from names and sizes. Without ``fsync`` a power cut may lose chunks, and the checksum turns
+what it leaves into misses; with it a chunk counts as held when file and folder are on the medium.
 
-A file is written under a temporary name and renamed, so it is there whole or not at all. The index is rebuilt at start
-from names and sizes. There is no fsync: a power cut may lose chunks, and the checksum turns what it leaves into misses.
-Several processes may share a folder: one's files are found by the others, and a file that went away is a miss.
+Several processes may share folders: one's files are found by the others, a file that went away is a miss, the bytes are
+counted together (disk_account.py), and what another has used lately is not evicted for being old news here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import logging
 import os
-import secrets
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ConfigError, CorruptChunkError, StorageError
-from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
+from lmcache.keys import ChunkKey
+from lmcache.storage.backends.disk_folder import Folder
+from lmcache.storage.backends.disk_index import DiskIndex, Entry
+from lmcache.storage.backends.disk_space import DiskSpace
+from lmcache.storage.backends.io_threads import IOThreads, Outcome
 from lmcache.storage.base import Buffer, StorageBackend
-from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.registry import EVICTION_POLICIES
 
 logger = logging.getLogger(__name__)
 
-SUFFIX, TEMPORARY = ".kv", ".tmp-"
-# The token tells our temporary files from those of a killed process that had our pid, as in a restarted container.
-_TOKEN = secrets.token_hex(4)
-_serial = itertools.count()
+CLOSE_TIMEOUT_S = 1.0
+MOST_OWED = 10_000
 
 
 class DiskConfig(Config):
     """Options of ``{type: disk}``."""
 
-    path: Path = Field(description="folder of the chunks; made when it is not there")
-    capacity: ByteSize = Field(ByteSize(10 << 30), gt=HEADER_BYTES, description="bytes of files, for example 100GiB")
+    path: Path | None = Field(None, description="folder of the chunks; made when it is not there")
+    paths: tuple[Path, ...] = Field((), description="several of them instead, best on a disk each; chunks are spread")
+    capacity: ByteSize = Field(
+        ByteSize(10 << 30), gt=HEADER_BYTES, description="bytes of files over all folders and processes, e.g. 100GiB"
+    )
     eviction: str = Field("lru", description="name of the eviction policy")
+    direct: bool = Field(True, description="bypass the page cache (O_DIRECT) where the file system grants it")
+    fsync: bool = Field(False, description="a chunk counts as held only when it would survive a power cut")
+    threads: int = Field(4, ge=1, le=64, description="threads that read and write")
+    in_flight: ByteSize = Field(ByteSize(64 << 20), gt=0, description="bytes that they read and write at once")
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.path is None and not self.paths:
+            raise ValueError("path: Field required (or paths)")
+        if self.path is not None and self.paths:
+            raise ValueError("path and paths exclude each other")
+        folders = [os.path.realpath(path) + "/" for path in self.folders]
+        for index, one in enumerate(folders):
+            if any(one.startswith(other) for other in folders[:index] + folders[index + 1 :]):
+                raise ValueError(f"paths: {self.folders[index]} is, or is inside, another of them")
+        return self
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders, however they were given."""
+        return tuple(path.expanduser() for path in ((self.path,) if self.path is not None else self.paths))
 
 
 class DiskBackend(StorageBackend):
-    """Chunks as files."""
+    """Chunks as files. A folder that fails costs its chunks; StorageError is raised when every folder fails."""
 
     name: ClassVar[str] = "disk"
     Config = DiskConfig
 
     def __init__(self, config: DiskConfig) -> None:
-        self._root = config.path.expanduser()
-        self._capacity = config.capacity
-        self._policy = EVICTION_POLICIES.get(config.eviction)()
-        self._sizes: dict[ChunkKey, int] = {}
-        self._used = 0
-        self._lock = threading.Lock()
-        self._check_writable()
-        self._rebuild_index()
+        policy = EVICTION_POLICIES.get(config.eviction)()
+        self._folders = [
+            Folder(number, path.absolute(), direct=config.direct, fsync=config.fsync, tier=self.name)
+            for number, path in enumerate(config.folders)
+        ]
+        self._alone = len(self._folders) == 1
+        self._index = DiskIndex(policy, len(self._folders))
+        self._space = DiskSpace(self._index, len(self._folders), config.capacity // len(self._folders), self.name)
+        self._io = IOThreads(config.threads, config.in_flight, "lmcache-disk")
+        self._open()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         sizes: list[int] = []
         for key in keys:
-            size = self._known(key)
-            if not size:
+            entry = self._locate(key)
+            if entry is None:
                 break
-            sizes.append(size - HEADER_BYTES)
+            sizes.append(entry.size - HEADER_BYTES)
         return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
-        for count, (key, buffer) in enumerate(zip(keys, into, strict=True)):
-            try:
-                if not self._read(key, buffer.view):
-                    return count
-            except CorruptChunkError as error:
-                metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-                logger.warning("removed %s: %s", self._path(key), error)
-                self.remove([key])
-                return count
-        return len(keys)
+        now = time.time_ns()
+        # The head of a prefix, without which the rest is worth nothing, counts as used last.
+        jobs = [
+            (HEADER_BYTES + buffer.nbytes, functools.partial(self._get, key, buffer, now - index))
+            for index, (key, buffer) in enumerate(zip(keys, into, strict=True))
+        ]
+        outcomes = self._io.run(jobs, until_miss=True)
+        self._raise_if_all_fail(outcomes)
+        count = next((index for index, outcome in enumerate(outcomes) if outcome is not True), len(keys))
+        self._index.touch(reversed(keys[:count]), now)
+        return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
-        for key, buffer in zip(keys, buffers, strict=True):
-            if self._known(key):
-                held += 1
-            elif self._reserve(HEADER_BYTES + buffer.nbytes):
-                try:
-                    self._write(key, buffer.view)
-                except OSError as error:
-                    self._unreserve(HEADER_BYTES + buffer.nbytes)
-                    raise StorageError(f"cannot write {self._path(key)}: {error}") from error
-                self._index(key, HEADER_BYTES + buffer.nbytes, reserved=True)
-                held += 1
-        return held
+        written: dict[ChunkKey, Entry] = {}
+        jobs = [
+            (HEADER_BYTES + buffer.nbytes, functools.partial(self._put, key, buffer, written))
+            for key, buffer in zip(keys, buffers, strict=True)
+        ]
+        try:
+            outcomes = self._io.run(jobs)
+        finally:
+            for key in reversed(keys):
+                if (entry := written.pop(key, None)) is not None:
+                    self._index.add(key, entry)
+                    self._space.settle(entry.folder, entry.size)
+        self._raise_if_all_fail(outcomes)
+        return sum(outcome is True for outcome in outcomes)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
-        count = 0
+        count, failure = 0, None
         for key in keys:
-            self._forget(key)
-            try:
-                self._path(key).unlink()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise StorageError(f"cannot remove {self._path(key)}: {error}") from error
-            count += 1
+            there = False
+            entry = self._index.forget(key)
+            for folder in self._folders:
+                try:
+                    there |= self._space.unlink(folder, key, entry if entry and entry.folder == folder.number else None)
+                except OSError as error:
+                    failure = self._owe(folder, key, error) or failure
+            count += there
+        if failure is not None:
+            raise StorageError(f"cannot remove chunks from {self._folders[0].path}: {failure}") from failure
         return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        # By the folder and not by the index, so that what other processes wrote goes too.
-        return sum(self.remove([key]) for key, _ in list(self._files()) if fingerprint in (None, key.fingerprint))
+        count = 0
+        for folder in self._folders:
+            try:
+                count += self._clear(folder, fingerprint)
+            except OSError as error:
+                if self._owe(folder, fingerprint, error):
+                    raise StorageError(f"cannot clear {folder.path}: {error}") from error
+        return count
 
     def close(self) -> None:
-        """Nothing is open between calls."""
+        """Waits a moment for transfers that run; new ones raise ClosedError."""
+        self._io.close(CLOSE_TIMEOUT_S)
+        for folder in self._folders:
+            folder.account.close()
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._index)
 
     @property
     def used_bytes(self) -> int:
-        return self._used
+        """Of all files, those of other processes included."""
+        return sum(folder.account.read() for folder in self._folders)
 
-    def _path(self, key: ChunkKey) -> Path:
-        tags = key.namespace[FINGERPRINT_BYTES:]
-        return self._root / key.fingerprint.hex() / tags.hex() / f"{key.digest.hex()}{SUFFIX}"
+    @property
+    def direct(self) -> bool:
+        """Whether all folders are read and written past the page cache."""
+        return all(folder.direct for folder in self._folders)
 
-    def _known(self, key: ChunkKey) -> int:
-        """Bytes of its file, 0 where there is none."""
-        with self._lock:
-            if size := self._sizes.get(key, 0):
-                return size
-        try:
-            size = self._path(key).stat().st_size
-        except OSError:
-            return 0
-        if size <= HEADER_BYTES:
-            return 0
-        self._index(key, size)
-        return size
+    def file_of(self, key: ChunkKey) -> Path:
+        """Where the chunk is, or would be put."""
+        entry = self._index.find(key)
+        folder = self._ranked(key)[0] if entry is None else self._folders[entry.folder]
+        return Path(folder.file_of(key))
 
-    def _read(self, key: ChunkKey, view: memoryview) -> bool:
-        try:
-            file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._forget(key)
-            return False
-        try:
-            size = os.fstat(file).st_size
-            if size != HEADER_BYTES + view.nbytes:
-                raise CorruptChunkError(f"file of {size} bytes, expected {HEADER_BYTES + view.nbytes}")
-            header = bytearray(HEADER_BYTES)
-            _all(os.preadv, file, [memoryview(header), view])
-        except OSError as error:
-            if isinstance(error, CorruptChunkError):
-                raise
-            raise StorageError(f"cannot read {self._path(key)}: {error}") from error
-        finally:
-            os.close(file)
-        check_chunk(memoryview(header), key, view)
-        with self._lock:
-            self._policy.touch(key)
-        with contextlib.suppress(OSError):
-            os.utime(self._path(key))  # the order of use survives a restart
-        return True
+    def _ranked(self, key: ChunkKey) -> list[Folder]:
+        """The folders that a chunk may be in, the likeliest first."""
+        return self._folders if self._alone else sorted(self._folders, key=lambda folder: -folder.rank(key))
 
-    def _write(self, key: ChunkKey, view: memoryview) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(_temporary_name())
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                _all(os.pwritev, file, [memoryview(encode_header(key, view)), view])
-            finally:
-                os.close(file)
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def _index(self, key: ChunkKey, size: int, *, reserved: bool = False) -> None:
-        with self._lock:
-            old = self._sizes.get(key, 0)
-            self._sizes[key] = size
-            self._used += (0 if reserved else size) - old
-            self._policy.add(key, size)
-
-    def _forget(self, key: ChunkKey) -> None:
-        with self._lock:
-            self._used -= self._sizes.pop(key, 0)
-            self._policy.remove(key)
-
-    def _reserve(self, size: int) -> bool:
-        if size > self._capacity:
-            return False
-        with self._lock:
-            victims = []
-            free = self._capacity - self._used
-            for key in self._policy.victims():
-                if free >= size:
-                    break
-                victims.append(key)
-                free += self._sizes[key]
-            if free < size:
-                return False  # other writers have reserved what is not indexed yet
-            for key in victims:
-                self._used -= self._sizes.pop(key)
-                self._policy.remove(key)
-            self._used += size
-        for key in victims:
-            with contextlib.suppress(OSError):
-                self._path(key).unlink(missing_ok=True)
-        metrics.EVICTED_CHUNKS.labels(self.name).inc(len(victims))
-        return True
-
-    def _unreserve(self, size: int) -> None:
-        with self._lock:
-            self._used -= size
-
-    def _check_writable(self) -> None:
-        probe = self._root / _temporary_name()
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"the disk tier cannot write to {self._root}: {error}") from error
-
-    def _files(self) -> Iterator[tuple[ChunkKey, os.DirEntry[str]]]:
-        for directory, entry in self._entries():
-            if entry.name.endswith(SUFFIX) and (key := _key(directory, entry.name)) is not None:
-                yield key, entry
-
-    def _entries(self) -> Iterator[tuple[Path, os.DirEntry[str]]]:
-        for directory in self._root.glob("*/*"):
-            with contextlib.suppress(NotADirectoryError, FileNotFoundError), os.scandir(directory) as entries:
-                for entry in entries:
-                    yield directory, entry
-
-    def _rebuild_index(self) -> None:
-        found = []
-        for directory, entry in self._entries():
-            try:
-                if entry.name.startswith(TEMPORARY):
-                    _remove_if_orphaned(entry)
-                elif entry.name.endswith(SUFFIX) and (key := _key(directory, entry.name)) is not None:
-                    stat = entry.stat()
-                    if stat.st_size <= HEADER_BYTES:
-                        os.unlink(entry.path)
-                        metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-                        logger.warning("removed %s: %d bytes are no chunk", entry.path, stat.st_size)
-                    else:
-                        found.append((stat.st_mtime_ns, key, stat.st_size))
-            except FileNotFoundError:
-                continue  # another process was faster
-        for _, key, size in sorted(found):
-            self._index(key, size)
-        self._reserve(0)
-
-
-def _key(directory: Path, name: str) -> ChunkKey | None:
-    """The key that a file is named after; None for a file that is not ours."""
-    try:
-        return ChunkKey.from_bytes(bytes.fromhex(directory.parent.name + directory.name + name.removesuffix(SUFFIX)))
-    except ValueError:
+    def _locate(self, key: ChunkKey) -> Entry | None:
+        entry = self._index.find(key)
+        if entry is not None and (self._alone or self._folders[entry.folder].serves):
+            return entry
+        for folder in self._ranked(key):
+            if (self._alone or folder.serves) and (found := folder.find(key)) is not None:
+                entry = Entry(folder.number, found[2], found[0])
+                self._index.add(key, entry)
+                return entry
         return None
 
-
-def _temporary_name() -> str:
-    return f"{TEMPORARY}{os.getpid()}-{_TOKEN}-{next(_serial)}"
-
-
-def _remove_if_orphaned(entry: os.DirEntry[str]) -> None:
-    pid, _, rest = entry.name.removeprefix(TEMPORARY).partition("-")
-    if not pid.isdecimal() or not rest:
-        return  # not one of ours
-    if int(pid) == os.getpid():
-        orphaned = not rest.startswith(_TOKEN)
-    else:
+    def _get(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
+        entry = self._locate(key)
+        if entry is None:
+            return False
+        folder = self._folders[entry.folder]
         try:
-            os.kill(int(pid), 0)
-            orphaned = False
-        except PermissionError:
-            orphaned = False
-        except (ProcessLookupError, OverflowError):
-            orphaned = True
-    if orphaned:
-        os.unlink(entry.path)
+            found = folder.read(key, buffer, used_ns)
+        except CorruptChunkError as error:
+            metrics.CORRUPT_CHUNKS.labels(self.name).inc()
+            logger.warning("removed %s: %s", folder.file_of(key), error)
+            self.remove([key])
+            return False
+        except OSError as error:
+            folder.failed(error)
+            raise StorageError(f"cannot read {folder.file_of(key)}: {error}") from error
+        folder.succeeded()
+        if not found and folder.find(key) is None:
+            self._index.forget(key)
+        return found
 
+    def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
+        entry = self._locate(key)
+        if entry is not None:
+            if self._folders[entry.folder].find(key) is not None:
+                return True
+            self._index.forget(key)  # another process evicted it
+        folder = next((folder for folder in self._ranked(key) if self._usable(folder)), None)
+        if folder is None:
+            raise StorageError(f"cannot write {key}: every folder of the disk tier fails")
+        size, spares = HEADER_BYTES + buffer.nbytes, list[str]()
+        if not self._space.reserve(folder, key, size, spares):
+            return False
+        new = False
+        try:
+            new = folder.write(key, buffer, spares)
+            folder.succeeded()
+        except OSError as error:
+            folder.failed(error)
+            raise StorageError(f"cannot write {folder.file_of(key)}: {error}") from error
+        finally:
+            if new:
+                written[key] = Entry(folder.number, size, time.time_ns())
+            else:
+                folder.account.change(-size)
+                self._space.settle(folder.number, size)
+            for spare in spares:
+                folder.drop(spare)
+            if folder.remade:
+                with contextlib.suppress(OSError):
+                    self._space.scan(folder)
+        return True
 
-def _all(call: object, file: int, views: list[memoryview]) -> None:
-    """preadv or pwritev until every byte is done; OSError when the file ends first."""
-    offset, total = 0, sum(view.nbytes for view in views)
-    while offset < total:
-        skip, rest = offset, []
-        for view in views:
-            rest += [view[skip:]] if skip < view.nbytes else []
-            skip = max(0, skip - view.nbytes)
-        done = call(file, rest, offset)  # type: ignore[operator]
-        if done == 0:
-            raise OSError(f"the file ended after {offset} of {total} bytes")
-        offset += done
+    def _raise_if_all_fail(self, outcomes: Sequence[Outcome]) -> None:
+        error = next((outcome for outcome in outcomes if isinstance(outcome, OSError)), None)
+        if error is not None and all(folder.failing for folder in self._folders):
+            raise error
+
+    def _open(self) -> None:
+        for folder in self._folders:
+            try:
+                self._open_folder(folder)
+            except OSError as error:
+                if self._alone:
+                    raise ConfigError(f"the disk tier cannot write to {folder.path}: {error}") from error
+                folder.failed(error)
+        if not any(folder.opened for folder in self._folders):
+            paths = ", ".join(str(folder.path) for folder in self._folders)
+            raise ConfigError(f"the disk tier cannot write to any of {paths}")
+
+    def _open_folder(self, folder: Folder) -> None:
+        folder.open()
+        self._space.scan(folder)
+        self._space.trim(folder)
+
+    def _usable(self, folder: Folder) -> bool:
+        """Whether to write there; one that failed is tried again now and then, and settles first what it owes."""
+        if self._alone:
+            return True
+        if not folder.breaker.allows():
+            return False
+        try:
+            if not folder.opened:
+                self._open_folder(folder)
+            for owed in list(folder.owed):
+                if isinstance(owed, ChunkKey):
+                    self._space.unlink(folder, owed, None)
+                else:
+                    self._clear(folder, owed)
+                folder.owed.discard(owed)
+        except OSError as error:
+            folder.failed(error)
+            return False
+        return True
+
+    def _owe(self, folder: Folder, what: ChunkKey | bytes | None, error: OSError) -> OSError | None:
+        """Note what a folder could not remove; the error instead where there is no other folder to go on with."""
+        if self._alone:
+            return error
+        folder.failed(error)
+        folder.owed.add(what if len(folder.owed) < MOST_OWED else None)
+        return None
+
+    def _clear(self, folder: Folder, fingerprint: bytes | None) -> int:
+        # By the folder and not by the index, so that what other processes wrote goes too.
+        keys: Iterable[ChunkKey] = [key for _, key, _ in folder.scan()[0] if fingerprint in (None, key.fingerprint)]
+        return sum(self._space.unlink(folder, key, self._index.forget(key)) for key in keys)

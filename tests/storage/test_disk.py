@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import subprocess
 import sys
 import threading
+import unittest.mock
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import rule
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
@@ -22,7 +25,7 @@ from lmcache.storage.backends.disk import DiskBackend, DiskConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.pool import PinnedPool
-from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.storage.testing import BackendMachine, BackendTests, make_key, take
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 20_000
@@ -98,7 +101,7 @@ def test_the_chunk_of_another_key_under_this_name_is_a_miss(tmp_path: Path, pool
     disk = open_disk(tmp_path)
     put(disk, pool, make_key(1), CHUNK, seed=1)
     file = the_file(tmp_path)
-    file.rename(disk._path(make_key(2)))
+    file.rename(disk.file_of(make_key(2)))
     assert get(disk, pool, make_key(2), CHUNK) is None
     assert not list(tmp_path.rglob("*.kv"))
 
@@ -149,7 +152,7 @@ def test_capacity_holds_across_restarts_and_the_oldest_goes_first(tmp_path: Path
     disk = open_disk(tmp_path, 3 * size)
     for n in range(3):
         put(disk, pool, make_key(n), CHUNK, seed=n)
-        os.utime(disk._path(make_key(n)), ns=(n, n))
+        os.utime(disk.file_of(make_key(n)), ns=(n, n))
     assert get(disk, pool, make_key(0), CHUNK) is not None  # used, so 1 is the oldest now
     disk = open_disk(tmp_path, 3 * size)
     put(disk, pool, make_key(3), CHUNK, seed=3)
@@ -235,7 +238,7 @@ def test_a_file_size_limit_is_an_error_that_leaves_nothing_behind(tmp_path: Path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     buffer.release()
-    assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
+    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == [".account"]
     assert disk.used_bytes == 0
 
 
@@ -281,63 +284,66 @@ def test_sigkill_at_any_moment_leaves_only_whole_chunks(tmp_path: Path, pool: Pi
         assert get(disk, pool, make_key((written - 1) % 64), nbytes) is not None
 
 
-class DiskMachine(RuleBasedStateMachine):
-    """Random work with restarts, against a dict."""
+CAPACITY = 6 * (HEADER_BYTES + 9_000)
+SETTINGS = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
-    def __init__(self) -> None:
-        super().__init__()
-        import tempfile
 
-        self.folder = tempfile.TemporaryDirectory()
-        self.pool = PinnedPool(1 << 20)
-        self.model: dict[int, bytes] = {}
-        self.capacity = 6 * (HEADER_BYTES + 9_000)
-        self.disk = open_disk(Path(self.folder.name), self.capacity)
+class SmallDisk(BackendMachine(lambda folder: open_disk(folder / "kv", CAPACITY))):
+    """Random work, restarts, garbled files and I/O errors on a tier that evicts, against a dict."""
 
-    keys = st.integers(0, 9)
+    breakable = True
+    faults: ExitStack | None = None
 
-    @rule(n=keys, seed=st.integers(0, 1000))
-    def put(self, n: int, seed: int) -> None:
-        buffer = take(self.pool, 9_000)
-        data = fill(buffer, seed)
-        present = self.disk.contains([make_key(n)])
-        assert self.disk.put([make_key(n)], [buffer]) == 1
-        buffer.release()
-        if not present:
-            self.model[n] = data
+    def break_place(self) -> None:
+        self.mend_place()
+        self.faults = ExitStack()
+        for call in ("preadv", "pwritev"):
+            error = OSError(errno.EIO, os.strerror(errno.EIO))
+            self.faults.enter_context(unittest.mock.patch.object(os, call, side_effect=error))
 
-    @rule(n=keys)
-    def get(self, n: int) -> None:
-        got = get(self.disk, self.pool, make_key(n), 9_000)
-        assert got is None or got == self.model[n]
+    def mend_place(self) -> None:
+        if self.faults is not None:
+            self.faults.close()
 
-    @rule(n=keys)
-    def remove(self, n: int) -> None:
-        present = self.disk.contains([make_key(n)])
-        assert self.disk.remove([make_key(n)]) == present
-        assert self.disk.contains([make_key(n)]) == 0
+    @rule(number=st.integers(0, 9), at=st.integers(0, 1 << 16), payload=st.booleans())
+    def garble(self, number: int, at: int, payload: bool) -> None:
+        if files := sorted(self.folder.rglob("*.kv")):
+            file = files[number % len(files)]
+            raw = bytearray(file.read_bytes())
+            first = HEADER_BYTES if payload else 0
+            raw[first + at % (len(raw) - first)] ^= 1
+            file.write_bytes(raw)
+
+    def check(self) -> None:
+        files = list(self.folder.rglob("*.kv"))
+        assert sum(f.stat().st_size for f in files) == self.backend.used_bytes <= CAPACITY
+        assert len(files) == len(self.backend)
+        assert not list(self.folder.rglob(".tmp-*"))
+
+
+class LargeStripedDisk(
+    BackendMachine(lambda folder: DiskBackend(DiskConfig(paths=(folder / "a", folder / "b", folder / "c"))))
+):
+    """Nothing is lost where there is room."""
+
+    lossless = True
+
+
+class SharedDisk(BackendMachine(lambda folder: open_disk(folder / "kv", CAPACITY))):
+    """Two backends on one folder take turns."""
+
+    exact = False
+    other: DiskBackend | None = None
 
     @rule()
-    def restart(self) -> None:
-        before = [self.disk.contains([make_key(n)]) for n in range(10)]
-        self.disk = open_disk(Path(self.folder.name), self.capacity)
-        assert [self.disk.contains([make_key(n)]) for n in range(10)] == before
+    def switch(self) -> None:
+        self.backend, self.other = self.other or open_disk(self.folder / "kv", CAPACITY), self.backend
 
-    @rule()
-    def clear(self) -> None:
-        self.disk.clear()
-        assert len(self.disk) == 0
-
-    @invariant()
-    def capacity_holds(self) -> None:
-        files = list(Path(self.folder.name).rglob("*.kv"))
-        assert sum(f.stat().st_size for f in files) == self.disk.used_bytes <= self.capacity
-        assert len(files) == len(self.disk)
-
-    def teardown(self) -> None:
-        self.pool.close()
-        self.folder.cleanup()
+    def check(self) -> None:
+        files = list(self.folder.rglob("*.kv"))
+        assert sum(f.stat().st_size for f in files) == self.backend.used_bytes <= CAPACITY
+        assert not list(self.folder.rglob(".tmp-*"))
 
 
-DiskMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestDiskMachine = DiskMachine.TestCase
+SmallDisk.TestCase.settings = LargeStripedDisk.TestCase.settings = SharedDisk.TestCase.settings = SETTINGS
+TestSmallDisk, TestLargeStripedDisk, TestSharedDisk = SmallDisk.TestCase, LargeStripedDisk.TestCase, SharedDisk.TestCase

@@ -231,7 +231,7 @@ def test_a_failing_tier_is_left_alone_until_a_probe_succeeds(open_manager: Open)
 def test_a_tier_that_is_always_late_is_left_alone(open_manager: Open) -> None:
     tier = HeldBackend()
     tier.chunks = {make_key(n): contents(n) for n in range(9)}
-    manager = open_manager(tier, breaker__cooldown_s=60, read_timeout_s=0.05)
+    manager = open_manager(tier, breaker__cooldown_s=60, read_timeout_s=0.3)
     for n in range(3):
         tier.hold("get")
         tier.entered["get"].clear()

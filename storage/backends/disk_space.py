@@ -1,0 +1,170 @@
+"""The bytes of the disk tier's folders: who gets them, and what goes for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+from lmcache import metrics
+from lmcache.keys import ChunkKey
+from lmcache.storage.backends.disk_folder import Folder
+from lmcache.storage.backends.disk_index import DiskIndex, Entry
+
+ROUNDS, SPARING_ROUNDS = 16, 3
+# A folder is scanned again when other processes have written this share of it that we don't know, but not so often that
+# scans would take more than a twentieth of the time.
+UNKNOWN_SHARE, SCAN_PAUSE = 1 / 8, 20
+
+
+class DiskSpace:
+    """Reserves and evicts, folder by folder. Thread-safe.
+
+    share: bytes that the files of one folder may have, over all processes.
+    """
+
+    def __init__(self, index: DiskIndex, folders: int, share: int, tier: str) -> None:
+        self._index, self._share, self._tier = index, share, tier
+        self._lock = threading.Lock()
+        self._pending = [0] * folders
+        self._next_scan = [0.0] * folders
+
+    def reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str]) -> bool:
+        """Count ``size`` bytes more, evicting as need be; False when they cannot be had.
+
+        ``settle`` ends the reservation, when the chunk is in the index or will not be.
+        spares: is given the file of a victim, which the chunk of ``key`` can be written over: that is quicker than to
+        remove one file and make another, by a third on ext4.
+        """
+        if size > self._share:
+            return False
+        scanned, rounds = False, 0
+        while rounds < ROUNDS:
+            limit = self._limit(folder, size)
+            if self._count(folder, size, limit):
+                return True
+            missing = folder.account.read() + size - limit
+            if missing <= 0:
+                rounds += 1  # somebody has just given bytes back
+            elif not scanned and self._scan_if_wanted(folder, missing):
+                scanned = True
+            elif (victims := self._index.candidates(folder.number, missing)) == []:
+                break  # other writers have reserved what is not indexed yet
+            else:
+                # Victims that other processes have evicted already make no round, as each of them is forgotten.
+                rounds += self._make_room(folder, victims, key, size, spares, sparing=rounds < SPARING_ROUNDS)
+        for spare in spares:
+            folder.drop(spare)
+        return False
+
+    def settle(self, folder: int, size: int) -> None:
+        """A reservation has ended."""
+        with self._lock:
+            self._pending[folder] -= size
+
+    def trim(self, folder: Folder) -> None:
+        """Evict what is beyond the folder's share."""
+        excess = folder.account.read() - self._share
+        victims = self._index.candidates(folder.number, excess)
+        evicted = sum(self._evict(folder, key, entry) for key, entry in victims)
+        metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
+
+    def unlink(self, folder: Folder, key: ChunkKey, entry: Entry | None) -> bool:
+        """Remove a file and count its bytes no more; whether it was this call that removed it. OSError."""
+        found = folder.find(key) if entry is None else None
+        size = entry.size if entry is not None else found[2] if found is not None else 0
+        gone = folder.unlink(key)
+        if gone:
+            folder.account.change(-size)
+        return gone
+
+    def scan(self, folder: Folder, *, exact: bool = True) -> None:
+        """Bring index and account in line with the files. OSError.
+
+        exact: also where the account has a little more than there is, such as bytes that others are about to write.
+        """
+        started = time.monotonic()
+        folder.remade = False
+        folder.account.open()
+        changes = folder.account.changes()
+        known = set(self._index.keys_of(folder.number))
+        found, writing = folder.scan()
+        slack = 0 if exact else int(self._share * UNKNOWN_SHARE)
+        folder.account.correct(changes, sum(size for _, _, size in found) + writing, slack)
+        for used_ns, key, size in found:
+            if key in known:
+                known.discard(key)
+            elif self._index.find(key) is None:
+                self._index.add(key, Entry(folder.number, size, used_ns))
+        for key in known:
+            self._index.forget(key)
+        now = time.monotonic()
+        self._next_scan[folder.number] = now + SCAN_PAUSE * (now - started)
+
+    def _count(self, folder: Folder, size: int, limit: int) -> bool:
+        if not folder.account.reserve(size, limit):
+            return False
+        with self._lock:
+            self._pending[folder.number] += size
+        return True
+
+    def _limit(self, folder: Folder, size: int) -> int:
+        """Bytes that the folder may have: its share of the capacity, less when its file system is fuller than that."""
+        try:
+            free = folder.free_bytes() - self._pending[folder.number]
+        except OSError:
+            return self._share
+        if size > free + self._index.known_bytes(folder.number):
+            return self._share  # evicting everything would not do, so nothing is evicted: the write says what is wrong
+        return min(self._share, folder.account.read() + free)
+
+    def _make_room(
+        self,
+        folder: Folder,
+        victims: list[tuple[ChunkKey, Entry]],
+        key: ChunkKey,
+        size: int,
+        spares: list[str],
+        *,
+        sparing: bool,
+    ) -> bool:
+        """Evict ``victims``, one of them into ``spares``; whether any was there."""
+        evicted = kept = 0
+        for victim, entry in victims:
+            if sparing and folder.used_since(victim, entry.used_ns):
+                # Another process has used it since we last heard of it.
+                self._index.keep(victim, time.time_ns())
+                kept += 1
+            elif not spares and size // 2 <= entry.size <= size * 2:
+                evicted += self._take(folder, victim, entry, key, spares)
+            else:
+                evicted += self._evict(folder, victim, entry)
+        metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
+        return evicted + kept > 0
+
+    def _evict(self, folder: Folder, key: ChunkKey, entry: Entry) -> bool:
+        self._index.forget(key)
+        with contextlib.suppress(OSError):
+            return self.unlink(folder, key, entry)
+        return False
+
+    def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[str]) -> bool:
+        self._index.forget(victim)
+        with contextlib.suppress(OSError):
+            if (spare := folder.take(victim, key)) is not None:
+                folder.account.change(-entry.size)
+                spares.append(spare)
+                return True
+        return False
+
+    def _scan_if_wanted(self, folder: Folder, missing: int) -> bool:
+        known = self._index.known_bytes(folder.number)
+        unknown = folder.account.read() - known - self._pending[folder.number]
+        due = time.monotonic() >= self._next_scan[folder.number]
+        # When nothing we know of is left to evict, others hold nearly everything, and a scan puts an end to that.
+        if not (unknown > 0 and missing > known) and not (unknown > self._share * UNKNOWN_SHARE and due):
+            return False
+        with contextlib.suppress(OSError):
+            self.scan(folder, exact=False)
+            return True
+        return False

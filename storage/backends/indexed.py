@@ -1,0 +1,225 @@
+"""What backends share that keep their own books: an index with a capacity, over a place that moves bytes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from lmcache import metrics
+from lmcache.errors import CorruptChunkError, StorageError
+from lmcache.keys import ChunkKey
+from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.registry import EVICTION_POLICIES
+
+logger = logging.getLogger(__name__)
+
+
+class Place(ABC):
+    """Where chunks lie, header and payload together. Thread-safe. Sizes are bytes of header and payload."""
+
+    @abstractmethod
+    def scan(self) -> Iterable[tuple[ChunkKey, int]]:
+        """Every chunk that is here, with its size, the longest unused first. Reads no payload."""
+
+    @abstractmethod
+    def find(self, key: ChunkKey) -> int:
+        """Size of a chunk that somebody else may have put here meanwhile; 0 when it is not here."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[bool | StorageError]:
+        """Fill buffers; what became of each, up to and with the first that is not True.
+
+        False: it is not here, or has another length than the buffer. CorruptChunkError: it is not what it should be.
+        When this returns, nothing writes to the buffers any more.
+        """
+
+    @abstractmethod
+    def write(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
+        """Write chunks, each there whole or not at all; what went wrong with each."""
+
+    @abstractmethod
+    def delete(self, key: ChunkKey) -> bool:
+        """Whether it was here. StorageError when it stays."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release resources. Idempotent."""
+
+
+class ChunkIndex:
+    """Sizes by key, the order of eviction, and the bytes in use. Thread-safe; does no I/O."""
+
+    def __init__(self, capacity: int, eviction: str) -> None:
+        self._capacity = capacity
+        self._policy = EVICTION_POLICIES.get(eviction)()
+        self._sizes: dict[ChunkKey, int] = {}
+        self._lock = threading.Lock()
+        self.used_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def keys(self) -> list[ChunkKey]:
+        with self._lock:
+            return list(self._sizes)
+
+    def size(self, key: ChunkKey) -> int:
+        """0 for a key that is not known."""
+        with self._lock:
+            return self._sizes.get(key, 0)
+
+    def touch(self, keys: Iterable[ChunkKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._policy.touch(key)
+
+    def add(self, key: ChunkKey, size: int, *, reserved: bool = False) -> None:
+        with self._lock:
+            self.used_bytes += (0 if reserved else size) - self._sizes.get(key, 0)
+            self._sizes[key] = size
+            self._policy.add(key, size)
+
+    def forget(self, key: ChunkKey) -> None:
+        with self._lock:
+            self.used_bytes -= self._sizes.pop(key, 0)
+            self._policy.remove(key)
+
+    def reserve(self, size: int) -> list[ChunkKey] | None:
+        """Make room; the keys that had to go, or None when there can be no room now."""
+        with self._lock:
+            victims: list[ChunkKey] = []
+            free = self._capacity - self.used_bytes
+            if size > self._capacity:
+                return None
+            for key in self._policy.victims():
+                if free >= size:
+                    break
+                victims.append(key)
+                free += self._sizes[key]
+            if free < size:
+                return None  # the rest is reserved by other writers
+            for key in victims:
+                self.used_bytes -= self._sizes.pop(key)
+                self._policy.remove(key)
+            self.used_bytes += size
+        return victims
+
+    def unreserve(self, size: int) -> None:
+        with self._lock:
+            self.used_bytes -= size
+
+
+class IndexedBackend(StorageBackend):
+    """A backend over a ``Place``: subclasses build the place and call ``__init__``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, place: Place, capacity: int, eviction: str) -> None:
+        self._place = place
+        self._index = ChunkIndex(capacity, eviction)
+        for key, size in place.scan():
+            self._index.add(key, size)
+        self._evict(self._index.reserve(0) or [])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._index.used_bytes
+
+    def keys(self) -> list[ChunkKey]:
+        return self._index.keys()
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        sizes: list[int] = []
+        for key in keys:
+            size = self._known(key)
+            if not size:
+                break
+            sizes.append(size - HEADER_BYTES)
+        return sizes
+
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        known = self.contains(keys)
+        outcomes = self._place.read(keys[:known], into[:known]) if known else []
+        count = sum(outcome is True for outcome in outcomes)
+        # The head of a prefix, without which the rest is worth nothing, counts as used last.
+        self._index.touch(reversed(keys[:count]))
+        if count < len(outcomes):
+            self._failed(keys[count], outcomes[count])
+        return count
+
+    def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        held = 0
+        fresh: dict[ChunkKey, Buffer] = {}
+        for key, buffer in zip(keys, buffers, strict=True):
+            if key in fresh or self._known(key):
+                held += 1
+            elif (victims := self._index.reserve(HEADER_BYTES + buffer.nbytes)) is not None:
+                fresh[key] = buffer
+                self._evict(victims)
+        failure: StorageError | None = None
+        outcomes = self._write(fresh)
+        for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
+            if outcome is None:
+                self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
+                held += 1
+            else:
+                self._index.unreserve(HEADER_BYTES + buffer.nbytes)
+                failure = failure or outcome
+        if failure is not None:
+            raise failure
+        return held
+
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        count = 0
+        for key in keys:
+            self._index.forget(key)
+            count += self._place.delete(key)
+        return count
+
+    def clear(self, fingerprint: bytes | None = None) -> int:
+        # By the place and not by the index, so that what other processes put there goes too.
+        return self.remove([key for key, _ in list(self._place.scan()) if fingerprint in (None, key.fingerprint)])
+
+    def close(self) -> None:
+        self._place.close()
+
+    def _known(self, key: ChunkKey) -> int:
+        size = self._index.size(key)
+        if not size and (size := self._place.find(key)):
+            self._index.add(key, size)
+        return size
+
+    def _write(self, fresh: dict[ChunkKey, Buffer]) -> list[StorageError | None]:
+        if not fresh:
+            return []
+        try:
+            return self._place.write(list(fresh), list(fresh.values()))
+        except BaseException:
+            for buffer in fresh.values():
+                self._index.unreserve(HEADER_BYTES + buffer.nbytes)
+            raise
+
+    def _failed(self, key: ChunkKey, outcome: bool | StorageError) -> None:
+        if isinstance(outcome, CorruptChunkError):
+            metrics.CORRUPT_CHUNKS.labels(self.name).inc()
+            logger.warning("%s: removed %s: %s", self.name, key, outcome)
+            self.remove([key])
+        elif isinstance(outcome, StorageError):
+            raise outcome
+        else:
+            self._index.forget(key)
+
+    def _evict(self, victims: Sequence[ChunkKey]) -> None:
+        for key in victims:
+            try:
+                self._place.delete(key)
+            except StorageError as error:
+                logger.warning("%s: cannot evict %s: %s", self.name, key, error)
+        metrics.EVICTED_CHUNKS.labels(self.name).inc(len(victims))

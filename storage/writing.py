@@ -1,0 +1,213 @@
+"""The writes of a lower tier: a queue bounded in bytes, emptied in batches by one thread at a time.
+
+put ──> queued ──> under way ──> settled (written, or not to be)
+           │            └─ dropped meanwhile: undone by its own thread when it returns
+           └─ dropped: released at once
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from lmcache import metrics
+from lmcache.keys import ChunkKey
+from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.workers import Workers
+
+if TYPE_CHECKING:
+    from lmcache.storage.tier import LowerTier
+
+BATCH_BYTES = 16 << 20
+SPARE_THREADS = 2  # that take over from writes that hang
+
+Settled = Callable[[Sequence[ChunkKey], bool], None]
+
+
+class _Write(NamedTuple):
+    key: ChunkKey
+    buffer: PoolBuffer
+    settled: Settled | None
+
+
+class _Batch:
+    """Writes under way."""
+
+    def __init__(self, writes: list[_Write]) -> None:
+        self.writes = writes
+        self.nbytes = sum(write.buffer.nbytes for write in writes)
+        self.undo: list[ChunkKey] = []
+        self.late = False
+
+
+class WriteQueue:
+    """Thread-safe. What it holds, queued or under way, is at most ``most_bytes``; more is refused."""
+
+    def __init__(self, tier: LowerTier, most_bytes: int, timeout_s: float, deadlines: Deadlines) -> None:
+        self._tier = tier
+        self._most_bytes = most_bytes
+        self._timeout_s = timeout_s
+        self._queued: deque[_Write] = deque()
+        self._under_way: set[_Batch] = set()
+        self._changed = threading.Condition()
+        self._holds = 0  # clears under way
+        self._pumping = False
+        self._closed = False
+        self.pending_bytes = 0
+        self._workers = Workers(f"{tier.name}-write", 1, SPARE_THREADS, deadlines, self._resume)
+
+    @property
+    def hung_threads(self) -> int:
+        return self._workers.lost
+
+    def put(
+        self, key: ChunkKey, buffer: PoolBuffer, *, settled: Settled | None = None, wait_until: float | None = None
+    ) -> bool:
+        """Queue a write, taking the handle over; False when the queue is full (still, at ``wait_until``) or the
+        breaker open: then the write is shed, and counted.
+
+        settled: called with the keys of writes that ended, and whether all of them are held below; those that were
+        dropped are not. Not called when False is returned.
+        """
+        with self._changed:
+            if wait_until is not None and not self._fits(buffer.nbytes):
+                left = max(0.0, wait_until - time.monotonic())
+                self._changed.wait_for(lambda: self._fits(buffer.nbytes) or self._closed, left)
+            taken = self._fits(buffer.nbytes) and not self._closed and self._tier.breaker.ready
+            if taken:
+                self._queued.append(_Write(key, buffer, settled))
+                self.pending_bytes += buffer.nbytes
+                self._pump()
+        if not taken:
+            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(buffer.nbytes)
+            buffer.release()
+        return taken
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that would be taken now."""
+        if self._closed or not self._tier.breaker.ready:
+            return 0
+        return max(0, self._most_bytes - self.pending_bytes)
+
+    def drop(self, matches: Callable[[ChunkKey], bool]) -> None:
+        """Forget queued writes; those under way are undone when they end."""
+        with self._changed:
+            dropped = [write for write in self._queued if matches(write.key)]
+            if dropped:
+                self._queued = deque(write for write in self._queued if not matches(write.key))
+                self.pending_bytes -= sum(write.buffer.nbytes for write in dropped)
+                self._changed.notify_all()
+            for batch in self._under_way:
+                batch.undo += [write.key for write in batch.writes if matches(write.key)]
+        self._settle(dropped, held=False)
+
+    @contextmanager
+    def held_back(self, matches: Callable[[ChunkKey], bool], timeout_s: float) -> Iterator[None]:
+        """Drop what matches and start no write meanwhile; waits for those under way, but not longer."""
+        with self._changed:
+            self._holds += 1
+        try:
+            self.drop(matches)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._under_way, timeout_s)
+            yield
+        finally:
+            with self._changed:
+                self._holds -= 1
+                self._pump()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or under way."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.pending_bytes, timeout_s)
+
+    def close(self, timeout_s: float) -> bool:
+        """Drop what is queued; returns whether no write is under way after ``timeout_s``."""
+        with self._changed:
+            self._closed = True
+        self.drop(lambda key: True)
+        self._workers.close()
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+
+    def _resume(self) -> None:
+        with self._changed:
+            self._pump()
+
+    def _fits(self, nbytes: int) -> bool:
+        return self.pending_bytes + nbytes <= self._most_bytes
+
+    def _pump(self) -> None:
+        """Have a thread empty the queue, unless one does (with the lock held)."""
+        if self._queued and not self._pumping and not self._holds and not self._closed:
+            self._pumping = self._start()
+
+    def _start(self) -> bool:
+        batches: list[_Batch] = []
+
+        def late() -> None:
+            # Its thread has been replaced: another goes on with the queue.
+            self._tier.hung(self._timeout_s)
+            with self._changed:
+                for batch in batches:
+                    batch.late = True
+                self._pumping = False
+                self._pump()
+
+        return self._workers.submit(lambda: self._write_next(batches), self._timeout_s, late) is not None
+
+    def _write_next(self, batches: list[_Batch]) -> None:
+        batch = self._next()
+        if batch is None:
+            return
+        batches.append(batch)
+        keys = [write.key for write in batch.writes]
+        buffers = [write.buffer for write in batch.writes]
+        count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None)
+        if count is None:
+            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
+        self._settle(batch.writes, held=count == len(keys))
+        with self._changed:
+            undo = list(batch.undo)
+        if undo:
+            # Dropped meanwhile: what was just written must not come back.
+            self._tier.guarded(lambda: self._tier.backend.remove(undo), 0, always=True)
+        with self._changed:
+            self._under_way.discard(batch)
+            self.pending_bytes -= batch.nbytes
+            if not batch.late:
+                self._pumping = False
+            self._pump()
+            self._changed.notify_all()
+
+    def _next(self) -> _Batch | None:
+        with self._changed:
+            writes: list[_Write] = []
+            nbytes = 0
+            while self._queued and not self._holds and nbytes < BATCH_BYTES:
+                writes.append(self._queued.popleft())
+                nbytes += writes[-1].buffer.nbytes
+            if not writes:
+                self._pumping = False
+                self._changed.notify_all()
+                return None
+            batch = _Batch(writes)
+            self._under_way.add(batch)
+            return batch
+
+    @staticmethod
+    def _settle(writes: Sequence[_Write], held: bool) -> None:
+        for write in writes:
+            write.buffer.release()
+        told: dict[Settled, list[ChunkKey]] = {}
+        for write in writes:
+            if write.settled is not None:
+                told.setdefault(write.settled, []).append(write.key)
+        for settled, keys in told.items():
+            settled(keys, held)

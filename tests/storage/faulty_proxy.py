@@ -1,0 +1,104 @@
+"""A TCP proxy that does what networks do: passes on, hangs, slows down, resets midway, changes bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+
+
+class FaultyProxy:
+    """Forwards to ``127.0.0.1:port``; its fields may be changed at any time and hold for what comes after.
+
+    hang: accept, pass nothing on.       slow_s: pause before every 64 KiB of an answer.
+    reset_after: reset the connection after so many bytes of an answer.
+    flip_after: flip a bit of the byte at this place of an answer.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self.hang = False
+        self.slow_s = 0.0
+        self.reset_after: int | None = None
+        self.flip_after: int | None = None
+        self.requests = 0
+        self._stopping = threading.Event()
+        self._sockets: set[socket.socket] = set()
+        self._resetting: set[socket.socket] = set()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self.port: int = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self._stopping.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.drop()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def drop(self) -> None:
+        """Close every connection."""
+        for one in list(self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self._sockets.add(client)
+            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            client.close()
+            self._sockets.discard(client)
+            return
+        self._sockets.add(server)
+        up = threading.Thread(target=self._pump, args=(client, server, False), daemon=True)
+        up.start()
+        self._pump(server, client, True)
+        up.join()
+        for one in (client, server):
+            one.close()
+            self._sockets.discard(one)
+            self._resetting.discard(one)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answer: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := bytearray(source.recv(1 << 16)):
+                self.requests += not answer
+                while self.hang and not self._stopping.is_set():
+                    self._stopping.wait(0.02)
+                if answer:
+                    if self.slow_s:
+                        self._stopping.wait(self.slow_s)
+                    if self.reset_after is not None and passed + len(data) > self.reset_after:
+                        sink.sendall(data[: max(0, self.reset_after - passed)])
+                        sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        self._resetting.add(sink)  # its close() sends the RST; a shutdown would be a polite FIN
+                        break
+                    if self.flip_after is not None and passed <= self.flip_after < passed + len(data):
+                        data[self.flip_after - passed] ^= 1
+                else:
+                    passed = 0
+                sink.sendall(data)
+                passed += len(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RD if one in self._resetting else socket.SHUT_RDWR)

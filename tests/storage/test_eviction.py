@@ -1,0 +1,250 @@
+"""Eviction policies: what all promise, what libCacheSim's do request by request, what ours knows of prefixes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from experiments import replay, traces
+from lmcache.config import LMCacheConfig
+from lmcache.keys import ChunkKey
+from lmcache.storage import eviction_kv
+from lmcache.storage.eviction import EvictionPolicy, Place
+from lmcache.storage.manager import StorageManager
+from lmcache.storage.registry import EVICTION_POLICIES
+from lmcache.storage.reuse_model import LAST, STARTS
+from lmcache.storage.testing import make_key
+
+NAMES = ["lru", "mru", "fifo", "lfu", "s3fifo", "sieve", "reuse"]
+PARENTED = st.booleans()
+NUMBERS = st.integers(0, 24)
+
+
+def test_every_built_in_policy_is_tested_here() -> None:
+    assert set(NAMES) <= set(EVICTION_POLICIES.names())
+
+
+def machine(name: str) -> type[RuleBasedStateMachine]:
+    class Machine(RuleBasedStateMachine):
+        """Any calls in any order: chain n hangs on n // 2, parents come and go before and after their children."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = replay.make(name)
+            self.held: OrderedDict[ChunkKey, None] = OrderedDict()
+
+        @rule(number=NUMBERS, nbytes=st.sampled_from([1, 100, 4096]), parented=PARENTED)
+        def add(self, number: int, nbytes: int, parented: bool) -> None:
+            place = Place(make_key(number // 2) if number else None, number * 64, number * 64 + 64)
+            self.policy.add(make_key(number), nbytes, place if parented else None)
+            self.held[make_key(number)] = None
+
+        @rule(number=NUMBERS)
+        def touch(self, number: int) -> None:
+            self.policy.touch(make_key(number))
+
+        @rule(number=NUMBERS)
+        def remove(self, number: int) -> None:
+            self.policy.remove(make_key(number))
+            self.held.pop(make_key(number), None)
+
+        @rule(count=st.integers(1, 6), leased=st.sets(NUMBERS, max_size=4))
+        def evict(self, count: int, leased: set[int]) -> None:
+            free = (key for key in self.policy.victims() if key not in {make_key(n) for n in leased})
+            for key in list(itertools.islice(free, count)):
+                self.policy.remove(key)
+                del self.held[key]
+
+        @rule()
+        def grow_old(self) -> None:
+            for _ in range(300):
+                for key in itertools.islice(self.held, 1):
+                    self.policy.touch(key)
+
+        @invariant()
+        def every_key_is_a_victim_once_and_the_order_is_stable(self) -> None:
+            victims = list(self.policy.victims())
+            assert sorted(victims) == sorted(self.held)
+            assert list(self.policy.victims()) == victims
+
+    Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+    return Machine
+
+
+TestLRU = machine("lru").TestCase
+TestMRU = machine("mru").TestCase
+TestFIFO = machine("fifo").TestCase
+TestLFU = machine("lfu").TestCase
+TestS3FIFO = machine("s3fifo").TestCase
+TestSieve = machine("sieve").TestCase
+TestReuse = machine("reuse").TestCase
+
+
+def hits(policy: EvictionPolicy, capacity: int, trace: Sequence[int]) -> list[bool]:
+    held: set[ChunkKey] = set()
+    found = []
+    for number in trace:
+        key = replay.key_of(number)
+        found.append(key in held)
+        if key in held:
+            policy.touch(key)
+            continue
+        if len(held) >= capacity:
+            victim = next(policy.victims())
+            policy.remove(victim)
+            held.remove(victim)
+        policy.add(key, 1)
+        held.add(key)
+    return found
+
+
+def oracle(cache: Any, trace: Sequence[int]) -> list[bool]:
+    libcachesim = pytest.importorskip("libcachesim")
+    request, found = libcachesim.Request(), []
+    for clock, number in enumerate(trace):
+        request.obj_id, request.obj_size, request.clock_time = number, 1, clock
+        found.append(bool(cache.get(request)))
+    return found
+
+
+@pytest.mark.parametrize("capacity", [50, 101, 300])
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("lru", "LRU"), ("fifo", "FIFO"), ("lfu", "LFU"), ("s3fifo", "S3FIFO"), ("sieve", "Sieve")]
+)
+def test_hits_are_those_of_libcachesim_request_by_request(name: str, theirs: str, capacity: int) -> None:
+    libcachesim = pytest.importorskip("libcachesim", reason="libcachesim is not installed (requirements/cpu.txt)")
+    for seed in range(2):
+        rng = random.Random(seed)
+        uniform = [rng.randrange(400) for _ in range(8000)]
+        zipf = [int(rng.paretovariate(0.8)) % 3000 for _ in range(12000)]
+        for trace in (uniform, zipf):
+            cache = getattr(libcachesim, theirs)(capacity, hashpower=14)
+            assert hits(replay.make(name), capacity, trace) == oracle(cache, trace)
+
+
+def test_mru_keeps_what_came_first_of_a_loop_longer_than_the_cache() -> None:
+    found = hits(replay.make("mru"), 50, list(range(60)) * 5)
+    assert sum(found[60:]) / 240 > 0.8
+    assert not any(hits(replay.make("lru"), 50, list(range(60)) * 5))
+
+
+@pytest.mark.parametrize("name", ["s3fifo", "sieve"])
+def test_looking_at_victims_without_evicting_changes_nothing(name: str) -> None:
+    rng = random.Random(1)
+    seen, unseen, held = replay.make(name), replay.make(name), set[int]()
+    for step in range(3000):
+        number = rng.randrange(120)
+        policies = (seen, unseen)
+        if number in held:
+            for policy in policies:
+                policy.touch(make_key(number))
+        else:
+            if len(held) >= 50:
+                victim = next(unseen.victims())
+                assert next(seen.victims()) == victim
+                for policy in policies:
+                    policy.remove(victim)
+                held -= {n for n in held if make_key(n) == victim}
+            for policy in policies:
+                policy.add(make_key(number), 1)
+            held.add(number)
+        if step % 7 == 0:
+            list(seen.victims())
+
+
+def chain(policy: EvictionPolicy, numbers: Sequence[int]) -> None:
+    for index, number in enumerate(numbers):
+        parent = make_key(numbers[index - 1]) if index else None
+        policy.add(make_key(number), 64, Place(parent, index * 64, index * 64 + 64))
+
+
+def test_reuse_lets_no_chunk_go_before_its_children() -> None:
+    policy = replay.make("reuse")
+    for number in range(50):
+        chain(policy, [0, 1 + number % 5, *range(100 * number + 10, 100 * number + 15)])
+    order = list(policy.victims())
+    assert order[-1] == make_key(0)
+    for number in range(50):
+        run = [order.index(make_key(n)) for n in range(100 * number + 10, 100 * number + 15)]
+        assert run == sorted(run, reverse=True)
+        assert order.index(make_key(1 + number % 5)) > run[0]
+
+
+def test_reuse_does_not_evict_the_chain_that_is_coming_in() -> None:
+    policy = replay.make("reuse")
+    for number in range(20):
+        chain(policy, range(100 * number, 100 * number + 10))
+    chain(policy, range(5000, 5010))
+    assert set(list(policy.victims())[-10:]) == {make_key(n) for n in range(5000, 5010)}
+
+
+def test_reuse_forgets_what_is_gone_long_ago() -> None:
+    policy = eviction_kv.Reuse()
+    chain(policy, range(1000))
+    for number in range(1000):
+        policy.remove(make_key(number))
+    assert len(policy._chunks) == 1000
+    policy.add(make_key(5000), 64)
+    policy._now += 2 * STARTS[LAST]
+    for _ in range(eviction_kv.TICK_EVERY):
+        policy.touch(make_key(5000))
+    assert len(policy._chunks) == 1
+
+
+@pytest.mark.parametrize("name", [*traces.SYNTHETIC])
+def test_reuse_is_about_as_good_as_the_best_on_other_traces(name: str) -> None:
+    requests = traces.read(name)[:3000]
+    size = len({block for request in requests for block in request}) // 12
+    best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo"))
+    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.015
+
+
+def test_reuse_beats_the_stock_policies_on_the_recorded_trace() -> None:
+    requests = traces.read("mooncake")
+    lru = replay.replay(requests, 5859, replay.make("lru"))
+    assert lru == pytest.approx(0.136, abs=0.001)
+    assert replay.infinite(requests) == pytest.approx(0.366, abs=0.001)
+    assert replay.belady(requests, 5859) == pytest.approx(0.353, abs=0.001)
+    s3fifo = replay.replay(requests, 5859, replay.make("s3fifo-paper"))
+    assert s3fifo == pytest.approx(0.158, abs=0.001)
+    assert replay.replay(requests, 5859, replay.make("reuse")) > max(lru, s3fifo) + 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_take_microseconds(name: str) -> None:
+    policy, rng = replay.make(name), random.Random(0)
+    keys = [make_key(n) for n in range(20000)]
+    started = time.process_time()
+    for index, key in enumerate(keys):
+        policy.add(key, 64, Place(keys[index - 1] if index % 16 else None, index % 16 * 64, index % 16 * 64 + 64))
+        policy.touch(keys[rng.randrange(index + 1)])
+        if index > 5000 and not index % 100:
+            for victim in list(itertools.islice(policy.victims(), 100)):
+                policy.remove(victim)
+    each = (time.process_time() - started) / 60000
+    assert each < 500e-6  # some 1 to 15 us on an idle machine
+
+
+def test_the_manager_tells_the_policy_where_a_chunk_stands() -> None:
+    config = LMCacheConfig.model_validate({"memory": {"capacity": 1 << 20, "eviction": "reuse"}})
+    manager = StorageManager(config)
+    try:
+        keys = [make_key(n) for n in range(24)]
+        for index, key in enumerate(keys):
+            buffer = manager.allocate(64 << 10)
+            assert buffer is not None
+            manager.put(key, buffer, Place(keys[index - 1] if index % 4 else None, index % 4 * 64, index % 4 * 64 + 64))
+        held = [manager.contains([key]) for key in keys]
+        # What is left of a chain is its beginning.
+        assert all(held[n - 1] >= held[n] for n in range(24) if n % 4)
+    finally:
+        manager.close()
