@@ -261,8 +261,8 @@ class MachineModel:
 
     def ask_sizes(self, numbers: Sequence[int]) -> None:
         keys = [self.key(number) for number in numbers]
-        nothing: list[int] = []
-        sizes = self.attempt(lambda: self.backend.sizes(keys), nothing)
+        none: list[int] = []
+        sizes = self.attempt(lambda: self.backend.sizes(keys), none)
         assert sizes == [self.length(number) for number in numbers[: len(sizes)]]
         if self.exact:
             assert all(number in self.may for number in numbers[: len(sizes)])

@@ -250,7 +250,8 @@ class Folder:
             try:
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells that its writer lives
-                os.ftruncate(file, HEADER_BYTES + view.nbytes)  # so that scans of other processes count all of it
+                if os.fstat(file).st_size < HEADER_BYTES + view.nbytes:
+                    os.ftruncate(file, HEADER_BYTES + view.nbytes)  # so that scans of other processes count all of it
                 write_chunk(file, header, view, direct=direct)
                 if self._fsync:
                     os.fsync(file)
