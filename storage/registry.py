@@ -62,14 +62,19 @@ EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
 def build_backend(options: Mapping[str, Any], where: str) -> StorageBackend:
     """``{type: disk, path: ..., capacity: 10GiB}`` -> a backend. ConfigError names what is known."""
     name, rest = split_type(options, where)
+    known = STORAGE_BACKENDS
     if name == REMOTE:
         url = rest.get("url")
         if not isinstance(url, str) or "://" not in url:
             raise ConfigError(f"{where}: a remote needs a url such as redis://127.0.0.1:6379, got {url!r}")
-        name = urlsplit(url).scheme
-        backend = REMOTE_SCHEMES.get(name)
-    else:
-        backend = STORAGE_BACKENDS.get(name)
+        known, name = REMOTE_SCHEMES, urlsplit(url).scheme
+    try:
+        backend = known.get(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where}: {name} needs the package {error.name}, which is not installed; pyproject.toml's extras name "
+            "what each backend needs (pip install 'lmcache[redis]', for example)"
+        ) from error
     return backend(build(backend.Config, rest, f"{where} ({name})"))
 
 

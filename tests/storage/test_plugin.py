@@ -1,0 +1,46 @@
+"""A backend in a package of its own: installed, found through its entry point, and held to the conformance suite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcache.errors import ConfigError
+from lmcache.storage.registry import REMOTE_SCHEMES, build_backend
+
+PLUGIN = Path(__file__).parent / "plugin"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_an_installed_package_brings_a_backend(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(PLUGIN, source)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), str(source / "conformance.py")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def test_without_the_package_its_name_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="unknown storage backend 'ramdisk'; known: "):
+        build_backend({"type": "ramdisk"}, "tiers[0]")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REMOTE_SCHEMES._builtins, "nowhere", "not_installed_anywhere.backend:Backend")
+    with pytest.raises(ConfigError, match=r"tiers\[0\]: nowhere needs the package not_installed_anywhere"):
+        build_backend({"type": "remote", "url": "nowhere://x"}, "tiers[0]")
