@@ -47,7 +47,9 @@ def test_readme_names_every_document_and_the_licence() -> None:
 
 
 def test_corpus_is_small() -> None:
-    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) < 200_000
+    sizes = {folder: sum(f.stat().st_size for f in (DATA / folder).rglob("*")) for folder in ("documents", "questions")}
+    assert sum(sizes.values()) < 200_000
+    assert sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file()) < 1_000_000, "the trace is compressed"
 
 
 def test_seed_chooses_the_documents() -> None:
