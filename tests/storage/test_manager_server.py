@@ -70,6 +70,10 @@ def manager(tier: Gated) -> Iterator[StorageManager]:
     yield manager
     tier.gate.set()
     manager.close()
+    # A write that was under way when the manager was closed lets go of its chunk on its own thread.
+    for thread in threading.enumerate():
+        if "gated" in thread.name:
+            thread.join(WAIT_S)
     assert manager.pool.used_bytes == 0
 
 
