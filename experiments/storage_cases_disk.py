@@ -27,8 +27,6 @@ from lmcache.storage.testing import make_key
 BATCH_BYTES = 256 << 20
 THREADS = 4
 FLOOR = 0.9
-# Writing over files is so quick that the checksums of a batch's first chunks, which nothing hides, tell.
-FLOOR_FULL = 0.85
 
 
 class _Bench:
@@ -119,6 +117,6 @@ def _cases_of(bench: _Bench) -> Iterator[Case]:
         run=bench.put_full,
         limit=bench.raw_overwrite,
         limit_name="O_DIRECT, in place",
-        floor=FLOOR_FULL,
+        floor=FLOOR,
     )
     yield case("disk read", run=bench.get, limit=bench.raw_read, limit_name="O_DIRECT", floor=FLOOR, close=bench.close)

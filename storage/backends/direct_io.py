@@ -36,8 +36,8 @@ class _Pages(threading.local):
 _pages = _Pages()
 
 
-def write_chunk(file: int, header: bytes, payload: memoryview, *, direct: bool) -> None:
-    """Write a file, whatever is in it. direct: it is open with O_DIRECT, and ``payload`` is page-aligned."""
+def write_chunk(file: int, header: bytes, payload: memoryview, *, direct: bool, old_size: int) -> None:
+    """Write a file, whatever its ``old_size`` bytes are. direct: O_DIRECT is on, and ``payload`` is page-aligned."""
     _pages.header[:] = header
     parts, whole = _parts(payload, direct)
     if rest := payload.nbytes - whole:
@@ -46,7 +46,7 @@ def write_chunk(file: int, header: bytes, payload: memoryview, *, direct: bool) 
     total = sum(part.nbytes for part in parts)
     _transfer(os.pwritev, file, parts, total)
     size = HEADER_BYTES + payload.nbytes
-    if os.fstat(file).st_size != size:
+    if max(old_size, total) != size:
         os.ftruncate(file, size)
 
 

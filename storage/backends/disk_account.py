@@ -64,13 +64,18 @@ class Account:
         with self._changing() as (used, changes):
             self._store(used + nbytes, changes + nbytes)
 
-    def reserve(self, nbytes: int, limit: int) -> bool:
-        """Add ``nbytes`` if the count stays within ``limit``."""
+    def reserve(self, nbytes: int, share: int, room: int, gone: int = 0) -> int:
+        """Take off what is ``gone``, then add ``nbytes`` if the count stays within ``share`` and grows by ``room``
+        at most. Returns how many bytes are missing for that: 0 when they were added.
+        """
         with self._changing() as (used, changes):
-            if used + nbytes > limit:
-                return False
-            self._store(used + nbytes, changes + nbytes)
-            return True
+            used, changes = used - gone, changes - gone
+            missing = max(0, used + nbytes - min(share, used + room))
+            if not missing:
+                used, changes = used + nbytes, changes + nbytes
+            if gone or not missing:
+                self._store(used, changes)
+            return missing
 
     def changes(self) -> int:
         """The sum of all changes by anybody, for ``correct``."""

@@ -126,14 +126,17 @@ class Folder:
     def take(self, victim: ChunkKey, key: ChunkKey) -> str | None:
         """Make the file of ``victim`` a temporary one for ``key``; None when it is not there any more."""
         directory = os.path.dirname(self.file_of(key))
-        if not os.path.isdir(directory):
-            self._make(directory)
         temporary = f"{directory}/{_temporary_name()}"
-        try:
-            os.rename(self.file_of(victim), temporary)
-        except FileNotFoundError:
-            return None
-        return temporary
+        for _ in range(2):
+            try:
+                os.rename(self.file_of(victim), temporary)
+            except FileNotFoundError:
+                if os.path.isdir(directory):
+                    break
+                self._make(directory)
+            else:
+                return temporary
+        return None
 
     def drop(self, temporary: str) -> None:
         """Remove what ``take`` gave."""
@@ -250,9 +253,10 @@ class Folder:
             try:
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells that its writer lives
-                if os.fstat(file).st_size < HEADER_BYTES + view.nbytes:
-                    os.ftruncate(file, HEADER_BYTES + view.nbytes)  # so that scans of other processes count all of it
-                write_chunk(file, header, view, direct=direct)
+                size, old_size = HEADER_BYTES + view.nbytes, os.fstat(file).st_size
+                if old_size < size:
+                    os.ftruncate(file, size)  # so that scans of other processes count all of it
+                write_chunk(file, header, view, direct=direct, old_size=max(old_size, size))
                 if self._fsync:
                     os.fsync(file)
             finally:

@@ -15,6 +15,8 @@ ROUNDS, SPARING_ROUNDS = 16, 3
 # A folder is scanned again when other processes have written this share of it that we don't know, but not so often that
 # scans would take more than a twentieth of the time.
 UNKNOWN_SHARE, SCAN_PAUSE = 1 / 8, 20
+# While a file system has plenty of room it is asked only now and then how much.
+PLENTY_BYTES, ASK_AGAIN_S = 4 << 30, 1.0
 
 
 class DiskSpace:
@@ -28,6 +30,9 @@ class DiskSpace:
         self._lock = threading.Lock()
         self._pending = [0] * folders
         self._next_scan = [0.0] * folders
+        self._room = [0] * folders
+        """Bytes that the file system had left for us when it was asked, less what has been reserved since then."""
+        self._next_ask = [0.0] * folders
 
     def reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str]) -> bool:
         """Count ``size`` bytes more, evicting as need be; False when they cannot be had.
@@ -38,21 +43,26 @@ class DiskSpace:
         """
         if size > self._share:
             return False
-        scanned, rounds = False, 0
+        scanned, rounds, gone = False, 0, 0
         while rounds < ROUNDS:
-            limit = self._limit(folder, size)
-            if self._count(folder, size, limit):
+            # What was evicted is taken off the account in the same step: each step locks a file.
+            missing = folder.account.reserve(size, self._share, self._room_in(folder, size), gone)
+            gone = 0
+            if not missing:
+                with self._lock:
+                    self._pending[folder.number] += size
+                    self._room[folder.number] -= size
                 return True
-            missing = folder.account.read() + size - limit
-            if missing <= 0:
-                rounds += 1  # somebody has just given bytes back
-            elif not scanned and self._scan_if_wanted(folder, missing):
+            if not scanned and self._scan_if_wanted(folder, missing):
                 scanned = True
             elif (victims := self._index.candidates(folder.number, missing)) == []:
                 break  # other writers have reserved what is not indexed yet
             else:
                 # Victims that other processes have evicted already make no round, as each of them is forgotten.
-                rounds += self._make_room(folder, victims, key, size, spares, sparing=rounds < SPARING_ROUNDS)
+                moved, gone = self._make_room(folder, victims, key, spares, size, sparing=rounds < SPARING_ROUNDS)
+                rounds += moved
+        if gone:
+            folder.account.change(-gone)
         for spare in spares:
             folder.drop(spare)
         return False
@@ -65,9 +75,9 @@ class DiskSpace:
     def trim(self, folder: Folder) -> None:
         """Evict what is beyond the folder's share."""
         excess = folder.account.read() - self._share
-        victims = self._index.candidates(folder.number, excess)
-        evicted = sum(self._evict(folder, key, entry) for key, entry in victims)
-        metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
+        freed = [self._evict(folder, key, entry) for key, entry in self._index.candidates(folder.number, excess)]
+        metrics.EVICTED_CHUNKS.labels(self._tier).inc(sum(map(bool, freed)))
+        folder.account.change(-sum(freed))
 
     def unlink(self, folder: Folder, key: ChunkKey, entry: Entry | None) -> bool:
         """Remove a file and count its bytes no more; whether it was this call that removed it. OSError."""
@@ -101,61 +111,60 @@ class DiskSpace:
         now = time.monotonic()
         self._next_scan[folder.number] = now + SCAN_PAUSE * (now - started)
 
-    def _count(self, folder: Folder, size: int, limit: int) -> bool:
-        if not folder.account.reserve(size, limit):
-            return False
-        with self._lock:
-            self._pending[folder.number] += size
-        return True
-
-    def _limit(self, folder: Folder, size: int) -> int:
-        """Bytes that the folder may have: its share of the capacity, less when its file system is fuller than that."""
-        try:
-            free = folder.free_bytes() - self._pending[folder.number]
-        except OSError:
-            return self._share
-        if size > free + self._index.known_bytes(folder.number):
-            return self._share  # evicting everything would not do, so nothing is evicted: the write says what is wrong
-        return min(self._share, folder.account.read() + free)
+    def _room_in(self, folder: Folder, size: int) -> int:
+        """By how many bytes the folder may grow before its file system is full."""
+        number, now = folder.number, time.monotonic()
+        if self._room[number] < PLENTY_BYTES or now >= self._next_ask[number]:
+            try:
+                free = folder.free_bytes()
+            except OSError:
+                return self._share  # the write says what is wrong
+            with self._lock:
+                self._room[number] = free - self._pending[number]
+                self._next_ask[number] = now + ASK_AGAIN_S
+        room = self._room[number]
+        # When evicting everything would not do nothing is evicted: the write says what is wrong.
+        return self._share if size > room + self._index.known_bytes(number) else room
 
     def _make_room(
         self,
         folder: Folder,
         victims: list[tuple[ChunkKey, Entry]],
         key: ChunkKey,
-        size: int,
         spares: list[str],
+        size: int,
         *,
         sparing: bool,
-    ) -> bool:
-        """Evict ``victims``, one of them into ``spares``; whether any was there."""
-        evicted = kept = 0
+    ) -> tuple[bool, int]:
+        """Evict ``victims``, one of them into ``spares``. Whether any was there, and bytes to take off the account."""
+        freed, kept = [], 0
         for victim, entry in victims:
             if sparing and folder.used_since(victim, entry.used_ns):
                 # Another process has used it since we last heard of it.
                 self._index.keep(victim, time.time_ns())
                 kept += 1
             elif not spares and size // 2 <= entry.size <= size * 2:
-                evicted += self._take(folder, victim, entry, key, spares)
+                freed.append(self._take(folder, victim, entry, key, spares))
             else:
-                evicted += self._evict(folder, victim, entry)
-        metrics.EVICTED_CHUNKS.labels(self._tier).inc(evicted)
-        return evicted + kept > 0
+                freed.append(self._evict(folder, victim, entry))
+        metrics.EVICTED_CHUNKS.labels(self._tier).inc(sum(map(bool, freed)))
+        return any(freed) or kept > 0, sum(freed)
 
-    def _evict(self, folder: Folder, key: ChunkKey, entry: Entry) -> bool:
+    def _evict(self, folder: Folder, key: ChunkKey, entry: Entry) -> int:
+        """Bytes that it freed, which the account does not know yet."""
         self._index.forget(key)
         with contextlib.suppress(OSError):
-            return self.unlink(folder, key, entry)
-        return False
+            return entry.size if folder.unlink(key) else 0
+        return 0
 
-    def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[str]) -> bool:
+    def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[str]) -> int:
+        """The same; the file goes to ``spares``."""
         self._index.forget(victim)
         with contextlib.suppress(OSError):
             if (spare := folder.take(victim, key)) is not None:
-                folder.account.change(-entry.size)
                 spares.append(spare)
-                return True
-        return False
+                return entry.size
+        return 0
 
     def _scan_if_wanted(self, folder: Folder, missing: int) -> bool:
         known = self._index.known_bytes(folder.number)
