@@ -1,18 +1,22 @@
 """Cases of storage_bench for our server: chunks of 4 MiB over loopback, against a plain socket stream of as many bytes.
 
-Both sides of the stream touch as much memory as the server and the client do: one that goes round in a small buffer
-would measure caches. Server and stream are processes of their own; the clients are threads of this one, in both cases.
+Both sides of the stream touch as much memory as the server and the client do, puts all of the server's capacity in
+turn: one that goes round in a small buffer would measure caches. Server, stream and each client are processes of their
+own; those of both sides are the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import mmap
+import multiprocessing
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 from experiments.storage_case import Case
 from lmcache.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
@@ -21,25 +25,29 @@ from lmcache.server.client import Client, ClientConfig
 CHUNK_BYTES = 4 << 20
 CHUNKS = 64  # of one call, all clients together
 CLIENTS = (1, 8)
+CAPACITY_BYTES = 2 << 30
 FLOOR = 0.8
 _RAW = """
 import mmap, socket, sys, threading
-nbytes, listener = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0))
+nbytes, ring, listener = int(sys.argv[1]), int(sys.argv[2]), socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 def serve(sock):
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, ring, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
-    view[:] = bytes(nbytes)
+    for at in range(0, ring, nbytes):
+        view[at : at + nbytes] = bytes(nbytes)
+    start = 0
     while way := sock.recv(1):
         if way == b"g":
-            sock.sendall(view)
+            sock.sendall(view[:nbytes])
             continue
-        at = 0
-        while at < nbytes:
-            at += sock.recv_into(view[at : at + (4 << 20)], 0, socket.MSG_WAITALL)
+        at, end = start, start + nbytes
+        while at < end:
+            at += sock.recv_into(view[at : min(end, at + (4 << 20))], 0, socket.MSG_WAITALL)
         sock.sendall(b"k")
+        start = end % ring
 while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
@@ -53,56 +61,76 @@ def cases() -> Iterator[Case]:
 
 def _cases(clients: int) -> Iterator[Case]:
     each = CHUNKS // clients
-    server, port = start_server("storage.memory.capacity=2GiB")
-    stream, raw_port = _start_stream(each * CHUNK_BYTES)
-    config = ClientConfig(url=f"lm://127.0.0.1:{port}", connections=clients, timeout_s=60)
-    client = Client(config)
-    memory = [_memory(each * CHUNK_BYTES) for _ in range(clients)]
-    views = [[view[at : at + CHUNK_BYTES] for at in range(0, view.nbytes, CHUNK_BYTES)] for view in memory]
-    raw = [socket.create_connection(("127.0.0.1", raw_port)) for _ in range(clients)]
-    for sock in raw:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    rounds = itertools.count()
+    server, port = start_server(f"storage.memory.capacity={CAPACITY_BYTES}")
+    stream, raw_port = _start_stream(each * CHUNK_BYTES, CAPACITY_BYTES // clients)
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    processes = []
+    for number in range(clients):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=_client, args=(theirs, number, each, port, raw_port), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
 
-    def keys(number: int, round_: int) -> list[ChunkKey]:
-        return [_key(number, round_, at) for at in range(each)]
-
-    def put() -> None:
-        round_ = next(rounds)  # new chunks each time: what is held already would be thrown away
-        _all(clients, lambda number: _expect(client.put(keys(number, round_), views[number]), each))
-
-    last = next(rounds)
-    _all(clients, lambda number: _expect(client.put(keys(number, last), views[number]), each))
-
-    def get() -> None:
-        _all(clients, lambda number: _expect(client.get(keys(number, last), views[number]), each))
+    def all_do(what: str) -> None:
+        for pipe in pipes:
+            pipe.send(what)
+        for pipe in pipes:
+            if (answer := pipe.recv()) != "done":
+                raise RuntimeError(answer)
 
     def close() -> None:
-        client.close()
-        for sock in raw:
-            sock.close()
-        for process in (server, stream):
-            process.terminate()
-            process.wait(20)
-            for pipe in (process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join(20)
+        for child in (server, stream):
+            child.terminate()
+            child.wait(20)
+            for out in (child.stdout, child.stderr):
+                if out is not None:
+                    out.close()
 
-    size, nbytes = f"{clients} x {each} x 4 MiB", CHUNKS * CHUNK_BYTES
+    case = functools.partial(
+        Case, size=f"{clients} x {each} x 4 MiB", nbytes=CHUNKS * CHUNK_BYTES, limit_name="socket", floor=FLOOR
+    )
+    all_do("put")
     # get first: put evicts, in the end also what is read here.
-    yield Case(
-        "server get", size, nbytes, get, lambda: _all(clients, lambda n: _get_raw(raw[n], memory[n])), "socket", FLOOR
-    )
-    yield Case(
-        "server put",
-        size,
-        nbytes,
-        put,
-        lambda: _all(clients, lambda n: _put_raw(raw[n], memory[n])),
-        "socket",
-        FLOOR,
-        close=close,
-    )
+    yield case("server get", run=lambda: all_do("get"), limit=lambda: all_do("get_raw"))
+    yield case("server put", run=lambda: all_do("put"), limit=lambda: all_do("put_raw"), close=close)
+
+
+def _client(pipe: Connection, number: int, each: int, port: int, raw_port: int) -> None:
+    """A process of one client: does what it is told until the pipe ends."""
+    client = Client(ClientConfig(url=f"lm://127.0.0.1:{port}", timeout_s=60))
+    memory = _memory(each * CHUNK_BYTES)
+    views = [memory[at : at + CHUNK_BYTES] for at in range(0, memory.nbytes, CHUNK_BYTES)]
+    raw = socket.create_connection(("127.0.0.1", raw_port))
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    rounds = itertools.count()
+
+    def keys(round_: int) -> list[ChunkKey]:
+        return [_key(number, round_, at) for at in range(each)]
+
+    calls: dict[str, Callable[[], object]] = {
+        # New chunks each time: what is held already would be thrown away.
+        "put": lambda: _expect(client.put(keys(next(rounds)), views), each),
+        "get": lambda: _expect(client.get(keys(0), views), each),
+        "put_raw": lambda: _put_raw(raw, memory),
+        "get_raw": lambda: _get_raw(raw, memory),
+    }
+    with contextlib.suppress(EOFError):
+        while True:
+            call = calls[pipe.recv()]
+            try:
+                call()
+            except Exception as error:  # told to whoever measures
+                pipe.send(f"client {number}: {error!r}")
+            else:
+                pipe.send("done")
+    client.close()
+    raw.close()
 
 
 def start_server(*overrides: str) -> tuple[subprocess.Popen[str], int]:
@@ -116,8 +144,9 @@ def start_server(*overrides: str) -> tuple[subprocess.Popen[str], int]:
     raise RuntimeError("the server did not start")
 
 
-def _start_stream(nbytes: int) -> tuple[subprocess.Popen[str], int]:
-    process = subprocess.Popen([sys.executable, "-c", _RAW, str(nbytes)], stdout=subprocess.PIPE, text=True)
+def _start_stream(nbytes: int, ring_bytes: int) -> tuple[subprocess.Popen[str], int]:
+    command = [sys.executable, "-c", _RAW, str(nbytes), str(ring_bytes)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, int(process.stdout.readline())
 
@@ -132,25 +161,6 @@ def _memory(nbytes: int) -> memoryview:
 
 def _key(client: int, round_: int, at: int) -> ChunkKey:
     return ChunkKey(client.to_bytes(NAMESPACE_BYTES, "big"), (round_ << 32 | at).to_bytes(DIGEST_BYTES, "big"))
-
-
-def _all(clients: int, work: Callable[[int], object]) -> None:
-    """``work(0)`` ... ``work(clients - 1)`` at the same time."""
-    failures: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def _expect(count: int, wanted: int) -> None:
@@ -169,29 +179,3 @@ def _get_raw(sock: socket.socket, view: memoryview) -> None:
     at = 0
     while at < view.nbytes:
         at += sock.recv_into(view[at : at + CHUNK_BYTES], 0, socket.MSG_WAITALL)
-
-
-def main(chosen: Sequence[Case] | None = None) -> None:
-    """A table of these cases alone: medians of interleaved rounds."""
-    import statistics
-    import time
-
-    for case in chosen or cases():
-        times: dict[str, list[float]] = {"own": [], "raw": []}
-        assert case.limit is not None
-        for _ in range(case.repeats):
-            for name, call in (("own", case.run), ("raw", case.limit)):
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-        own, raw = (statistics.median(times[name]) for name in ("own", "raw"))
-        rates = [f"{case.nbytes / seconds / 1e9:.2f}" for seconds in (own, raw)]
-        best = min(times["raw"]) / min(times["own"])
-        print(
-            f"{case.name:12} {case.size:14} {rates[0]} GB/s, socket {rates[1]}, ratio {raw / own:.2f}, bests {best:.2f}"
-        )
-        case.close()
-
-
-if __name__ == "__main__":
-    main()
