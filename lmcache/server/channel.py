@@ -24,6 +24,9 @@ T = TypeVar("T")
 _HEAD_PIECE_BYTES = 64 << 10
 _DISCARD_BYTES = 64 << 10
 _LINGER_S, _LINGER_BYTES = 0.5, 1 << 20
+# Of a connection within a host: what is underway stays in the cores' caches, which is worth up to a third of the time.
+# Between hosts the kernel chooses, by what the way holds.
+_LOCAL_BUFFER_BYTES = 256 << 10
 
 
 class Channel:
@@ -37,6 +40,10 @@ class Channel:
         self._sock = sock
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        with contextlib.suppress(OSError):  # it may be broken already: whatever is done with it first says so
+            if sock.getpeername()[0] == sock.getsockname()[0]:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER_BYTES)
         self._deadline = self._armed_s = 0.0
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
