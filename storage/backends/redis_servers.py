@@ -109,7 +109,7 @@ class RedisConfig(Config):
         ByteSize(512 << 20), gt=0, description="bytes of a value that the server takes (its proto-max-bulk-len)"
     )
     connections: int = Field(4, ge=1, description="connections per server, and operations at a time; more wait")
-    window: ByteSize = Field(ByteSize(8 << 20), gt=0, description="bytes asked for or sent before replies are awaited")
+    window: ByteSize = Field(ByteSize(2 << 20), gt=0, description="bytes asked for or sent before replies are awaited")
     connect_timeout_s: float = Field(1.0, gt=0, description="seconds for one connection, handshake and login each")
     timeout_s: float = Field(5.0, gt=0, description="seconds for one operation on a batch, retries included")
     clear_timeout_s: float = Field(
