@@ -30,12 +30,19 @@ def encode_header(key: ChunkKey, payload: memoryview, codec: str = "raw") -> byt
     return (fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))).ljust(HEADER_BYTES, b"\0")
 
 
-def check_chunk(header: bytes | memoryview, key: ChunkKey, payload: memoryview) -> None:
-    """CorruptChunkError, saying what is off, unless ``header`` and ``payload`` are the chunk of ``key``."""
+def check_chunk(
+    header: bytes | memoryview, key: ChunkKey, payload: memoryview, payload_checksum: int | None = None
+) -> None:
+    """CorruptChunkError, saying what is off, unless ``header`` and ``payload`` are the chunk of ``key``.
+
+    payload_checksum: xxh3-64 of ``payload``, where it was made while the payload came.
+    """
     nbytes, checksum = check_header(header, key)
     if nbytes != payload.nbytes:
         raise CorruptChunkError(f"payload of {nbytes} bytes, expected {payload.nbytes}")
-    if xxhash.xxh3_64_intdigest(payload) != checksum:
+    if payload_checksum is None:
+        payload_checksum = xxhash.xxh3_64_intdigest(payload)
+    if payload_checksum != checksum:
         raise CorruptChunkError("the payload's checksum is wrong")
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
+import xxhash
 from pydantic import ByteSize, Field, SecretStr
 
 from lmcache import metrics
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PIECE_BYTES = 1 << 20  # of an object that comes: copied and hashed while the next one is underway
 DELETE_BATCH = 1000  # keys of one request to delete, by S3's rule
 # What obstore and the store behind it raise; the rest would be our own mistake.
 _FAILURES = (BaseError, OSError, ValueError)
@@ -234,11 +237,23 @@ class ObjectStoreBackend(StorageBackend):
                 raise CorruptChunkError(f"object of {size} bytes, which is not what its header says")
             self._index.add(key, size - HEADER_BYTES)
             return False
-        data = memoryview(result.bytes())
-        if data.nbytes != size:
-            raise StorageError(f"{data.nbytes} bytes came, {size} were announced")
-        view[:] = data[HEADER_BYTES:]
-        check_chunk(bytes(data[:HEADER_BYTES]), key, view)
+        header, digest, came = bytearray(), xxhash.xxh3_64(), 0
+        for piece in result.stream(min_chunk_size=PIECE_BYTES):
+            data = memoryview(piece)
+            came += data.nbytes
+            if came > size:
+                break
+            if missing := HEADER_BYTES - len(header):
+                header += data[:missing]
+                data = data[missing:]
+            if data.nbytes:
+                start = came - data.nbytes - HEADER_BYTES
+                # By numpy, which lets other threads go on meanwhile.
+                np.frombuffer(view, np.uint8)[start : start + data.nbytes] = np.frombuffer(data, np.uint8)
+                digest.update(data)
+        if came != size:
+            raise StorageError(f"{came} bytes came, {size} were announced")
+        check_chunk(bytes(header), key, view, digest.intdigest())
         self._index.add(key, view.nbytes)
         return True
 
