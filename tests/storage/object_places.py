@@ -40,8 +40,12 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 
 @pytest.fixture
 def options(seaweed: SeaweedFS, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """A prefix of its own for each test."""
-    return seaweed.options(hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12])
+    return seaweed.options(prefix_of(request))
+
+
+def prefix_of(request: pytest.FixtureRequest) -> str:
+    """One of its own for each test."""
+    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
 
 
 @pytest.fixture

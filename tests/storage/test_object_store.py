@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("obstore", reason="obstore is not installed")
 
 import obstore
-from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool, seaweed
+from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool, prefix_of, seaweed
 
 from experiments.redis_servers import wait_until
 from lmcache import metrics
@@ -75,8 +75,7 @@ class TestMoto(BackendTests):
 
     @pytest.fixture
     def open_backend(self, moto: str, request: pytest.FixtureRequest) -> Callable[[], StorageBackend]:
-        prefix = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
-        options = {"type": "remote", "url": f"s3://chunks/{prefix}", "endpoint": moto, "allow_http": True}
+        options = {"type": "remote", "url": f"s3://chunks/{prefix_of(request)}", "endpoint": moto, "allow_http": True}
         return lambda: build_backend({**options, "access_key": "a", "secret_key": "b"}, "test")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 pytest.importorskip("obstore", reason="obstore is not installed")
 
 from certificates import Certificates
-from object_places import CHUNK, QUICK, Opened, azure, opened, pool
+from object_places import CHUNK, QUICK, Opened, azure, opened, pool, prefix_of
 
 from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS, weed
 from lmcache.errors import ConfigError, StorageError
@@ -44,10 +43,6 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 @pytest.fixture
 def options(secured: SeaweedFS, request: pytest.FixtureRequest) -> dict[str, Any]:
     return secured.options(prefix_of(request))
-
-
-def prefix_of(request: pytest.FixtureRequest) -> str:
-    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
 
 
 def unsigned(options: dict[str, Any]) -> dict[str, Any]:

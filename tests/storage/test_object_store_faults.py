@@ -18,13 +18,9 @@ from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool
 
 from experiments.object_server import SeaweedFS
 from experiments.redis_servers import wait_until
-from lmcache.config import LMCacheConfig
 from lmcache.errors import StorageError
-from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PinnedPool
-from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 
 __all__ = ["opened", "options", "pool", "seaweed"]
@@ -161,52 +157,3 @@ def test_closing_during_transfers_ends_them(
         backend.get(keys, buffers)
     for buffer in buffers:
         buffer.release()
-
-
-def test_the_manager_goes_on_without_a_bucket_that_hangs_and_uses_it_again(
-    options: dict[str, Any], tmp_path: Path, proxy: FaultyProxy
-) -> None:
-    config = LMCacheConfig(
-        memory={"capacity": 16 << 20, "huge_pages": False},
-        breaker={"failures": 1, "cooldown_s": 0.3},
-        read_timeout_s=0.5,
-    )
-    bucket = {**options, **QUICK, "timeout_s": 0.4, "retries": 0, "endpoint": proxy.endpoint}
-    tiers = [bucket, {"type": "remote", "url": f"fs://{tmp_path}"}]
-
-    def stored(key: ChunkKey, only: int | None = None) -> None:
-        chosen = [tier for number, tier in enumerate(tiers) if only in (None, number)]
-        with managed(config, chosen) as manager:
-            buffer = manager.allocate(CHUNK)
-            assert buffer is not None
-            buffer.view[:] = bytes([7]) * CHUNK
-            manager.put(key, buffer)
-            assert manager.flush(5)
-
-    stored(make_key(1))
-    stored(make_key(2), only=0)
-    with managed(config, tiers) as manager:
-        proxy.hang = True
-        begun = time.monotonic()
-        read(manager, make_key(2))  # nobody else has it; the bucket's failure opens the breaker
-        assert time.monotonic() - begun < 5
-        assert manager.stats()["open_breakers"] == 1
-        assert read(manager, make_key(1)) == bytes([7]) * CHUNK, "the folder has it too"
-        proxy.hang = False
-        wait_until(lambda: read(manager, make_key(2)) == bytes([7]) * CHUNK, 10)
-        assert manager.stats()["open_breakers"] == 0
-
-
-@contextlib.contextmanager
-def managed(config: LMCacheConfig, tiers: list[dict[str, Any]]) -> Iterator[StorageManager]:
-    """A manager, whose buffers must all be back in the end."""
-    manager = StorageManager(config, tiers=[build_backend(tier, "test") for tier in tiers])
-    yield manager
-    manager.close()
-    wait_until(lambda: manager.pool.used_bytes == 0, 5)
-
-
-def read(manager: StorageManager, key: ChunkKey) -> bytes | None:
-    with manager.acquire([key], [CHUNK]) as lease:
-        assert lease.wait(5)
-        return bytes(lease.buffers[0].view) if lease.ready else None

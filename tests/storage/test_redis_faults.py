@@ -17,6 +17,7 @@ from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.backends.redis import RedisBackend
 from lmcache.storage.backends.redis_servers import RedisConfig
 from lmcache.storage.backends.redis_wire import ErrorReply, OutOfStep, Wire, command
+from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import BackendTests, fill, make_key, take
@@ -236,6 +237,21 @@ def test_wrong_bytes_on_the_way_are_a_miss(
 
     proxy.use(flip)
     assert backend.get([make_key(1)], [buffer]) == 0
+
+
+@pytest.mark.parametrize("off", [-SIZE, -1, 1, 100])
+def test_a_length_that_is_wrong_on_the_way_never_gives_wrong_bytes(
+    proxy: Proxy, backend: RedisBackend, pool: PinnedPool, off: int
+) -> None:
+    data = put(backend, pool, make_key(1), SIZE, 1)
+    right = HEADER_BYTES + SIZE
+    proxy.use(lambda piece, offset: piece.replace(b"$%d\r\n" % right, b"$%d\r\n" % (right + off)))
+    with contextlib.suppress(StorageError):
+        assert get(backend, pool, make_key(1), SIZE) is None
+    proxy.use(lambda piece, offset: piece)
+    assert get(backend, pool, make_key(1), SIZE) in (None, data)
+    put(backend, pool, make_key(1), SIZE, 1)
+    assert get(backend, pool, make_key(1), SIZE) == data
 
 
 @pytest.mark.parametrize("extra", [b"+OK\r\n", b"$-1\r\n", b":7\r\n", b"X"])

@@ -205,7 +205,7 @@ def run_behind(proxy: FaultyProxy, options: Any, flips: Sequence[int], examples:
 
     def mend() -> None:
         proxy.drop()  # what hangs must not arrive later
-        proxy.__dict__.update(hang=False, slow_s=0.0, reset_after=None, flip_after=None)
+        proxy.mend()
 
     faults = [changing(hang=True), changing(slow_s=0.02), changing(reset_after=0), changing(reset_after=6000)]
     faults += [changing(flip_after=place) for place in flips]
