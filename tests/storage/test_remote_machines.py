@@ -261,7 +261,7 @@ def test_an_encrypted_and_compressed_bucket(seaweed: SeaweedFS) -> None:
 
 def test_a_bucket_behind_a_network_that_fails(seaweed: SeaweedFS) -> None:
     proxy = FaultyProxy(seaweed.port)
-    quick = {**QUICK, "timeout_s": 0.3, "endpoint": proxy.endpoint}
+    quick = {**QUICK, "timeout_s": 0.5, "endpoint": proxy.endpoint}
     run_behind(proxy, lambda _, name: seaweed.options(name, **quick), flips=[1500, 5000])
 
 
@@ -271,7 +271,7 @@ def test_azure(azure: Azurite) -> None:
 
 def test_azure_behind_a_network_that_fails(azure: Azurite) -> None:
     proxy = FaultyProxy(azure.port)
-    quick = {**QUICK, "timeout_s": 0.3, "endpoint": f"{proxy.endpoint}/{azure.account}"}
+    quick = {**QUICK, "timeout_s": 0.5, "endpoint": f"{proxy.endpoint}/{azure.account}"}
     run_behind(proxy, lambda _, name: azure.options(name, **quick), flips=[1500, 5000])
 
 
@@ -323,5 +323,5 @@ def test_redis_that_is_down_for_some_steps_and_forgets(forgetful: RedisServer) -
 
 def test_redis_behind_a_network_that_fails(redis: RedisServer) -> None:
     proxy = FaultyProxy(redis.port)
-    quick = {"timeout_s": 0.2, "connect_timeout_s": 0.2, "retry": {"base_s": 0.01}}
+    quick = {"timeout_s": 0.5, "connect_timeout_s": 0.5, "retry": {"base_s": 0.01}}
     run_behind(proxy, on(proxy.port, **quick), flips=[300, 4300], examples=40)
