@@ -61,7 +61,7 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
     endpoint = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: reachable(port))
+        wait_until(lambda: reachable(port), 30)
         make = urllib.request.Request(f"{endpoint}/chunks", method="PUT")
         urllib.request.urlopen(make, timeout=10).close()
         yield endpoint
