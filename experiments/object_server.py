@@ -1,20 +1,27 @@
-"""A real S3 server on this machine: SeaweedFS, from its PyPI wheel."""
+"""Real object stores on this machine: S3 by SeaweedFS, from its PyPI wheel; Azure's by Azurite, from npm."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
 
 ACCESS_KEY, SECRET_KEY = "AKTEST", "SKTEST12345"
 _GRPC = 10_000  # SeaweedFS's servers listen at their port plus this too
@@ -27,17 +34,30 @@ def weed() -> str | None:
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
+def azurite() -> str | None:
+    """Path of the Azure emulator's program, None where it is not installed."""
+    return shutil.which("azurite-blob")
+
+
 class SeaweedFS:
-    """One server on 127.0.0.1 with one bucket; data in ``folder``. ``kill`` and ``start`` again keep ports and data."""
+    """One server on 127.0.0.1 with one bucket; data in ``folder``. ``kill`` and ``start`` again keep ports and data.
+
+    tls: PEM files of the authority, of its certificate and key; then it speaks nothing but HTTPS.
+    public: who does not sign may read and list.
+    """
 
     bucket = "chunks"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: tuple[Path, Path, Path] | None = None, public: bool = False) -> None:
         self._folder = folder
+        self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
         self._ports = _free_ports(4)
-        identity = {"name": "test", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]}
-        (folder / "s3.json").write_text(json.dumps({"identities": [{**identity, "actions": _ADMIN}]}))
+        credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
+        identities = [{"name": "test", "credentials": credentials, "actions": _ADMIN}]
+        if public:
+            identities.append({"name": "anonymous", "actions": ["Read", "List"]})
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (folder / "data").mkdir(exist_ok=True)
         self.start()
 
@@ -47,7 +67,7 @@ class SeaweedFS:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def options(self, prefix: str = "", **more: Any) -> dict[str, Any]:
         """Options of a remote that uses this server."""
@@ -55,7 +75,7 @@ class SeaweedFS:
             "type": "remote",
             "url": f"s3://{self.bucket}/{prefix}",
             "endpoint": self.endpoint,
-            "allow_http": True,
+            **({"ca_file": str(self._tls[0])} if self._tls else {"allow_http": True}),
             "access_key": ACCESS_KEY,
             "secret_key": SECRET_KEY,
             **more,
@@ -63,13 +83,14 @@ class SeaweedFS:
 
     def store(self) -> S3Store:
         """Plain obstore on the bucket."""
+        trust: ClientConfig = {"root_certificate": self._tls[0].read_bytes()} if self._tls else {"allow_http": True}
         return S3Store(
             self.bucket,
             endpoint=self.endpoint,
             access_key_id=ACCESS_KEY,
             secret_access_key=SECRET_KEY,
             virtual_hosted_style_request=False,
-            client_options={"allow_http": True, "timeout": "10s"},
+            client_options={**trust, "timeout": "10s"},
             retry_config={"max_retries": 0},
         )
 
@@ -83,6 +104,8 @@ class SeaweedFS:
         flags += f" -filer -filer.port={filer} -s3 -s3.port={s3} -s3.port.iceberg=0 -s3.port.lance=0"
         flags += f" -s3.config={self._folder}/s3.json -master.volumeSizeLimitMB=256 -volume.max=200"
         flags += " -volume.preStopSeconds=1 -master.telemetry=false"
+        if self._tls is not None:
+            flags += f" -s3.cert.file={self._tls[1]} -s3.key.file={self._tls[2]}"
         # With what its raft remembers, a lone master waits 20 s before it elects itself; volumes report what is there.
         shutil.rmtree(self._folder / "data" / f"m{master}", ignore_errors=True)
         with (self._folder / "log").open("ab") as log:
@@ -110,6 +133,60 @@ class SeaweedFS:
                 left.unlink(missing_ok=True)
             for left in Path("/tmp").glob(f"seaweedfs-*-{port + _GRPC}.sock"):
                 left.unlink(missing_ok=True)
+
+
+class Azurite:
+    """An Azure Blob server on 127.0.0.1 with one container; data in ``folder``."""
+
+    container = "chunks"
+    # Those of every emulator, from Azure's documentation.
+    account = "devstoreaccount1"
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+    def __init__(self, folder: Path) -> None:
+        program = azurite()
+        if program is None:
+            raise FileNotFoundError("azurite-blob (npm install -g azurite)")
+        (self.port,) = _free_ports(1)
+        flags = f"--blobHost 127.0.0.1 --blobPort {self.port} --location {folder} --silent --disableTelemetry"
+        with (folder / "log").open("ab") as log:
+            command = [program, *flags.split(), "--skipApiVersionCheck"]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self._make_container()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    self.kill()
+                    raise TimeoutError(f"Azurite does not answer: {error}; see {folder}/log") from error
+                time.sleep(0.1)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}/{self.account}"
+
+    def options(self, prefix: str = "", **more: Any) -> dict[str, Any]:
+        """Options of a remote that uses this server."""
+        keys = {"access_key": self.account, "secret_key": self.key}
+        url = f"az://{self.container}/{prefix}"
+        return {"type": "remote", "url": url, "endpoint": self.endpoint, "allow_http": True, **keys, **more}
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _make_container(self) -> None:
+        """As obstore cannot: by a request that is signed with the account's key (Azure's "Shared Key")."""
+        now, path = formatdate(usegmt=True), f"/{self.account}/{self.container}"
+        headers = f"x-ms-date:{now}\nx-ms-version:2023-11-03"
+        signed = f"PUT{12 * chr(10)}{headers}\n/{self.account}{path}\nrestype:container"
+        signature = base64.b64encode(hmac.digest(base64.b64decode(self.key), signed.encode(), "sha256")).decode()
+        fields = dict(line.split(":", 1) for line in headers.split("\n"))
+        fields["Authorization"] = f"SharedKey {self.account}:{signature}"
+        url = f"http://127.0.0.1:{self.port}{path}?restype=container"
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=fields), timeout=10).close()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 START_S = 20.0
 
@@ -27,8 +29,12 @@ def valkey_binary() -> str | None:
 
 
 def redis_binary() -> str | None:
-    """The system's redis-server, which has TLS; not one that a Python package put before it."""
-    return shutil.which("redis-server", path="/usr/local/bin:/usr/bin:/bin")
+    """The system's redis-server, which has TLS; not one that a Python package put before it.
+
+    redis-check-rdb is the same program: Debian's redis-tools has it, without a service that would be started.
+    """
+    path = "/usr/local/bin:/usr/bin:/bin"
+    return shutil.which("redis-server", path=path) or shutil.which("redis-check-rdb", path=path)
 
 
 def free_port() -> int:
@@ -42,21 +48,41 @@ def free_port() -> int:
     raise OSError("no free port")
 
 
+class TLSFiles(NamedTuple):
+    """PEM files of a server: whom it trusts, who it is. It wants certificates of its clients too."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    def config(self) -> str:
+        """What makes a server use TLS for everything: clients, replicas, the bus of a cluster, what a sentinel asks."""
+        files = f"tls-ca-cert-file {self.ca}\ntls-cert-file {self.cert}\ntls-key-file {self.key}\n"
+        return files + "tls-replication yes\ntls-cluster yes\n"
+
+    def context(self) -> ssl.SSLContext:
+        """Of a client that shows the same certificate."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.load_cert_chain(self.cert, self.key)
+        return context
+
+
 class RedisServer:
     """One server process, with a folder of its own. ``with`` stops it; ``kill`` and ``start`` restart it.
 
-    config: lines of its configuration file, for what cannot be said by ``arguments``.
+    tls: then it listens with TLS only. config: lines of its configuration file, for what ``arguments`` cannot say.
     """
 
-    def __init__(
-        self, binary: str, *arguments: str, port: int | None = None, tls: bool = False, config: str | None = None
-    ) -> None:
-        self.port = port or free_port()
+    def __init__(self, binary: str, *arguments: str, tls: TLSFiles | None = None, config: str = "") -> None:
+        self.port = free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="lmcache-redis-")
-        listen = ["--tls-port", str(self.port), "--port", "0"] if tls else ["--port", str(self.port)]
+        self._binary = binary
+        self._tls = tls.context() if tls else None
+        listen = f"tls-port {self.port}\nport 0\n{tls.config()}" if tls else f"port {self.port}\n"
         file = Path(self.folder.name, "server.conf")
-        file.write_text(config or "")
-        self._command = [binary, str(file), *listen, "--bind", "127.0.0.1", "--dir", self.folder.name]
+        file.write_text(f"{listen}bind 127.0.0.1\ndir {self.folder.name}\n{config}")
+        # By its name, as redis-check-rdb is the same program and would be another one by that.
+        self._command = ["redis-server", str(file)]
         self._command += ["--save", "", *arguments] if "--sentinel" not in arguments else arguments
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -68,13 +94,15 @@ class RedisServer:
     def start(self) -> None:
         """Start it and wait until it listens."""
         with Path(self.folder.name, "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self.folder.name)
+            self._process = subprocess.Popen(
+                self._command, executable=self._binary, stdout=log, stderr=log, cwd=self.folder.name
+            )
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
                 return
             time.sleep(0.01)
-        raise OSError(f"{self._command[0]} does not start: {Path(self.folder.name, 'log').read_text()[-500:]}")
+        raise OSError(f"{self._binary} does not start: {Path(self.folder.name, 'log').read_text()[-500:]}")
 
     @property
     def pid(self) -> int:
@@ -85,7 +113,10 @@ class RedisServer:
         """The first bytes of the answer to a command whose answer is short; for setting things up."""
         parts = [part.encode() if isinstance(part, str) else part for part in command]
         request = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
-        with socket.create_connection(("127.0.0.1", self.port), timeout_s) as connection:
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", self.port), timeout_s))
+            if self._tls is not None:
+                connection = stack.enter_context(self._tls.wrap_socket(connection, server_hostname="127.0.0.1"))
             connection.sendall(request)
             return connection.recv(65536)
 
@@ -106,12 +137,13 @@ class RedisServer:
         self.stop()
 
 
-def start_cluster(binary: str, nodes: int = 3) -> list[RedisServer]:
+def start_cluster(binary: str, nodes: int = 3, tls: TLSFiles | None = None) -> list[RedisServer]:
     """A cluster of primaries that share the slots evenly and agree about it."""
     started: list[RedisServer] = []
     try:
         for _ in range(nodes):
-            started.append(RedisServer(binary, "--cluster-enabled", "yes", "--cluster-node-timeout", "2000"))
+            node = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+            started.append(RedisServer(binary, *node, tls=tls))
         for index, server in enumerate(started):
             first, last = index * 16384 // nodes, (index + 1) * 16384 // nodes - 1
             server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last))

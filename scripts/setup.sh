@@ -19,14 +19,14 @@ stamp=$(cat requirements/torch.txt "$lock" pyproject.toml setup.py scripts/setup
 if [ -x $venv/bin/python ] && [ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ]; then exit 0; fi
 
 # -- system packages --------------------------------------------------------------------------------------------------
-install() { # install PACKAGE...: by apt when we may, else say what is missing
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-        say "installing system packages: $*"
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
-            fail "apt-get could not install: $*"
-    else
-        fail "missing on this machine (Debian's names): $*. Install them (sudo apt-get install $*), then try again."
-    fi
+by_apt() { # by_apt PACKAGE...: when we may and can
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
+    say "installing system packages: $*"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+install() { # install PACKAGE...: or say what is missing, and stop
+    by_apt "$@" || fail "missing on this machine (Debian's names): $*. Install them (sudo apt-get install $*), then try again."
 }
 
 find_python() { # prints the first interpreter that is new enough
@@ -55,6 +55,13 @@ command -v gcc >/dev/null 2>&1 && command -v g++ >/dev/null 2>&1 || missing="$mi
 "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="$missing libnuma1"
 # shellcheck disable=SC2086
 [ -z "$missing" ] || install $missing
+
+# Tests alone want these. redis-tools has the whole server, as redis-check-rdb, and none of redis-server's services.
+wanted=
+command -v redis-server >/dev/null 2>&1 || command -v redis-check-rdb >/dev/null 2>&1 || wanted="$wanted redis-tools"
+"$python" -c 'import ctypes; ctypes.CDLL("libibverbs.so.1")' 2>/dev/null || wanted="$wanted libibverbs1"
+# shellcheck disable=SC2086
+[ -z "$wanted" ] || by_apt $wanted || say "without$wanted the tests of Redis over TLS (redis-tools) and Mooncake (libibverbs1) skip"
 
 # -- Python packages --------------------------------------------------------------------------------------------------
 if ! $venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

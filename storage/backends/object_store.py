@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +51,9 @@ DELETE_BATCH = 1000  # keys of one request to delete, by S3's rule
 # What obstore and the store behind it raise; the rest would be our own mistake.
 _FAILURES = (BaseError, OSError, ValueError)
 # Words of answers that do not change by asking again.
-_HOPELESS = (" 400 ", " 401 ", " 403 ", " 404 ", "NoSuchBucket", "builder error", "invalid")
+_HOPELESS = (" 400 ", " 401 ", " 403 ", " 404 ", "NoSuchBucket", "builder error", "invalid", "InvalidCertificate")
+# Of obstore's dump: why a request could not be sent, which the message before it does not say.
+_REASON = re.compile(r'(InvalidCertificate)\(\s*(\w+)|message: "([^"]*)"')
 
 
 class ObjectStoreConfig(Config):
@@ -366,5 +369,8 @@ _NAMES = {
 
 
 def _short(error: BaseException) -> str:
-    """What a store said, without the dump of the request that obstore adds."""
-    return " ".join(str(error).split("\n\nDebug source")[0].split())
+    """What a store said, without the dump of the request that obstore adds, but for the reason in it."""
+    text, _, dump = str(error).partition("\n\nDebug source")
+    reason = _REASON.search(dump)
+    words = [*text.split(), *(word for word in reason.groups() if word)] if reason else text.split()
+    return " ".join(words)

@@ -19,7 +19,7 @@ from redis.connection import ConnectionPool
 from lmcache import metrics
 from lmcache.errors import CorruptChunkError, StorageError
 from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
-from lmcache.storage.backends.redis_pipeline import Batch, Outcome, Pipeline, Session, Windows
+from lmcache.storage.backends.redis_pipeline import Batch, Outcome, Pipeline, Session, Windows, refused
 from lmcache.storage.backends.redis_servers import RedisConfig
 from lmcache.storage.backends.redis_wire import ErrorReply, Part, Wire, bulk_string, command
 from lmcache.storage.base import Buffer, StorageBackend
@@ -209,7 +209,7 @@ class RedisBackend(StorageBackend):
             wire.send([step], 1)
             reply = wire.reply()
             if isinstance(reply, ErrorReply):
-                raise StorageError(reply.text)
+                raise refused(reply)
             if not isinstance(reply, list) or not isinstance(reply[0], bytes) or not isinstance(reply[1], list):
                 raise StorageError(f"an odd answer to SCAN: {reply!r:.60}")
             return reply[0], [name for name in reply[1] if isinstance(name, bytes) and self._is_ours(name)]

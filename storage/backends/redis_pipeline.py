@@ -34,6 +34,11 @@ class Unavailable(StorageError):
     """The server cannot be reached, or does not serve now; worth another try."""
 
 
+def refused(reply: ErrorReply) -> StorageError:
+    """What the server said no with, as an error; Unavailable where that passes."""
+    return (Unavailable if reply.code in PASSING else StorageError)(reply.text)
+
+
 class Batch:
     """What an operation asks for each of some keys, and what it does with the answers.
 
@@ -94,7 +99,7 @@ class Session:
                         stopped = index, outcome
             batch.done = stopped[0] if stopped else stop
         if stopped and isinstance(refusal := stopped[1], ErrorReply):
-            raise (Unavailable if refusal.code in PASSING else StorageError)(refusal.text)
+            raise refused(refusal)
 
     def end(self, *, keep: bool) -> None:
         """Give the connections back; those whose exchange is not whole are closed."""

