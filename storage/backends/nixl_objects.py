@@ -16,13 +16,13 @@ from pathlib import Path
 from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
-from lmcache.storage.backends.chunk_files import chunk_name
 from lmcache.storage.backends.indexed import Place
 from lmcache.storage.backends.journal import Journal
 from lmcache.storage.backends.nixl_agent import Agent, NixlError, Transfer
 from lmcache.storage.backends.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.layout import chunk_path
 from lmcache.storage.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
@@ -210,4 +210,4 @@ class NixlObjects(Place):
                     self._late.append((transfer, stages))
 
     def _name(self, key: ChunkKey) -> str:
-        return self._prefix + chunk_name(key)
+        return self._prefix + chunk_path(key)

@@ -287,10 +287,10 @@ def test_objects_larger_than_half_the_staging_memory_go_one_by_one(
 def test_objects_that_went_away_or_were_damaged_are_misses(service: Any, tmp_path: Path, pool: PinnedPool) -> None:
     import obstore
 
-    from lmcache.storage.backends.chunk_files import chunk_name
+    from lmcache.storage.layout import chunk_path
 
     backend, store = open_objects(service, tmp_path / "index"), service.store()
-    names = [f"{tmp_path.name}/{chunk_name(make_key(n))}" for n in range(4)]
+    names = [f"{tmp_path.name}/{chunk_path(make_key(n))}" for n in range(4)]
     for n in range(4):
         put(backend, pool, make_key(n), CHUNK, seed=n)
     obstore.delete(store, names[1])
