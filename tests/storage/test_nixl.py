@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import random
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from chunk_file_tests import CHUNK, ChunkFileTests, check_a_large_batch, files_machine, get, put
-from managers import open_manager
+from chunk_file_tests import (
+    CHUNK,
+    ROOT,
+    ChunkFileTests,
+    check_a_large_batch,
+    check_manager_goes_on,
+    files_machine,
+    get,
+    kill_midway,
+    put,
+    work_until_closed,
+)
+from faulty_proxy import FaultyProxy
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from managers import Open, open_manager, settle
 
 from lmcache import metrics
-from lmcache.errors import ConfigError, StorageError
+from lmcache.errors import ClosedError, ConfigError, StorageError
 from lmcache.storage.backends.nixl import NixlBackend, NixlConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
-from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
 pytest.importorskip("nixl", reason="NIXL is not installed: pip install 'lmcache[nixl]'")
 __all__ = ["open_manager"]
@@ -175,7 +196,7 @@ def test_processes_share_the_index_and_a_torn_record_is_skipped(service: Any, tm
         open_objects(service, tmp_path / "notes")
 
 
-def test_a_service_that_hangs_or_is_down_is_an_error_in_time(service: Any, tmp_path: Path, pool: PinnedPool) -> None:
+def test_a_service_that_hangs_is_an_error_in_time(service: Any, tmp_path: Path, pool: PinnedPool) -> None:
     backend = open_objects(service, tmp_path / "index", timeout_s=1.0)
     data = put(backend, pool, make_key(1), CHUNK, seed=1)
     buffer = take(pool, CHUNK)
@@ -187,20 +208,204 @@ def test_a_service_that_hangs_or_is_down_is_an_error_in_time(service: Any, tmp_p
         backend.put([make_key(2)], [buffer])
     assert time.monotonic() - began < 4
     service._process.send_signal(signal.SIGCONT)
-    service.kill()
+    buffer.release()
+    assert backend.contains([make_key(2)]) == 0
+    assert get(backend, pool, make_key(1), CHUNK) == data
+    backend.close()
+
+
+@pytest.fixture
+def proxy(service: Any) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(service.port)
+    yield proxy
+    proxy.close()
+
+
+def test_random_work_on_objects_with_restarts(service: Any) -> None:
+    class Objects(BackendMachine(lambda folder: open_objects(service, folder / "index"))):
+        lossless = True
+
+    run_state_machine_as_test(Objects, settings=settings(max_examples=10, stateful_step_count=20, deadline=None))
+
+
+def test_a_connection_reset_midway_is_an_error_and_nothing_is_lost(
+    service: Any, proxy: FaultyProxy, tmp_path: Path, pool: PinnedPool
+) -> None:
+    backend = open_objects(service, tmp_path / "index", endpoint=proxy.endpoint, timeout_s=1.0)
+    data = put(backend, pool, make_key(1), CHUNK, seed=1)
+    proxy.drop()
+    proxy.reset_after = CHUNK // 2
+    buffer = take(pool, CHUNK)
+    began = time.monotonic()
     with pytest.raises(StorageError, match="cannot read"):
         backend.get([make_key(1)], [buffer])
+    proxy.drop()
+    proxy.reset_after = 0  # the object is written, but nobody says so
+    with pytest.raises(StorageError, match="cannot write"):
+        backend.put([make_key(2)], [buffer])
+    assert time.monotonic() - began < 4
+    assert backend.contains([make_key(2)]) == 0, "every doubt is a miss"
+    assert backend.used_bytes == HEADER_BYTES + CHUNK
     buffer.release()
-    service.start()
-    assert backend.contains([make_key(2)]) == 0
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            assert get(backend, pool, make_key(1), CHUNK) == data
-            break
-        except StorageError:
-            assert time.monotonic() < deadline
+    proxy.reset_after = None
+    assert get(backend, pool, make_key(1), CHUNK) == data
+    assert put(backend, pool, make_key(2), CHUNK, seed=2) == get(backend, pool, make_key(2), CHUNK)
     backend.close()
+
+
+def test_the_memory_of_a_late_transfer_is_used_again_when_it_has_ended(
+    service: Any, proxy: FaultyProxy, tmp_path: Path, pool: PinnedPool
+) -> None:
+    backend = open_objects(service, tmp_path / "index", endpoint=proxy.endpoint, timeout_s=0.3, staging=64 << 10)
+    data = put(backend, pool, make_key(1), CHUNK, seed=1)
+    proxy.hang = True
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no answer within"):
+            get(backend, pool, make_key(1), CHUNK)
+    with pytest.raises(StorageError, match="bytes of staging memory"):
+        get(backend, pool, make_key(1), CHUNK)
+    proxy.hang = False
+
+    def ended() -> bool:
+        backend._place._reap()
+        return not backend._place._late
+
+    settle(ended, "a late transfer never ends")
+    assert get(backend, pool, make_key(1), CHUNK) == data
+    backend.close()
+
+
+def test_a_bit_that_flips_on_the_way_is_a_miss_counted_and_removed(
+    service: Any, proxy: FaultyProxy, tmp_path: Path, pool: PinnedPool
+) -> None:
+    backend = open_objects(service, tmp_path / "index", endpoint=proxy.endpoint)
+    put(backend, pool, make_key(1), CHUNK, seed=1)
+    proxy.drop()  # it counts the bytes of a connection
+    proxy.flip_after = HEADER_BYTES + CHUNK // 2
+    before = corrupt_count()
+    assert get(backend, pool, make_key(1), CHUNK) is None
+    proxy.flip_after = None
+    assert corrupt_count() == before + 1
+    assert backend.contains([make_key(1)]) == 0
+    assert put(backend, pool, make_key(1), CHUNK, seed=1) == get(backend, pool, make_key(1), CHUNK)
+    backend.close()
+
+
+def test_sigkill_of_a_writer_of_objects_leaves_only_whole_chunks(
+    service: Any, tmp_path: Path, pool: PinnedPool
+) -> None:
+    dice = random.Random(5)
+    for _ in range(2):
+        last = kill_midway(object_options(service, tmp_path / "index"), dice)
+        backend, before = open_objects(service, tmp_path / "index"), corrupt_count()
+        for n in range(16):
+            assert get(backend, pool, make_key(n), 262144) in (None, random.Random(n).randbytes(262144))
+        assert corrupt_count() == before, "a kill must not leave damaged chunks"
+        assert get(backend, pool, make_key(last % 16), 262144) is not None
+        backend.close()
+
+
+def test_a_service_killed_during_transfers_loses_nothing_acknowledged(
+    service: Any, tmp_path: Path, pool: PinnedPool
+) -> None:
+    backend = open_objects(service, tmp_path / "index", timeout_s=1.0)
+    acknowledged: list[int] = []
+
+    def work(first: int) -> None:
+        buffer = take(pool, CHUNK)
+        try:
+            for number in range(first, first + 10**6):
+                fill(buffer, number)
+                backend.put([make_key(number)], [buffer])
+                acknowledged.append(number)
+        except StorageError:
+            pass
+        finally:
+            buffer.release()
+
+    threads = [threading.Thread(target=work, args=(n * 10**7,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    settle(lambda: len(acknowledged) > 40, "nothing is written")
+    service.kill()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive(), "a write does not end in time"
+    with pytest.raises(StorageError, match="cannot read"):
+        get(backend, pool, make_key(acknowledged[0]), CHUNK)
+    service.start()
+
+    def answers() -> bool:
+        with contextlib.suppress(StorageError):
+            return get(backend, pool, make_key(acknowledged[0]), CHUNK) is not None
+        return False
+
+    settle(answers, "it never works again")
+    again = open_objects(service, tmp_path / "index")
+    assert len(again) == len(acknowledged)
+    for number in acknowledged:
+        assert get(again, pool, make_key(number), CHUNK) == random.Random(number).randbytes(CHUNK)
+    again.close()
+    backend.close()
+
+
+def test_closing_during_transfers_of_objects_ends_them_and_refuses_new_ones(
+    service: Any, tmp_path: Path, pool: PinnedPool
+) -> None:
+    backend = open_objects(service, tmp_path / "index")
+    assert work_until_closed(backend, pool, lambda: len(backend) >= 30) == [ClosedError] * 3
+    again = open_objects(service, tmp_path / "index")
+    assert len(again) == len(backend)
+    again.close()
+
+
+def test_the_manager_goes_on_with_another_tier(
+    service: Any, proxy: FaultyProxy, tmp_path: Path, open_manager: Open
+) -> None:
+    backend = open_objects(service, tmp_path / "index", endpoint=proxy.endpoint, timeout_s=1.0)
+
+    def break_it() -> None:
+        proxy.reset_after = 2000
+        proxy.drop()
+
+    def mend_it() -> None:
+        proxy.reset_after = None
+
+    check_manager_goes_on(open_manager, backend, break_it, mend_it)
+
+
+HANGING = """
+import json, sys
+from lmcache.errors import StorageError
+from lmcache.storage.registry import build_backend
+from lmcache.storage.pool import PinnedPool
+from lmcache.storage.testing import make_key, take
+backend = build_backend(json.loads(sys.argv[1]), "test")
+try:
+    backend.put([make_key(1)], [take(PinnedPool(1 << 20), 4096)])
+except StorageError as error:
+    print(error)
+if sys.argv[2] == "close":
+    backend.close()
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_a_process_with_hanging_transfers_ends_well(service: Any, tmp_path: Path, end: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = object_options(service, tmp_path / "index", endpoint=endpoint, timeout_s=0.2)
+        done = subprocess.run(
+            [sys.executable, "-c", HANGING, json.dumps(options), end],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert "no answer within 0.2 s" in done.stdout
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_what_the_service_refuses_is_an_error(service: Any, tmp_path: Path, pool: PinnedPool) -> None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from experiments.object_server import SeaweedFS, weed
+from experiments.object_server import ACCESS_KEY, SECRET_KEY, SeaweedFS, weed
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
@@ -194,3 +194,14 @@ def test_an_encrypted_and_compressed_bucket(seaweed: SeaweedFS) -> None:
         return {**outer, "inner": {"type": "zstd", "inner": seaweed.options(name, index_ttl_s=0)}}
 
     run(options, exact=True, examples=8)
+
+
+def test_a_bucket_through_nixl(seaweed: SeaweedFS) -> None:
+    pytest.importorskip("nixl", reason="NIXL is not installed")
+
+    def options(path: Path, name: str) -> dict[str, Any]:
+        place = {"bucket": seaweed.bucket, "endpoint": seaweed.endpoint, "prefix": f"{name}/"}
+        keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
+        return {"type": "nixl", "plugin": "OBJ", "path": str(path / "index"), **place, **keys}
+
+    run(options, exact=False, examples=8)
