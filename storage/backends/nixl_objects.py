@@ -73,12 +73,12 @@ class NixlObjects(Place):
 
     def close(self) -> None:
         self._reap()
-        self._queries.close()
         self._journal.close()
-        if self._late:
+        if not self._queries.close(0) or self._late:
             logger.warning(
                 "closed while %d transfers hang: %d bytes are left to them", len(self._late), self._staging.capacity
             )
+            _hanging.add(self)
             return
         self._agent.close()
         self._staging.close()

@@ -18,21 +18,19 @@ from typing import Any, ClassVar
 
 import pytest
 from chunk_file_tests import (
-    CHUNK,
     ROOT,
     ChunkFileTests,
     check_a_large_batch,
-    check_manager_goes_on,
     files_machine,
     get,
     kill_midway,
     put,
-    work_until_closed,
 )
 from faulty_proxy import FaultyProxy
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from managers import Open, open_manager, settle
+from tier_faults import CHUNK, check_manager_goes_on, freeze, work_until_closed
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, StorageError
@@ -200,7 +198,7 @@ def test_a_service_that_hangs_is_an_error_in_time(service: Any, tmp_path: Path, 
     backend = open_objects(service, tmp_path / "index", timeout_s=1.0)
     data = put(backend, pool, make_key(1), CHUNK, seed=1)
     buffer = take(pool, CHUNK)
-    service._process.send_signal(signal.SIGSTOP)
+    freeze(service._process)
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"cannot read .* no answer within 1.0 s"):
         backend.get([make_key(1)], [buffer])
