@@ -20,7 +20,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
-from managers import NBYTES, Open
+from managers import NBYTES, Open, settle
 from tier_faults import CHUNK, check_manager_goes_on, work_until_closed
 
 from lmcache import metrics
@@ -70,8 +70,8 @@ def nothing_moves(_: str, items: Sequence[object], __: object) -> list[OSError]:
     return [io_error() for _ in items]
 
 
-def kill_midway(options: dict[str, Any], dice: random.Random) -> int:
-    """Start a process that writes chunks of 262144 bytes, kill it at some moment; the number of the last it had put."""
+def kill_midway(options: dict[str, Any], dice: random.Random, busy: Callable[[], bool] = lambda: True) -> int:
+    """Start a process that writes chunks of 262144 bytes, kill it when it is ``busy``; the last that it had put."""
     command = [sys.executable, "-c", WRITER, json.dumps(options)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
@@ -82,7 +82,7 @@ def kill_midway(options: dict[str, Any], dice: random.Random) -> int:
         while not (line := writer.stdout.readline()).startswith("wrote"):
             assert line, "the writer died"  # the other lines are the library's log
         told = int(line.split()[1])
-    time.sleep(dice.random() / 500)  # to be killed at any moment, not to wait for something
+    settle(busy, "no write is under way")
     writer.kill()
     # What it printed before it died was acknowledged too, and the next may be on its way.
     rest, _ = writer.communicate()
@@ -331,7 +331,8 @@ class ChunkFileTests(BackendTests):
     def test_sigkill_at_any_moment_leaves_only_whole_chunks(self, tmp_path: Path, pool: PinnedPool) -> None:
         dice = random.Random(3)
         for _ in range(2):
-            last = kill_midway({**self.options, "path": str(tmp_path)}, dice)
+            options = {**self.options, "path": str(tmp_path)}
+            last = kill_midway(options, dice, lambda: any(tmp_path.rglob(".tmp-*")))
             backend, before = self.open(tmp_path), self.corrupt()
             assert not list(tmp_path.rglob(".tmp-*"))
             for n in range(16):

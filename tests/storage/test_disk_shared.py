@@ -6,11 +6,11 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from managers import settle
 
 from lmcache import metrics
 from lmcache.storage.backends.disk import DiskBackend, DiskConfig
@@ -144,7 +144,7 @@ def test_sigkill_loses_nothing_acknowledged_of_two_that_write(tmp_path: Path, po
         for _ in range(dice.randint(3, 25)):
             for writer in writers:
                 acknowledged.add(int(writer.stdout.readline()))
-        time.sleep(dice.random() / 100)  # to be killed at any moment, not to wait for something
+        settle(lambda: any(tmp_path.rglob(".tmp-*")), "no write is under way")
         for writer in writers:
             writer.kill()
             rest, _ = writer.communicate()
