@@ -1,17 +1,24 @@
-"""NIXL's lines of storage_bench: chunk files against raw O_DIRECT on files of the same size."""
+"""NIXL's lines of storage_bench: chunk files against raw O_DIRECT on files of the same size, and objects of one
+SeaweedFS against the bare agent on as many objects, without header, checksum or copy.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pydantic import ByteSize, SecretStr
+
 from experiments.storage_case import Case
+from lmcache.storage.backends.nixl import NixlBackend, NixlConfig, object_parameters
+from lmcache.storage.backends.nixl_agent import Agent
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
-from lmcache.storage.testing import make_key
+from lmcache.storage.testing import fill, make_key, take
 
 CHUNK, COUNT = 4 << 20, 16
 HEADER = 4096
@@ -20,7 +27,11 @@ HEADER = 4096
 def cases() -> Iterator[Case]:
     """Nothing where NIXL is not installed."""
     if importlib.util.find_spec("nixl") is not None:
+        import nixl  # noqa: F401  # it sets its logger up, which writes to standard output
+
+        logging.getLogger("nixl").setLevel(logging.WARNING)
         yield from _files()
+        yield from _objects()
 
 
 def _files() -> Iterator[Case]:
@@ -66,3 +77,58 @@ def _files() -> Iterator[Case]:
         for buffer in [*buffers, header]:
             buffer.release()
         pool.close()
+
+
+def _objects() -> Iterator[Case]:
+    from experiments.object_server import ACCESS_KEY, SECRET_KEY, SeaweedFS, weed
+
+    if weed() is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="lmcache-bench-", ignore_cleanup_errors=True) as folder:
+        server = SeaweedFS(Path(folder))
+        config = NixlConfig(
+            plugin="OBJ",
+            path=Path(folder) / "index",
+            bucket=server.bucket,
+            endpoint=server.endpoint,
+            access_key=ACCESS_KEY,
+            secret_key=SecretStr(SECRET_KEY),
+            staging=ByteSize(COUNT * (CHUNK + HEADER)),
+        )
+        backend, agent = NixlBackend(config), Agent("OBJ", object_parameters(config))
+        pool = PinnedPool(COUNT * CHUNK)
+        buffers = [take(pool, CHUNK) for _ in range(COUNT)]
+        for number, buffer in enumerate(buffers):
+            fill(buffer, number)
+        keys, names = [make_key(number) for number in range(COUNT)], [f"raw/{number}" for number in range(COUNT)]
+        memory = [(buffer.address, CHUNK, 0) for buffer in buffers]
+
+        def put() -> None:
+            backend.clear()
+            assert backend.put(keys, buffers) == COUNT
+
+        def get() -> None:
+            assert backend.get(keys, buffers) == COUNT
+
+        def move(operation: str) -> None:
+            with agent.registrations.of(buffers):
+                remote = [(0, CHUNK, number + 1) for number in range(COUNT)]
+                assert agent.begin(operation, memory, remote, names).wait(60.0)
+
+        def write() -> None:
+            with agent.registrations.of(buffers):
+                for name in names:  # as put() is measured: a byte to each of those that go
+                    agent.begin("WRITE", [(buffers[0].address, 1, 0)], [(0, 1, 1)], [name]).wait(60.0)
+            move("WRITE")
+
+        put()
+        write()
+        size, nbytes = f"{COUNT} x {CHUNK >> 20} MiB", COUNT * CHUNK
+        yield Case("nixl OBJ put", size, nbytes, put, write, "bare NIXL agent")
+        yield Case("nixl OBJ get", size, nbytes, get, lambda: move("READ"), "bare NIXL agent")
+        backend.close()
+        agent.close()
+        for buffer in buffers:
+            buffer.release()
+        pool.close()
+        server.kill()

@@ -246,7 +246,8 @@ class LowerTier:
 
     def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
         """Wait before the next attempt; False when there should be none."""
-        if isinstance(error, CorruptChunkError) or getattr(error, "errno", None) in FINAL:
+        causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
+        if isinstance(error, CorruptChunkError) or any(getattr(cause, "errno", None) in FINAL for cause in causes):
             return False
         pause = self._retry.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
         if time.monotonic() + pause >= ends_at or self._stopping.wait(pause):

@@ -38,6 +38,8 @@ class BoundedCaller:
     def call(self, function: Callable[[], T], timeout_s: float, what: str) -> T:
         """What ``function`` returns or raises; StorageError when that takes longer than ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
+        if self._closed:
+            raise ClosedError(f"{what}: closed")
         if not self._free.acquire(timeout=timeout_s):
             raise StorageError(f"{what}: all {self._most} threads were busy for {timeout_s} s")
         job = _Job(function)
@@ -55,13 +57,20 @@ class BoundedCaller:
             raise job.error
         return job.result
 
-    def close(self) -> None:
-        """Start nothing more; threads end when their calls do."""
+    def close(self, timeout_s: float) -> bool:
+        """Start nothing more, and wait for calls that run; False when some still do after ``timeout_s``."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 for _ in range(self._started):
                     self._jobs.put(None)
+        deadline = time.monotonic() + timeout_s
+        free = 0
+        while free < self._most and self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            free += 1
+        if free:
+            self._free.release(free)
+        return free == self._most
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -6,23 +6,22 @@ A buffer in host memory goes by POSIX reads and writes, on KvikIO's own threads.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import ByteSize, Field
 
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
-from lmcache.keys import ChunkKey
-from lmcache.storage.backends.chunk_files import ChunkFiles, reserve
-from lmcache.storage.backends.indexed import IndexedBackend, Place
+from lmcache.errors import ConfigError
+from lmcache.storage.backends.chunk_files import temporary_name
+from lmcache.storage.backends.file_place import FilePlace, Item, Operation
+from lmcache.storage.backends.indexed import IndexedBackend
 from lmcache.storage.base import Buffer
-from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.pool import PoolBuffer
 
-BATCH = 16
-"""Files that are read at once."""
+HEADERS_TIMEOUT_S = 10.0
 
 
 class GdsConfig(Config):
@@ -52,164 +51,77 @@ class GdsBackend(IndexedBackend):
         super().__init__(GdsFiles(config.path, config.threads), config.capacity, config.eviction)
 
 
-class GdsFiles(Place):
-    """One file a chunk. Reads of a batch run at the same time; what a read has begun is waited for."""
+class GdsFiles(FilePlace):
+    """Headers and payloads of a batch move at the same time; what has begun is waited for."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._kvikio = _import_kvikio()
-        self._files = ChunkFiles(path, "gds")
+        # KvikIO opens files itself, past the page cache where it likes.
+        super().__init__(path, "gds", direct=False, timeout_s=HEADERS_TIMEOUT_S)
         try:
             self._kvikio.defaults.set({"num_threads": threads})
-            self._probe()
+            self._try_out()
         except (RuntimeError, OSError) as error:
             raise ConfigError(
-                f"the gds tier cannot read and write at {self._files.root} ({error}): KvikIO needs NVIDIA's driver "
+                f"the gds tier cannot read and write at {self._files.path} ({error}): KvikIO needs NVIDIA's driver "
                 "(libcuda.so.1) even for host memory; without a GPU use {type: disk}"
             ) from error
 
-    def scan(self) -> list[tuple[ChunkKey, int]]:
-        return self._files.scan()
+    def move(self, operation: Operation, items: Sequence[Item], headers: PoolBuffer) -> list[Exception | None]:
+        with contextlib.ExitStack() as handles:
+            begun = [self._begin(operation, item, handles) for item in items]
+            return [_ended(futures, failure) for futures, failure in begun]
 
-    def find(self, key: ChunkKey) -> int:
-        return self._files.find(key)
+    def on_host(self, buffer: Buffer) -> memoryview:
+        """Those of a buffer on the GPU are copied for it."""
+        if not isinstance(buffer, OnDevice):
+            return buffer.view
+        import torch
 
-    def delete(self, key: ChunkKey) -> bool:
-        return self._files.delete(key)
-
-    def close(self) -> None:
-        """Nothing is open between calls."""
-
-    def read(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[bool | StorageError]:
-        outcomes: list[bool | StorageError] = []
-        for start in range(0, len(keys), BATCH):
-            outcomes += self._read_batch(keys[start : start + BATCH], into[start : start + BATCH])
-            if outcomes[-1] is not True:
-                break
-        return outcomes
-
-    def write(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
-        return [self._write(key, buffer) for key, buffer in zip(keys, buffers, strict=True)]
-
-    def _read_batch(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[bool | StorageError]:
-        outcomes: list[bool | StorageError] = []
-        with contextlib.ExitStack() as stack:
-            begun = [self._begin(stack, key, buffer) for key, buffer in zip(keys, into, strict=True)]
-            for key, buffer, reads in zip(keys, into, begun, strict=True):
-                outcome = reads if isinstance(reads, bool | StorageError) else self._end(key, buffer, *reads)
-                if all(earlier is True for earlier in outcomes):
-                    outcomes.append(outcome)
-        return outcomes
+        array = torch.as_tensor(buffer, device="cuda").flatten().view(torch.uint8).cpu().numpy()
+        return memoryview(array)  # type: ignore[arg-type]
 
     def _begin(
-        self, stack: contextlib.ExitStack, key: ChunkKey, buffer: Buffer
-    ) -> tuple[bytearray, list[Any]] | bool | StorageError:
-        """Start to read a file; its header goes into the bytes that are returned."""
-        path = self._files.path(key)
-        header = bytearray(HEADER_BYTES)
+        self, operation: Operation, item: Item, handles: contextlib.ExitStack
+    ) -> tuple[list[tuple[Any, int]], Exception | None]:
+        """Start to move header and payload: what moves, and how many bytes of it; and what kept the rest from it."""
+        futures: list[tuple[Any, int]] = []
+        # It takes the GPU's path where the buffer is there.
+        payload = item.buffer if isinstance(item.buffer, OnDevice) else item.buffer.view
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, file)
-            if (wrong := self._files.misfit(key, file, HEADER_BYTES + buffer.nbytes)) is not None:
-                return wrong
-            handle = stack.enter_context(self._open(path, "r"))
-            return header, [
-                handle.pread(header, HEADER_BYTES, 0),
-                handle.pread(_memory(buffer), buffer.nbytes, HEADER_BYTES),
-            ]
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+            handle = self._kvikio.CuFile(item.path, "r" if operation == "READ" else "r+")
+            handles.callback(handle.close)
+            call = handle.pread if operation == "READ" else handle.pwrite
+            futures.append((call(item.header, HEADER_BYTES, 0), HEADER_BYTES))
+            futures.append((call(payload, item.buffer.nbytes, HEADER_BYTES), item.buffer.nbytes))
         except (RuntimeError, OSError) as error:
-            return StorageError(f"cannot read {path}: {error}")
+            return futures, error
+        return futures, None
 
-    def _end(self, key: ChunkKey, buffer: Buffer, header: bytearray, reads: list[Any]) -> bool | StorageError:
-        failure: StorageError | None = None
-        done = 0
-        for read in reads:  # all of them, as none may go on when the buffers are given back
+    def _try_out(self) -> None:
+        """See whether KvikIO reads what it wrote."""
+        with self._staged(1) as header:
+            path = self._files.path / temporary_name()
             try:
-                done += read.get()
-            except (RuntimeError, OSError) as error:
-                failure = StorageError(f"cannot read {self._files.path(key)}: {error}")
-        if failure is not None:
-            return failure
-        try:
-            if done != HEADER_BYTES + buffer.nbytes:
-                raise CorruptChunkError(f"the file ended after {done} of {HEADER_BYTES + buffer.nbytes} bytes")
-            check_chunk(memoryview(header), key, _on_host(buffer))
-        except CorruptChunkError as error:
-            return error
-        self._files.used(key)
-        return True
-
-    def _write(self, key: ChunkKey, buffer: Buffer) -> StorageError | None:
-        path = self._files.path(key)
-        temporary: Path | None = None
-        try:
-            temporary = self._files.temporary(key)
-            file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                reserve(file, HEADER_BYTES + buffer.nbytes)
+                path.write_bytes(bytes(HEADER_BYTES))
+                with self._kvikio.CuFile(str(path), "r+") as handle:
+                    handle.pwrite(b"p" * HEADER_BYTES, HEADER_BYTES, 0).get()
+                    handle.pread(header.view, HEADER_BYTES, 0).get()
+                if header.view != b"p" * HEADER_BYTES:
+                    raise OSError("KvikIO did not read what it wrote")
             finally:
-                os.close(file)
-            self._write_file(temporary, encode_header(key, _on_host(buffer)), buffer)
-            temporary.rename(path)
+                path.unlink(missing_ok=True)
+
+
+def _ended(futures: list[tuple[Any, int]], failure: Exception | None) -> Exception | None:
+    """Wait for all of them, as none may go on when the buffers are given back; what went wrong."""
+    for future, nbytes in futures:
+        try:
+            if (done := future.get()) != nbytes:
+                raise OSError(f"{done} of {nbytes} bytes were moved")
         except (RuntimeError, OSError) as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-            return StorageError(f"cannot write {path}: {error}")
-        return None
-
-    def _write_file(self, path: Path, header: bytes, buffer: Buffer) -> None:
-        with self._open(path, "r+") as handle:
-            writes = [
-                handle.pwrite(header, HEADER_BYTES, 0),
-                handle.pwrite(_memory(buffer), buffer.nbytes, HEADER_BYTES),
-            ]
-            written, failure = 0, None
-            for write in writes:
-                try:
-                    written += write.get()
-                except (RuntimeError, OSError) as error:
-                    failure = error
-        if failure is not None:
-            raise failure
-        if written != HEADER_BYTES + buffer.nbytes:
-            raise OSError(f"{written} of {HEADER_BYTES + buffer.nbytes} bytes were written")
-
-    @contextlib.contextmanager
-    def _open(self, path: Path, flags: str) -> Iterator[Any]:
-        handle = self._kvikio.CuFile(str(path), flags)
-        try:
-            yield handle
-        finally:
-            handle.close()
-
-    def _probe(self) -> None:
-        path, back = self._files.root / f".tmp-{os.getpid()}-probe", bytearray(HEADER_BYTES)
-        try:
-            path.write_bytes(bytes(HEADER_BYTES))
-            with self._open(path, "r+") as handle:
-                handle.pwrite(b"p" * HEADER_BYTES, HEADER_BYTES, 0).get()
-                handle.pread(back, HEADER_BYTES, 0).get()
-            if back != b"p" * HEADER_BYTES:
-                raise OSError("KvikIO did not read what it wrote")
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _memory(buffer: Buffer) -> object:
-    """What KvikIO reads into or writes from: it takes the GPU's path where this is on the GPU."""
-    return buffer if isinstance(buffer, OnDevice) else buffer.view
-
-
-def _on_host(buffer: Buffer) -> memoryview:
-    """The bytes to take a checksum of: those of a buffer on the GPU are copied for it."""
-    if not isinstance(buffer, OnDevice):
-        return buffer.view
-    import torch
-
-    array = torch.as_tensor(buffer, device="cuda").flatten().view(torch.uint8).cpu().numpy()
-    return memoryview(array)  # type: ignore[arg-type]
+            failure = failure or error
+    return failure
 
 
 def _import_kvikio() -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from lmcache import metrics
-from lmcache.errors import CorruptChunkError, StorageError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -17,13 +18,15 @@ from lmcache.storage.registry import EVICTION_POLICIES
 
 logger = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 1.0
+
 
 class Place(ABC):
     """Where chunks lie, header and payload together. Thread-safe. Sizes are bytes of header and payload."""
 
     @abstractmethod
     def scan(self) -> Iterable[tuple[ChunkKey, int]]:
-        """Every chunk that is here, with its size, the longest unused first. Reads no payload."""
+        """Every chunk that is here, with its size, the longest unused first. Reads no payload. StorageError."""
 
     @abstractmethod
     def find(self, key: ChunkKey) -> int:
@@ -47,7 +50,7 @@ class Place(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release resources. Idempotent."""
+        """Release resources. Called once, when nothing else is."""
 
 
 class ChunkIndex:
@@ -121,8 +124,13 @@ class IndexedBackend(StorageBackend):
     def __init__(self, place: Place, capacity: int, eviction: str) -> None:
         self._place = place
         self._index = ChunkIndex(capacity, eviction)
-        for key, size in place.scan():
-            self._index.add(key, size)
+        self._calls, self._closed = 0, False
+        self._changed = threading.Condition()
+        try:
+            for key, size in place.scan():
+                self._index.add(key, size)
+        except StorageError as error:
+            raise ConfigError(f"the {self.name} tier cannot start: {error}") from error
         self._evict(self._index.reserve(0) or [])
 
     def __len__(self) -> int:
@@ -133,7 +141,8 @@ class IndexedBackend(StorageBackend):
         return self._index.used_bytes
 
     def keys(self) -> list[ChunkKey]:
-        return self._index.keys()
+        # By the place and not by the index, so that what other processes put there is told too.
+        return [key for key, _ in self._place.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         sizes: list[int] = []
@@ -145,50 +154,84 @@ class IndexedBackend(StorageBackend):
         return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
-        known = self.contains(keys)
-        outcomes = self._place.read(keys[:known], into[:known]) if known else []
-        count = sum(outcome is True for outcome in outcomes)
-        # The head of a prefix, without which the rest is worth nothing, counts as used last.
-        self._index.touch(reversed(keys[:count]))
-        if count < len(outcomes):
-            self._failed(keys[count], outcomes[count])
+        with self._running():
+            known = self.contains(keys)
+            outcomes = self._place.read(keys[:known], into[:known]) if known else []
+            count = sum(outcome is True for outcome in outcomes)
+            # The head of a prefix, without which the rest is worth nothing, counts as used last.
+            self._index.touch(reversed(keys[:count]))
+            if count < len(outcomes):
+                self._failed(keys[count], outcomes[count])
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         held = 0
         fresh: dict[ChunkKey, Buffer] = {}
-        for key, buffer in zip(keys, buffers, strict=True):
-            if key in fresh or self._known(key):
-                held += 1
-            elif (victims := self._index.reserve(HEADER_BYTES + buffer.nbytes)) is not None:
-                fresh[key] = buffer
-                self._evict(victims)
-        failure: StorageError | None = None
-        outcomes = self._write(fresh)
-        for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
-            if outcome is None:
-                self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
-                held += 1
-            else:
-                self._index.unreserve(HEADER_BYTES + buffer.nbytes)
-                failure = failure or outcome
+        with self._running():
+            for key, buffer in zip(keys, buffers, strict=True):
+                if key in fresh or self._still_here(key):
+                    held += 1
+                elif (victims := self._index.reserve(HEADER_BYTES + buffer.nbytes)) is not None:
+                    fresh[key] = buffer
+                    self._evict(victims)
+            failure: StorageError | None = None
+            outcomes = self._write(fresh)
+            for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
+                if outcome is None:
+                    self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
+                    held += 1
+                else:
+                    self._index.unreserve(HEADER_BYTES + buffer.nbytes)
+                    failure = failure or outcome
         if failure is not None:
             raise failure
         return held
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         count = 0
-        for key in keys:
-            self._index.forget(key)
-            count += self._place.delete(key)
+        with self._running():
+            for key in keys:
+                self._index.forget(key)
+                count += self._place.delete(key)
         return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        # By the place and not by the index, so that what other processes put there goes too.
-        return self.remove([key for key, _ in list(self._place.scan()) if fingerprint in (None, key.fingerprint)])
+        return self.remove([key for key in self.keys() if fingerprint in (None, key.fingerprint)])
 
     def close(self) -> None:
-        self._place.close()
+        """Waits a moment for calls that run; new ones raise ClosedError."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            ended = self._changed.wait_for(lambda: not self._calls, CLOSE_TIMEOUT_S)
+        if ended:
+            self._place.close()
+        else:  # a transfer goes on to use what the place has, which stays until the process ends
+            logger.warning("%s: closed while %d calls run", self.name, self._calls)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """While this lasts the place is open."""
+        with self._changed:
+            if self._closed:
+                raise ClosedError(f"the {self.name} tier is closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _still_here(self, key: ChunkKey) -> bool:
+        """Asks the place, as another process may have removed it."""
+        size = self._place.find(key)
+        if size != self._index.size(key):
+            self._index.forget(key)
+            if size:
+                self._index.add(key, size)
+        return size > 0
 
     def _known(self, key: ChunkKey) -> int:
         size = self._index.size(key)

@@ -56,8 +56,7 @@ class Journal:
     def size(self, key: ChunkKey) -> int:
         """0 for a key that is not there."""
         with self._lock:
-            if key not in self._sizes:
-                self._refresh()
+            self._refresh()
             return self._sizes.get(key, 0)
 
     def add(self, key: ChunkKey, size: int) -> None:

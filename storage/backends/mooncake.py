@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+CLOSE_TIMEOUT_S = 1.0
 BATCH = 64
 """Values of one call, as their headers lie in memory of our own meanwhile."""
 # What the store answers.
@@ -133,17 +134,23 @@ class MooncakeBackend(StorageBackend):
         return removed
 
     def close(self) -> None:
-        """Gives the memory of this process's segment back, and with it the values that lie there."""
+        """Gives the memory of this process's segment back, and with it the values that lie there.
+
+        Waits a moment for calls that run; new ones raise ClosedError. While one hangs the client is left as it is: it
+        would crash the process to take it away from under that call.
+        """
         if self._closed:
             return
         self._closed = True
-        client = self._client
-        if client is not None:
+        if not self._caller.close(CLOSE_TIMEOUT_S):
+            logger.warning("Mooncake's client is not closed, as calls of it still run")
+        elif self._client is not None:
+            closer = BoundedCaller(1, "lmcache-mooncake-close")
             try:
-                self._caller.call(client.close, self._config.timeout_s, "Mooncake's close")
+                closer.call(self._client.close, self._config.timeout_s, "Mooncake's close")
             except StorageError as error:
                 logger.warning("%s", error)
-        self._caller.close()
+            closer.close(0)
 
     def _get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         codes = self._move(keys, into, "get", _get)

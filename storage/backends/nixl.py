@@ -65,9 +65,7 @@ class NixlBackend(IndexedBackend):
         else:
             from lmcache.storage.backends.nixl_objects import NixlObjects
 
-            place = NixlObjects(
-                config.path, config.prefix, _object_parameters(config), config.timeout_s, config.staging
-            )
+            place = NixlObjects(config.path, config.prefix, object_parameters(config), config.timeout_s, config.staging)
         super().__init__(place, config.capacity, config.eviction)
 
 
@@ -75,7 +73,7 @@ def _file_parameters(config: NixlConfig) -> dict[str, str]:
     return ({f"use_{config.queue}": "true"} if config.plugin == "POSIX" else {}) | config.parameters
 
 
-def _object_parameters(config: NixlConfig) -> dict[str, str]:
+def object_parameters(config: NixlConfig) -> dict[str, str]:
     """What NIXL's OBJ plugin calls our options."""
     values = {
         "bucket": config.bucket,

@@ -128,11 +128,13 @@ class Transfer:
         deadline = time.monotonic() + timeout_s
         pause = LEAST_PAUSE_S
         while self._state == "PROC":
+            self._state = self._agent.state(self._handle)
+            if self._state != "PROC":
+                break
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause)
             pause = min(MOST_PAUSE_S, pause * 1.3)
-            self._state = self._agent.state(self._handle)
         if not self._finished:
             self._finished = True
             self._agent.finish(self._handle, self._registered)

@@ -7,6 +7,8 @@ nor delete objects: a journal remembers them, and a removed one is overwritten w
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import itertools
 import logging
 import threading
@@ -16,20 +18,28 @@ from pathlib import Path
 from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
-from lmcache.storage.backends.chunk_files import chunk_name
 from lmcache.storage.backends.indexed import Place
 from lmcache.storage.backends.journal import Journal
 from lmcache.storage.backends.nixl_agent import Agent, NixlError, Transfer
 from lmcache.storage.backends.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.layout import chunk_path
 from lmcache.storage.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
 
 TOMBSTONE = b"-"
 QUERIES = 2
-_abandoned: list[NixlObjects] = []
+_hanging: set[NixlObjects] = set()
+"""Those with late transfers. NIXL goes on to use their memory and their agents, so these may never be given back."""
+
+
+@atexit.register
+def _leave_to_nixl() -> None:
+    """To destroy an agent that has transfers under way would crash the process as it ends."""
+    for place in _hanging:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(place))
 
 
 class NixlObjects(Place):
@@ -63,14 +73,12 @@ class NixlObjects(Place):
 
     def close(self) -> None:
         self._reap()
-        self._queries.close()
         self._journal.close()
-        if self._late:
-            # NIXL goes on to write to this memory, so it may never be given back.
+        if not self._queries.close(0) or self._late:
             logger.warning(
                 "closed while %d transfers hang: %d bytes are left to them", len(self._late), self._staging.capacity
             )
-            _abandoned.append(self)
+            _hanging.add(self)
             return
         self._agent.close()
         self._staging.close()
@@ -170,6 +178,7 @@ class NixlObjects(Place):
                     late = True
                     with self._lock:
                         self._late.append((transfer, stages))
+                        _hanging.add(self)
                     return StorageError(f"no answer within {self._timeout_s} s")
             return None
         except NixlError as error:
@@ -208,6 +217,10 @@ class NixlObjects(Place):
             else:
                 with self._lock:
                     self._late.append((transfer, stages))
+                    _hanging.add(self)
+        with self._lock:
+            if not self._late:
+                _hanging.discard(self)
 
     def _name(self, key: ChunkKey) -> str:
-        return self._prefix + chunk_name(key)
+        return self._prefix + chunk_path(key)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from managers import Open, open_manager, settle
+from tier_faults import CHUNK, check_manager_goes_on, freeze, work_until_closed
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, StorageError
@@ -19,40 +28,38 @@ from lmcache.storage.backends.mooncake import MooncakeBackend
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
-from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
 if not os.environ.get("LMCACHE_TEST_NAMESPACE"):
     pytest.skip("run by test_mooncake.py", allow_module_level=True)
 
-CHUNK = 20_000
+__all__ = ["open_manager"]
 PORT = 15051
+ROOT = Path(__file__).resolve().parents[2]
 put, get = BackendTests.put, BackendTests.get
 
 
 class Master:
     """A mooncake_master, in this namespace, so at fixed ports."""
 
-    def __init__(self, port: int, folder: Path) -> None:
-        self._port, self._folder = port, folder
+    def __init__(self, port: int, folder: Path, *flags: str) -> None:
+        self._port, self._folder, self._flags = port, folder, flags
         self.start()
 
     def start(self) -> None:
         program = Path(sys.executable).parent / "mooncake_master"
         flags = f"-rpc_port={self._port} -rpc_address=127.0.0.1 -metrics_host=127.0.0.1 -metrics_port={self._port + 1}"
+        flags += " -rpc_thread_num=2 -default_kv_lease_ttl=5000"
         with (self._folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [program, *flags.split(), "-rpc_thread_num=2", "-default_kv_lease_ttl=5000"], stdout=log, stderr=log
-            )
-        import socket
+            self.process = subprocess.Popen([program, *flags.split(), *self._flags], stdout=log, stderr=log)
+        settle(self._listens, "the master does not start")
 
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self._port), 1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), 1).close()
+        except OSError:
+            return False
+        return True
 
     def kill(self) -> None:
         self.process.kill()
@@ -63,6 +70,37 @@ class Master:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+OWNER = """
+import json, sys
+from lmcache.storage.registry import build_backend
+backend = build_backend(json.loads(sys.argv[1]), "test")
+print("ready" if backend._client is not None else "failed", flush=True)
+sys.stdin.read()
+"""
+
+
+class Owner:
+    """A process that gives memory to the store."""
+
+    def __init__(self, port: int) -> None:
+        options = {"type": "remote", "url": f"mooncake://127.0.0.1:{port}", "segment": 64 << 20}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +238,7 @@ def test_a_master_that_hangs_dies_and_comes_back(victim: Master, pool: PinnedPoo
         lambda: backend.put([make_key(2)], [buffer]),
         lambda: backend.remove([make_key(1)]),
     ]
-    master.process.send_signal(signal.SIGSTOP)
+    freeze(master.process)
     for call in calls:
         began = time.monotonic()
         with pytest.raises(StorageError):
@@ -215,23 +253,97 @@ def test_a_master_that_hangs_dies_and_comes_back(victim: Master, pool: PinnedPoo
         assert time.monotonic() - began < 2
     buffer.release()
     master.start()
-    deadline = time.monotonic() + 40
-    while True:
-        try:
-            buffer = take(pool, CHUNK)
-            data = fill(buffer, 5)
-            if backend.put([make_key(5)], [buffer]):
-                break
-        except StorageError:
-            pass
-        finally:
-            buffer.release()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert get(backend, pool, make_key(5), CHUNK) == data
+    settle(lambda: puts(backend, pool, 5), "it never works again")
+    assert get(backend, pool, make_key(5), CHUNK) is not None
     assert get(backend, pool, make_key(1), CHUNK) is None  # a master forgets when it dies
-    deadline = time.monotonic() + 20
-    while pool.used_bytes:  # calls that ran over time give back what they held
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    settle(lambda: not pool.used_bytes, "calls that ran over time never give back what they held")
     backend.close()
+
+
+def puts(backend: MooncakeBackend, pool: PinnedPool, number: int) -> bool:
+    buffer = take(pool, CHUNK)
+    fill(buffer, number)
+    try:
+        return backend.put([make_key(number)], [buffer]) == 1
+    except StorageError:
+        return False
+    finally:
+        buffer.release()
+
+
+def test_random_work_with_restarts(store: MooncakeBackend) -> None:
+    class Values(BackendMachine(lambda folder: open_store())):
+        lossless = True  # the memory is another client's
+        restarts = 0
+
+        def reopen(self) -> None:
+            self.restarts += 1
+            if self.restarts % 4 == 1:  # as closing takes the client a second
+                super().reopen()
+
+    run_state_machine_as_test(Values, settings=settings(max_examples=2, stateful_step_count=25, deadline=None))
+
+
+def test_a_lease_that_ends_before_the_bytes_are_read_is_a_miss_and_the_value_stays(
+    tmp_path: Path, pool: PinnedPool
+) -> None:
+    with Master(PORT + 30, tmp_path, "-default_kv_lease_ttl=1"):
+        owner, backend = Owner(PORT + 30), open_store(PORT + 30)
+        put(backend, pool, make_key(1), 15 << 20, seed=1)
+        before = metrics.CORRUPT_CHUNKS.labels("mooncake")._value.get()
+        assert get(backend, pool, make_key(1), 15 << 20) is None
+        assert backend.contains([make_key(1)]) == 1
+        assert metrics.CORRUPT_CHUNKS.labels("mooncake")._value.get() == before
+        backend.close()
+        owner.kill()
+
+
+def test_a_process_killed_with_the_memory_it_gave_costs_its_values_only(tmp_path: Path, open_manager: Open) -> None:
+    with Master(PORT + 40, tmp_path, "-client_ttl=1"):
+        owners = [Owner(PORT + 40)]
+        check_manager_goes_on(
+            open_manager,
+            open_store(PORT + 40, timeout_s=1.0),
+            owners[0].kill,
+            lambda: owners.append(Owner(PORT + 40)),
+            forgets=True,
+        )
+        owners[1].kill()
+
+
+def test_a_master_killed_during_transfers_is_an_error_in_time_for_all(tmp_path: Path, pool: PinnedPool) -> None:
+    with Master(PORT + 50, tmp_path) as master:
+        backend = open_store(PORT + 50, segment=64 << 20, timeout_s=1.0)
+        done: list[int] = []
+        took: list[float] = []
+
+        def work(number: int) -> None:
+            held = True
+            while held:
+                began = time.monotonic()
+                held = puts(backend, pool, number)
+                with contextlib.suppress(StorageError):
+                    assert get(backend, pool, make_key(number), CHUNK) in (None, random.Random(number).randbytes(CHUNK))
+                    backend.remove([make_key(number)])
+                done.append(number)
+                took.append(time.monotonic() - began)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        settle(lambda: len(done) > 30, "nothing is written")
+        master.kill()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert max(took) < 5
+        settle(lambda: not pool.used_bytes, "calls that ran over time never give back what they held")
+        master.start()  # as the client waits long for it when it is closed
+        backend.close()
+
+
+def test_closing_during_transfers_ends_them_and_refuses_new_ones(store: MooncakeBackend, pool: PinnedPool) -> None:
+    backend = open_store()
+    ends = work_until_closed(backend, pool, lambda: store.contains([make_key(n) for n in range(30)]) == 30)
+    assert ends == [ClosedError] * 3
+    settle(lambda: not pool.used_bytes, "a buffer leaked")

@@ -6,11 +6,11 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from managers import settle
 
 from lmcache import metrics
 from lmcache.storage.backends.disk import DiskBackend, DiskConfig
@@ -82,14 +82,14 @@ def test_a_put_is_not_taken_for_held_when_another_process_evicted_it(tmp_path: P
 def test_of_two_that_write_one_key_the_first_stays_and_bytes_count_once(tmp_path: Path, pool: PinnedPool) -> None:
     one = open_disk(tmp_path)
     folder, buffer = Folder(0, tmp_path, direct=True, fsync=False, tier="disk"), take(pool, CHUNK)
-    real = Folder._publish
+    real = Folder.publish
 
     def late(self: Folder, *args: object) -> bool:
-        folder._publish = real.__get__(folder)
+        folder.publish = real.__get__(folder)
         put(one, pool, make_key(1), CHUNK, seed=1)
         return real(self, *args)
 
-    folder._publish = late.__get__(folder)
+    folder.publish = late.__get__(folder)
     assert folder.write(make_key(1), buffer, []) is False
     buffer.release()
     assert get(one, pool, make_key(1), CHUNK) == random.Random(1).randbytes(CHUNK)
@@ -144,7 +144,7 @@ def test_sigkill_loses_nothing_acknowledged_of_two_that_write(tmp_path: Path, po
         for _ in range(dice.randint(3, 25)):
             for writer in writers:
                 acknowledged.add(int(writer.stdout.readline()))
-        time.sleep(dice.random() / 100)  # to be killed at any moment, not to wait for something
+        settle(lambda: any(tmp_path.rglob(".tmp-*")), "no write is under way")
         for writer in writers:
             writer.kill()
             rest, _ = writer.communicate()

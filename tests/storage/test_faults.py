@@ -233,6 +233,12 @@ def test_a_transient_failure_is_tried_again_and_a_final_one_is_not(open_manager:
     assert manager.flush(WAIT_S)
     assert tier.calls.count("put") == 1
     assert manager.health().tiers[0].last_error == "[Errno 28] full"
+    wrapped = StorageError("cannot write a file: no space")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "no space")
+    tier.before["put"] = raising(wrapped)
+    store(manager, 2)
+    assert manager.flush(WAIT_S)
+    assert tier.calls.count("put") == 2, "nor is one that the system gave as the reason"
 
 
 def test_no_attempt_is_made_that_would_end_after_the_deadline(open_manager: Open) -> None:

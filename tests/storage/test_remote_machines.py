@@ -20,7 +20,7 @@ from faulty_proxy import FaultyProxy
 from object_places import QUICK, azure, seaweed
 from redis_places import REDIS, VALKEY
 
-from experiments.object_server import Azurite, SeaweedFS
+from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
 from experiments.redis_servers import RedisServer, wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
@@ -327,3 +327,14 @@ def test_redis_behind_a_network_that_fails(redis: RedisServer) -> None:
     proxy = FaultyProxy(redis.port)
     quick = {"timeout_s": 0.3, "connect_timeout_s": 0.3, "retry": {"base_s": 0.01}}
     run_behind(proxy, on(proxy.port, **quick), flips=[300, 4300])
+
+
+def test_a_bucket_through_nixl(seaweed: SeaweedFS) -> None:
+    pytest.importorskip("nixl", reason="NIXL is not installed")
+
+    def options(path: Path, name: str) -> dict[str, Any]:
+        place = {"bucket": seaweed.bucket, "endpoint": seaweed.endpoint, "prefix": f"{name}/"}
+        keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
+        return {"type": "nixl", "plugin": "OBJ", "path": str(path / "index"), **place, **keys}
+
+    run(options, exact=False, examples=8)

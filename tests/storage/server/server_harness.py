@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import socket
-import time
 from collections.abc import Callable
+
+from managers import settle
 
 from lmcache.server import protocol
 from lmcache.server.channel import Channel
@@ -19,10 +20,7 @@ WAIT_S = 20.0
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    settle(condition, "it never comes true")
 
 
 def data(seed: int, nbytes: int = CHUNK) -> bytes:
