@@ -234,11 +234,9 @@ class DiskBackend(StorageBackend):
         finally:
             if new:
                 written[key] = Entry(folder.number, size, time.time_ns())
-            else:
-                folder.account.change(-size)
-                self._space.settle(folder.number, size)
             for spare in spares:
                 folder.drop(spare)
+            self._space.end_write(folder, size, new=new)
             if folder.remade:
                 with contextlib.suppress(OSError):
                     self._space.scan(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 from lmcache import metrics
 from lmcache.keys import ChunkKey
@@ -33,16 +34,29 @@ class DiskSpace:
         self._room = [0] * folders
         """Bytes that the file system had left for us when it was asked, less what has been reserved since then."""
         self._next_ask = [0.0] * folders
+        self._gates = [_Gate() for _ in range(folders)]
 
     def reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str]) -> bool:
         """Count ``size`` bytes more, evicting as need be; False when they cannot be had.
 
-        ``settle`` ends the reservation, when the chunk is in the index or will not be.
+        ``end_write`` has to follow when they are had, and ``settle`` when the chunk is in the index.
         spares: is given the file of a victim, which the chunk of ``key`` can be written over: that is quicker than to
         remove one file and make another, by a third on ext4.
         """
         if size > self._share:
             return False
+        gate, had = self._gates[folder.number], False
+        gate.enter()
+        try:
+            had = self._reserve(folder, key, size, spares, gate)
+        finally:
+            if not had:
+                for spare in spares:
+                    folder.drop(spare)
+                gate.leave()
+        return had
+
+    def _reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str], gate: _Gate) -> bool:
         scanned, rounds, gone = False, 0, 0
         while rounds < ROUNDS:
             # What was evicted is taken off the account in the same step: each step locks a file.
@@ -53,8 +67,10 @@ class DiskSpace:
                     self._pending[folder.number] += size
                     self._room[folder.number] -= size
                 return True
-            if not scanned and self._scan_if_wanted(folder, missing):
+            if not scanned and self._scan_is_wanted(folder, missing):
                 scanned = True
+                with gate.outside(), contextlib.suppress(OSError):
+                    self.scan(folder, exact=False)
             elif (victims := self._index.candidates(folder.number, missing)) == []:
                 break  # other writers have reserved what is not indexed yet
             else:
@@ -63,29 +79,36 @@ class DiskSpace:
                 rounds += moved
         if gone:
             folder.account.change(-gone)
-        for spare in spares:
-            folder.drop(spare)
         return False
 
+    def end_write(self, folder: Folder, size: int, *, new: bool) -> None:
+        """The bytes that were reserved are in a file that is there now, or will not be needed."""
+        if not new:
+            folder.account.change(-size)
+            self.settle(folder.number, size)
+        self._gates[folder.number].leave()
+
     def settle(self, folder: int, size: int) -> None:
-        """A reservation has ended."""
+        """A reservation has ended: its chunk is in the index."""
         with self._lock:
             self._pending[folder] -= size
 
     def trim(self, folder: Folder) -> None:
         """Evict what is beyond the folder's share."""
-        excess = folder.account.read() - self._share
-        freed = [self._evict(folder, key, entry) for key, entry in self._index.candidates(folder.number, excess)]
+        with self._gates[folder.number].inside():
+            excess = folder.account.read() - self._share
+            freed = [self._evict(folder, key, entry) for key, entry in self._index.candidates(folder.number, excess)]
+            folder.account.change(-sum(freed))
         metrics.EVICTED_CHUNKS.labels(self._tier).inc(sum(map(bool, freed)))
-        folder.account.change(-sum(freed))
 
     def unlink(self, folder: Folder, key: ChunkKey, entry: Entry | None) -> bool:
         """Remove a file and count its bytes no more; whether it was this call that removed it. OSError."""
-        found = folder.find(key) if entry is None else None
-        size = entry.size if entry is not None else found[2] if found is not None else 0
-        gone = folder.unlink(key)
-        if gone:
-            folder.account.change(-size)
+        with self._gates[folder.number].inside():
+            found = folder.find(key) if entry is None else None
+            size = entry.size if entry is not None else found[2] if found is not None else 0
+            gone = folder.unlink(key)
+            if gone:
+                folder.account.change(-size)
         return gone
 
     def scan(self, folder: Folder, *, exact: bool = True) -> None:
@@ -94,20 +117,21 @@ class DiskSpace:
         exact: also where the account has a little more than there is, such as bytes that others are about to write.
         """
         started = time.monotonic()
-        folder.remade = False
-        folder.account.open()
-        changes = folder.account.changes()
-        known = set(self._index.keys_of(folder.number))
-        found, writing = folder.scan()
-        slack = 0 if exact else int(self._share * UNKNOWN_SHARE)
-        folder.account.correct(changes, sum(size for _, _, size in found) + writing, slack)
-        for used_ns, key, size in found:
-            if key in known:
-                known.discard(key)
-            elif self._index.find(key) is None:
-                self._index.add(key, Entry(folder.number, size, used_ns))
-        for key in known:
-            self._index.forget(key)
+        with self._gates[folder.number].alone():
+            folder.remade = False
+            folder.account.open()
+            changes = folder.account.changes()
+            known = set(self._index.keys_of(folder.number))
+            found, writing = folder.scan()
+            slack = 0 if exact else int(self._share * UNKNOWN_SHARE)
+            folder.account.correct(changes, sum(size for _, _, size in found) + writing, slack)
+            for used_ns, key, size in found:
+                if key in known:
+                    known.discard(key)
+                elif self._index.find(key) is None:
+                    self._index.add(key, Entry(folder.number, size, used_ns))
+            for key in known:
+                self._index.forget(key)
         now = time.monotonic()
         self._next_scan[folder.number] = now + SCAN_PAUSE * (now - started)
 
@@ -166,14 +190,58 @@ class DiskSpace:
                 return entry.size
         return 0
 
-    def _scan_if_wanted(self, folder: Folder, missing: int) -> bool:
+    def _scan_is_wanted(self, folder: Folder, missing: int) -> bool:
         known = self._index.known_bytes(folder.number)
         unknown = folder.account.read() - known - self._pending[folder.number]
         due = time.monotonic() >= self._next_scan[folder.number]
         # When nothing we know of is left to evict, others hold nearly everything, and a scan puts an end to that.
-        if not (unknown > 0 and missing > known) and not (unknown > self._share * UNKNOWN_SHARE and due):
-            return False
-        with contextlib.suppress(OSError):
-            self.scan(folder, exact=False)
-            return True
-        return False
+        return (unknown > 0 and missing > known) or (unknown > self._share * UNKNOWN_SHARE and due)
+
+
+class _Gate:
+    """For what changes a file and then the account, any number at once, and scans, which must see both or neither."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._scanning = False
+
+    def enter(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._scanning)
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        self.leave()
+        try:
+            yield
+        finally:
+            self.enter()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._scanning)
+            self._scanning = True
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._inside)
+            yield
+        finally:
+            with self._changed:
+                self._scanning = False
+                self._changed.notify_all()
