@@ -21,7 +21,7 @@ from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
 # The position at which attention makes a token cost twice what the first one costs.
 COST_DOUBLES_AT = 1 << 18
 MOST_USES = 5  # uses beyond 16 are not told apart
-FIT_EVERY = 2048  # uses
+FIRST_FIT, FIT_EVERY = 256, 2048  # uses; the time between doubles
 TICK_EVERY = 16  # uses; below the end of the first level
 
 
@@ -39,7 +39,7 @@ class _Chunk:
         self.ends = False  # when it was used last, nothing hung on it
         self.open = False  # used last, and it may be that more comes to hang on it
         self.uses = 0
-        self.gap = 0  # between its last two uses
+        self.gap = 0  # between its uses; the last ones weigh most
         self.last = -1  # when it was last used; -1: it is only known as a parent
         self.kind = 0
         self.level = -1  # of its age; -1: it has no kind yet
@@ -61,7 +61,7 @@ class Reuse(EvictionPolicy):
         self._model = ReuseModel()
         self._chunks: dict[ChunkKey, _Chunk] = {}
         self._now = 0
-        self._next_fit = FIT_EVERY
+        self._next_fit = FIRST_FIT
         self._ages: list[deque[tuple[_Chunk, int]]] = [deque() for _ in STARTS]
         """By level: chunks and the time of the use since when they age; stale when used again."""
         self._queues: dict[tuple[int, int, int], _Queue] = {}
@@ -184,10 +184,13 @@ class Reuse(EvictionPolicy):
     def _use(self, chunk: _Chunk) -> None:
         if chunk.level >= 0:
             self._model.used[chunk.kind][chunk.level] += 1
-        chunk.gap = self._now - chunk.last if chunk.last >= 0 else 0
-        chunk.last, chunk.level = self._now, 0
+        gap = self._now - chunk.last
+        chunk.gap = (chunk.gap + gap) // 2 if chunk.uses > 1 else gap
+        chunk.last = self._now
         chunk.uses += 1
         newest, self._newest = self._newest, chunk
+        # Whose parent went while the chain came in is worthless, and so is what follows.
+        chunk.level = LAST if newest and chunk.parent is newest and not newest.held else 0
         if newest and newest.open:
             newest.open = False
             if newest is not chunk.parent and newest is not chunk:
@@ -225,6 +228,8 @@ class Reuse(EvictionPolicy):
     def _begin(self, chunk: _Chunk) -> None:
         """``chunk`` begins to age."""
         chunk.kind = self._model.kind(self._kind_of(chunk))
+        if chunk.level == LAST:
+            return
         self._model.entered[chunk.kind][0] += 1
         self._ages[0].append((chunk, chunk.last))
 
@@ -255,7 +260,7 @@ class Reuse(EvictionPolicy):
         for level in range(LAST):
             self._age(level)
         if self._now >= self._next_fit:
-            self._next_fit = self._now + FIT_EVERY
+            self._next_fit = self._now + min(self._now, FIT_EVERY)
             self._model.fit(self._now)
             self._order = sorted(
                 (self._model.value[kind][level] * 2.0**weight, kind, level, weight)
