@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from itertools import count
-from math import log2
+from math import inf, log2
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
@@ -20,7 +20,7 @@ from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
 
 # The position at which attention makes a token cost twice what the first one costs.
 COST_DOUBLES_AT = 1 << 18
-MOST_USES = 5  # uses beyond 16 are not told apart
+MOST_USES = 8  # uses beyond 128 are not told apart
 FIRST_FIT, FIT_EVERY = 256, 2048  # uses; the time between doubles
 TICK_EVERY = 16  # uses; below the end of the first level
 
@@ -28,7 +28,21 @@ TICK_EVERY = 16  # uses; below the end of the first level
 class _Chunk:
     """What is remembered of a chunk: while it is held, and for some time after."""
 
-    __slots__ = ("ends", "gap", "held", "key", "kids", "kind", "last", "level", "open", "parent", "queued", "uses", "weight")
+    __slots__ = (
+        "ends",
+        "gap",
+        "held",
+        "key",
+        "kids",
+        "kind",
+        "last",
+        "level",
+        "open",
+        "parent",
+        "queued",
+        "uses",
+        "weight",
+    )
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -121,6 +135,8 @@ class Reuse(EvictionPolicy):
                     yield from self._climb(heapq.heappop(freed), left, freed, serial)
         while freed:
             yield from self._climb(heapq.heappop(freed), left, freed, serial)
+        if (newest := self._newest) and newest.open and newest.held:
+            yield from self._climb((inf, 0, newest), left, freed, serial)
 
     def _worths(self) -> Iterator[tuple[float, _Queue]]:
         for worth, *name in self._order:
@@ -186,11 +202,9 @@ class Reuse(EvictionPolicy):
             self._model.used[chunk.kind][chunk.level] += 1
         gap = self._now - chunk.last
         chunk.gap = (chunk.gap + gap) // 2 if chunk.uses > 1 else gap
-        chunk.last = self._now
+        chunk.last, chunk.level = self._now, 0
         chunk.uses += 1
         newest, self._newest = self._newest, chunk
-        # Whose parent went while the chain came in is worthless, and so is what follows.
-        chunk.level = LAST if newest and chunk.parent is newest and not newest.held else 0
         if newest and newest.open:
             newest.open = False
             if newest is not chunk.parent and newest is not chunk:
@@ -201,19 +215,17 @@ class Reuse(EvictionPolicy):
         chunk.open = chunk.ends and (chunk.parent is None or chunk.parent is newest)
         self._above = chunk.parent.key if chunk.parent else None
         self._begin(chunk)
-        if not chunk.kids:
+        if not chunk.kids and not chunk.open:
             self._enqueue(chunk)
 
     def _settle(self, chunk: _Chunk) -> None:
         """``chunk`` ends its prompt, as nothing came to hang on it."""
         if chunk.level == 0 and (kind := self._model.kind(self._kind_of(chunk))) != chunk.kind:
-            queued = chunk.queued
-            self._dequeue(chunk)
             self._model.entered[chunk.kind][0] -= 1
             self._model.entered[kind][0] += 1
             chunk.kind = kind
-            if queued:
-                self._enqueue(chunk)
+        if chunk.held and not chunk.kids:
+            self._enqueue(chunk)
 
     @staticmethod
     def _kind_of(chunk: _Chunk) -> Kind:
@@ -228,8 +240,6 @@ class Reuse(EvictionPolicy):
     def _begin(self, chunk: _Chunk) -> None:
         """``chunk`` begins to age."""
         chunk.kind = self._model.kind(self._kind_of(chunk))
-        if chunk.level == LAST:
-            return
         self._model.entered[chunk.kind][0] += 1
         self._ages[0].append((chunk, chunk.last))
 
