@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 # Ages at which the levels begin. The last one has no end: what gets there is taken for never
 # used again, and what was let go is forgotten then. So no more than that many are remembered beside what is held.
-LEVELS = 24
-STARTS = [0, *(int(32 * 1.5**i) for i in range(LEVELS - 1))]
+LEVELS = 36
+STARTS = [0, *(int(32 * 1.3**i) for i in range(LEVELS - 1))]
 LAST = LEVELS - 1
 # Chunks of the wider kind that a kind's own counts are mixed with: those of a request live and die together.
 PRIOR_CHUNKS = 100.0

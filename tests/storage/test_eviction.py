@@ -214,10 +214,21 @@ def test_reuse_forgets_what_is_gone_long_ago() -> None:
 
 @pytest.mark.parametrize("name", [*traces.SYNTHETIC])
 def test_reuse_is_about_as_good_as_the_best_on_other_traces(name: str) -> None:
-    requests = traces.read(name)[:3000]
-    size = len({block for request in requests for block in request}) // 12
-    best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo"))
-    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.015
+    requests = traces.read(name)[:2000]
+    different = len({block for request in requests for block in request})
+    for size in (different // 20, different // 6):
+        best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo"))
+        assert replay.replay(requests, size, replay.make("reuse")) > best - 0.005
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_reuse_wins_a_part_of_the_recorded_trace_whichever_block_is_used_first(last_first: bool) -> None:
+    requests = [request for request in traces.read("mooncake") if len(request) > 1 and request[1] % 8 == 2]
+    for size in (500, 1500):
+        best = max(
+            replay.replay(requests, size, replay.make(other), last_first=last_first) for other in ("lru", replay.PAPER)
+        )
+        assert replay.replay(requests, size, replay.make("reuse"), last_first=last_first) > best
 
 
 def test_reuse_beats_the_stock_policies_on_the_recorded_trace() -> None:
