@@ -6,7 +6,9 @@ A block is named by a number that stands for its tokens and for all before it: e
 from __future__ import annotations
 
 import gzip
+import heapq
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,12 +123,68 @@ def phases(seed: int = 0, requests: int = 8000) -> list[Request]:
     return found
 
 
+def service(
+    seed: int = 0,
+    requests: int = 8000,
+    *,
+    prompts: int = 100,
+    skew: float = 0.8,
+    prompt: tuple[int, int] = (1, 15),
+    tail: tuple[int, int] = (1, 20),
+    on: float = 0.3,
+    think: float = 300.0,
+    retry: float = 0.02,
+    drift: int = 0,
+) -> list[Request]:
+    """Sessions behind shared system prompts, some prompts more popular than others, as in published traces.
+
+    prompt, tail: blocks of a system prompt, of what a turn adds. on: chance of another turn, after ``think`` requests
+    in the median. retry: chance that the same comes again. drift: requests after which other prompts are popular.
+    """
+    chains, found = Chains(seed), list[Request]()
+    rng = chains.random
+    lengths = [rng.randint(*prompt) for _ in range(prompts)]
+    waiting: list[tuple[float, int, list[object]]] = []
+    while len(found) < requests:
+        now = len(found)
+        if waiting and waiting[0][0] <= now:
+            _, _, context = heapq.heappop(waiting)
+        else:
+            which = (_zipf(rng, prompts, skew) + (now // drift * 7 if drift else 0)) % prompts
+            context = [("root",), *(("prompt", which, n) for n in range(lengths[which]))]
+        again = rng.random() < retry
+        if not again or len(context) == 1:
+            context = context + chains.fresh(round(math.exp(rng.uniform(*map(math.log, tail)))))
+        found.append(chains.blocks(context))
+        if rng.random() < on:
+            heapq.heappush(waiting, (now + 1 + rng.lognormvariate(math.log(think), 1.2), now, context))
+    return found
+
+
+def tools(seed: int = 0, requests: int = 8000) -> list[Request]:
+    """Calls of tools and agents: mostly one turn or two behind a long system prompt that many share."""
+    return service(seed, requests, prompts=300, prompt=(1, 15), tail=(1, 30), on=0.35, think=60)
+
+
+def calls(seed: int = 0, requests: int = 8000) -> list[Request]:
+    """An interface that programs call, in blocks of few tokens: one turn, the same instructions, drifting demand."""
+    return service(seed, requests, prompts=60, skew=0.6, prompt=(5, 60), tail=(2, 60), on=0.02, retry=0.05, drift=1500)
+
+
+def assistants(seed: int = 0, requests: int = 8000) -> list[Request]:
+    """People who talk to a few assistants: one short prompt each, many turns, long pauses."""
+    return service(seed, requests, prompts=8, skew=0.5, prompt=(1, 4), tail=(1, 30), on=0.7, think=400)
+
+
 SYNTHETIC: dict[str, Callable[[], list[Request]]] = {
     "chat": chat,
     "agents": agents,
     "documents": documents,
     "scans": scans,
     "phases": phases,
+    "tools": tools,
+    "calls": calls,
+    "assistants": assistants,
 }
 
 

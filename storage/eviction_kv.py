@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from itertools import count
-from math import log2
+from math import inf, log2
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
@@ -20,15 +20,29 @@ from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
 
 # The position at which attention makes a token cost twice what the first one costs.
 COST_DOUBLES_AT = 1 << 18
-MOST_USES = 5  # uses beyond 16 are not told apart
-FIT_EVERY = 2048  # uses
+MOST_USES = 8  # uses beyond 128 are not told apart
+FIRST_FIT, FIT_EVERY = 256, 2048  # uses; the time between doubles
 TICK_EVERY = 16  # uses; below the end of the first level
 
 
 class _Chunk:
     """What is remembered of a chunk: while it is held, and for some time after."""
 
-    __slots__ = ("gap", "held", "key", "kids", "kind", "last", "level", "parent", "queued", "uses", "weight")
+    __slots__ = (
+        "ends",
+        "gap",
+        "held",
+        "key",
+        "kids",
+        "kind",
+        "last",
+        "level",
+        "open",
+        "parent",
+        "queued",
+        "uses",
+        "weight",
+    )
 
     def __init__(self, key: ChunkKey) -> None:
         self.key = key
@@ -36,8 +50,10 @@ class _Chunk:
         self.kids = 0  # held children
         self.held = False
         self.queued = False  # a candidate
+        self.ends = False  # when it was used last, nothing hung on it
+        self.open = False  # used last, and it may be that more comes to hang on it
         self.uses = 0
-        self.gap = 0  # between its last two uses
+        self.gap = 0  # between its uses; the last ones weigh most
         self.last = -1  # when it was last used; -1: it is only known as a parent
         self.kind = 0
         self.level = -1  # of its age; -1: it has no kind yet
@@ -59,13 +75,15 @@ class Reuse(EvictionPolicy):
         self._model = ReuseModel()
         self._chunks: dict[ChunkKey, _Chunk] = {}
         self._now = 0
-        self._next_fit = FIT_EVERY
+        self._next_fit = FIRST_FIT
         self._ages: list[deque[tuple[_Chunk, int]]] = [deque() for _ in STARTS]
         """By level: chunks and the time of the use since when they age; stale when used again."""
         self._queues: dict[tuple[int, int, int], _Queue] = {}
         self._order: list[tuple[float, int, int, int]] = []
         """Worth, kind, level, weight of every queue that has candidates, and of some that had; ascending."""
-        self._chain: list[_Chunk] = []
+        self._newest: _Chunk | None = None
+        """What was used last, and the parent that it has or had."""
+        self._above: ChunkKey | None = None
         self._tokens = self._bytes = 0
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
@@ -80,35 +98,26 @@ class Reuse(EvictionPolicy):
         chunk.weight = self._weigh(nbytes, place)
         chunk.held = True
         self._use(chunk)
-        if self._chain and self._chain[-1] not in (chunk.parent, *self._child_of(chunk)):
-            self._end_chain()
-        self._chain.append(chunk)
 
     def touch(self, key: ChunkKey) -> None:
         chunk = self._chunks.get(key)
         if chunk is None or not chunk.held:
             return
-        self._end_chain()
         self._tick()
         self._dequeue(chunk)
         self._use(chunk)
-        self._begin(chunk)
-        if not chunk.kids:
-            self._enqueue(chunk)
 
     def remove(self, key: ChunkKey) -> None:
         chunk = self._chunks.get(key)
         if chunk is None or not chunk.held:
             return
-        if chunk.level < 0:
-            self._end_chain()
         chunk.held = False
         self._dequeue(chunk)
         parent, chunk.parent = chunk.parent, None
         if parent:
             parent.kids -= 1
             if not parent.kids:
-                if parent.held and parent.level >= 0:
+                if parent.held:
                     self._enqueue(parent, first=True)
                 self._forget(parent)
         self._forget(chunk)
@@ -126,12 +135,8 @@ class Reuse(EvictionPolicy):
                     yield from self._climb(heapq.heappop(freed), left, freed, serial)
         while freed:
             yield from self._climb(heapq.heappop(freed), left, freed, serial)
-        chain = [chunk for chunk in self._chain if not left.get(chunk.key, chunk.kids)]
-        while chain:
-            chunk = chain.pop()
-            yield chunk.key
-            if (parent := self._childless(chunk, left)) is not None:
-                chain.append(parent)
+        if (newest := self._newest) and newest.open and newest.held:
+            yield from self._climb((inf, 0, newest), left, freed, serial)
 
     def _worths(self) -> Iterator[tuple[float, _Queue]]:
         for worth, *name in self._order:
@@ -151,7 +156,7 @@ class Reuse(EvictionPolicy):
         while True:
             yield chunk.key
             parent = self._childless(chunk, left)
-            if parent is None or parent.level < 0:
+            if parent is None:
                 return
             of_parent = self._worth(parent)
             if of_parent > worth:
@@ -182,11 +187,6 @@ class Reuse(EvictionPolicy):
         parent.kids += 1
         self._dequeue(parent)
 
-    def _child_of(self, chunk: _Chunk) -> tuple[_Chunk, ...]:
-        """The last of the chain, when it is a child of ``chunk``: chains come from either end."""
-        last = self._chain[-1]
-        return (last,) if last.parent is chunk else ()
-
     def _weigh(self, nbytes: int, place: Place | None) -> int:
         """Cost a byte against what is usual, in octaves: finer differences matter less than chances do."""
         if place is None or place.stop <= place.start:
@@ -200,9 +200,32 @@ class Reuse(EvictionPolicy):
     def _use(self, chunk: _Chunk) -> None:
         if chunk.level >= 0:
             self._model.used[chunk.kind][chunk.level] += 1
-        chunk.gap = self._now - chunk.last if chunk.last >= 0 else 0
-        chunk.last, chunk.level = self._now, -1
+        gap = self._now - chunk.last
+        chunk.gap = (chunk.gap + gap) // 2 if chunk.uses > 1 else gap
+        chunk.last, chunk.level = self._now, 0
         chunk.uses += 1
+        newest, self._newest = self._newest, chunk
+        if newest and newest.open:
+            newest.open = False
+            if newest is not chunk.parent and newest is not chunk:
+                self._settle(newest)
+        # Chains come from either end. What hangs on nothing or on what was used right before may grow; what was used
+        # right before may have hung on this, and may be gone already.
+        chunk.ends = not chunk.kids and chunk.key != self._above
+        chunk.open = chunk.ends and (chunk.parent is None or chunk.parent is newest)
+        self._above = chunk.parent.key if chunk.parent else None
+        self._begin(chunk)
+        if not chunk.kids and not chunk.open:
+            self._enqueue(chunk)
+
+    def _settle(self, chunk: _Chunk) -> None:
+        """``chunk`` ends its prompt, as nothing came to hang on it."""
+        if chunk.level == 0 and (kind := self._model.kind(self._kind_of(chunk))) != chunk.kind:
+            self._model.entered[chunk.kind][0] -= 1
+            self._model.entered[kind][0] += 1
+            chunk.kind = kind
+        if chunk.held and not chunk.kids:
+            self._enqueue(chunk)
 
     @staticmethod
     def _kind_of(chunk: _Chunk) -> Kind:
@@ -211,20 +234,12 @@ class Reuse(EvictionPolicy):
         How long the request was, and what it hangs on, were tried too: many kinds of which little is known do worse.
         """
         if chunk.uses == 1:
-            return (1, int(not chunk.kids))
+            return (1, int(chunk.ends and not chunk.open))
         return (min(chunk.uses.bit_length(), MOST_USES), min(max(0, chunk.gap.bit_length() - 6) // 2, 4))
-
-    def _end_chain(self) -> None:
-        """What came in has a kind now, as it is known what hangs on what."""
-        chain, self._chain = self._chain, []
-        for chunk in chain:
-            self._begin(chunk)
-            if chunk.held and not chunk.kids:
-                self._enqueue(chunk)
 
     def _begin(self, chunk: _Chunk) -> None:
         """``chunk`` begins to age."""
-        chunk.kind, chunk.level = self._model.kind(self._kind_of(chunk)), 0
+        chunk.kind = self._model.kind(self._kind_of(chunk))
         self._model.entered[chunk.kind][0] += 1
         self._ages[0].append((chunk, chunk.last))
 
@@ -255,7 +270,7 @@ class Reuse(EvictionPolicy):
         for level in range(LAST):
             self._age(level)
         if self._now >= self._next_fit:
-            self._next_fit = self._now + FIT_EVERY
+            self._next_fit = self._now + min(self._now, FIT_EVERY)
             self._model.fit(self._now)
             self._order = sorted(
                 (self._model.value[kind][level] * 2.0**weight, kind, level, weight)

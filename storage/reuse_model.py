@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 # Ages at which the levels begin. The last one has no end: what gets there is taken for never
 # used again, and what was let go is forgotten then. So no more than that many are remembered beside what is held.
-LEVELS = 18
-STARTS = [0, *(int(32 * 1.75**i) for i in range(LEVELS - 1))]
+LEVELS = 36
+STARTS = [0, *(int(32 * 1.3**i) for i in range(LEVELS - 1))]
 LAST = LEVELS - 1
 # Chunks of the wider kind that a kind's own counts are mixed with: those of a request live and die together.
 PRIOR_CHUNKS = 100.0
@@ -60,6 +60,7 @@ class ReuseModel:
                 counts[self._wider[index]] += counts[index]
         # Those still inside a level have, on average, half of it behind them.
         exposed = used + left + np.maximum(entered - used - left, 0) / 2
+        used, exposed = smooth(used), smooth(exposed)
         chance = np.empty_like(used)
         for index, wider in enumerate(self._wider):
             prior = chance[wider] if index else np.full(LEVELS, FIRST_GUESS)
@@ -89,3 +90,9 @@ def worth(chance: Counts) -> Counts:
         time = np.cumsum(alive * (1 - ahead / 2) * width[level:], axis=1)
         value[:, level] = (uses / time).max(axis=1)
     return value
+
+
+def smooth(counts: Counts) -> Counts:
+    """``[kinds, levels]`` with neighbouring levels mixed in: levels are finer than what is known of them."""
+    edged = np.pad(counts, ((0, 0), (1, 1)))
+    return edged[:, :-2] / 4 + counts / 2 + edged[:, 2:] / 4

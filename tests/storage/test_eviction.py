@@ -179,7 +179,19 @@ def test_reuse_lets_no_chunk_go_before_its_children() -> None:
         assert order.index(make_key(1 + number % 5)) > run[0]
 
 
-def test_reuse_does_not_evict_the_chain_that_is_coming_in() -> None:
+def test_reuse_keeps_the_beginning_of_a_chain_that_comes_in_from_its_end() -> None:
+    policy, held = replay.make("reuse"), set[ChunkKey]()
+    for index in reversed(range(300)):
+        if len(held) == 50:
+            victim = next(policy.victims())
+            policy.remove(victim)
+            held.remove(victim)
+        policy.add(make_key(index), 64, Place(make_key(index - 1) if index else None, index * 64, index * 64 + 64))
+        held.add(make_key(index))
+    assert held == {make_key(n) for n in range(50)}
+
+
+def test_reuse_does_not_evict_a_chain_that_comes_in_from_its_beginning() -> None:
     policy = replay.make("reuse")
     for number in range(20):
         chain(policy, range(100 * number, 100 * number + 10))
@@ -202,10 +214,21 @@ def test_reuse_forgets_what_is_gone_long_ago() -> None:
 
 @pytest.mark.parametrize("name", [*traces.SYNTHETIC])
 def test_reuse_is_about_as_good_as_the_best_on_other_traces(name: str) -> None:
-    requests = traces.read(name)[:3000]
-    size = len({block for request in requests for block in request}) // 12
-    best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo"))
-    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.015
+    requests = traces.read(name)[:2000]
+    different = len({block for request in requests for block in request})
+    for size in (different // 20, different // 6):
+        best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo"))
+        assert replay.replay(requests, size, replay.make("reuse")) > best - 0.005
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_reuse_wins_a_part_of_the_recorded_trace_whichever_block_is_used_first(last_first: bool) -> None:
+    requests = [request for request in traces.read("mooncake") if len(request) > 1 and request[1] % 8 == 2]
+    for size in (500, 1500):
+        best = max(
+            replay.replay(requests, size, replay.make(other), last_first=last_first) for other in ("lru", replay.PAPER)
+        )
+        assert replay.replay(requests, size, replay.make("reuse"), last_first=last_first) > best
 
 
 def test_reuse_beats_the_stock_policies_on_the_recorded_trace() -> None:
