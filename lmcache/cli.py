@@ -29,14 +29,22 @@ def config(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="YAML file; default: $LMCACHE_CONFIG_FILE")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="memory.capacity=4GiB ...")] = None,
 ) -> None:
-    """Check a configuration and print it resolved, as YAML."""
+    """Check a configuration, tiers, policies and codec included, and print it resolved, as YAML. Opens nothing."""
     import yaml
 
     from lmcache.config import load_config, parse_overrides
     from lmcache.errors import ConfigError
+    from lmcache.storage.registry import check_backend, check_policy
 
     try:
         resolved = load_config(file, parse_overrides(overrides or []))
+        check_policy(resolved.memory.eviction, "memory.eviction")
+        for index, tier in enumerate(resolved.tiers):
+            check_backend(tier, f"tiers[{index}]")
+        if resolved.codec is not None:
+            from lmcache.engine.engine import codec_of
+
+            codec_of(resolved)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

@@ -33,6 +33,7 @@ TIER_SHED_BYTES = Counter(
     "lmcache_tier_shed_bytes", "bytes not written: the queue was full, or the tier failed", ["tier"]
 )
 TIER_REFUSED_BYTES = Counter("lmcache_tier_refused_bytes", "bytes that a tier had no room for", ["tier"])
+TIER_REFUSED_CHUNKS = Counter("lmcache_tier_refused_chunks", "chunks that a tier did not take", ["tier"])
 TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
 CORRUPT_CHUNKS = Counter(
     "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]

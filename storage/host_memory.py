@@ -14,12 +14,15 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from lmcache.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 HugePages = bool | Literal["transparent", "hugetlb"]
 MAP_HUGETLB = 0x40000
 MPOL_PREFERRED = 1
 MBIND = {"x86_64": 237, "aarch64": 235}  # number of the system call
+MEMINFO = Path("/proc/meminfo")
 NODES = Path("/sys/devices/system/node")
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ANYWHERE = -1
@@ -39,10 +42,25 @@ def map_memory(capacity: int, huge_pages: HugePages) -> mmap.mmap:
                 size >> 10,
                 error,
             )
-    memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    available = available_bytes()
+    if available is not None and capacity > available:
+        # The system would grant it, and kill somebody when it is touched.
+        raise ConfigError(f"memory.capacity is {capacity} bytes, of which only {available} are available: lower it")
+    try:
+        memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            f"memory.capacity is {capacity} bytes, which the system refuses ({error}): lower it"
+        ) from error
     if huge_pages:
         _ask_for_transparent_pages(memory)
     return memory
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(MEMINFO), re.MULTILINE)
+    return int(found[1]) << 10 if found else None
 
 
 def _ask_for_transparent_pages(memory: mmap.mmap) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.promotion import promotion
 from lmcache.storage.reading import Reading
-from lmcache.storage.registry import EVICTION_POLICIES, build_tiers
+from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy
 from lmcache.storage.selection import Selection
 from lmcache.storage.tier import LowerTier, TierHealth
 from lmcache.storage.transfers import Transfers
@@ -58,6 +59,7 @@ class StorageManager:
     ) -> None:
         self._config = config
         memory = config.memory
+        check_policy(memory.eviction, "memory.eviction")
         policy = EVICTION_POLICIES.get(memory.eviction)()
         backends = build_tiers(config.tiers) if tiers is None else tiers
         self._write_back = config.demotion == "on_evict" and bool(backends)
@@ -69,6 +71,8 @@ class StorageManager:
             allocator=memory.allocator,
             slot=memory.slot,
         )
+        pool = weakref.ref(self.pool)
+        metrics.MEMORY_USED_BYTES.set_function(lambda: held.used_bytes if (held := pool()) else 0)
         self._memory = MemoryTier(
             self.pool,
             policy,
@@ -106,7 +110,6 @@ class StorageManager:
             left = ends_at - time.monotonic()
             if not self._close_expired() and (left <= 0 or not self.pool.wait_released(seen, left)):
                 break
-        metrics.MEMORY_USED_BYTES.set(self.pool.used_bytes)
         return buffer
 
     def put(

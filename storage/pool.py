@@ -38,7 +38,7 @@ class PinnedPool:
     ) -> None:
         self.capacity = capacity // PAGE * PAGE
         if self.capacity <= 0:
-            raise ConfigError(f"a pool needs at least {PAGE} bytes, got {capacity}")
+            raise ConfigError(f"memory.capacity: a pool needs at least {PAGE} bytes, got {capacity}")
         self._allocator = build_allocator(allocator, self.capacity, slot)
         self._map = host_memory.map_memory(self.capacity, huge_pages)
         self.view = memoryview(self._map)[: self.capacity]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from lmcache.config import build
+from lmcache.config import Config, build
 from lmcache.errors import ConfigError
 from lmcache.registry import Registry, split_type
 from lmcache.storage.base import StorageBackend
@@ -61,6 +61,29 @@ EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
 
 def build_backend(options: Mapping[str, Any], where: str) -> StorageBackend:
     """``{type: disk, path: ..., capacity: 10GiB}`` -> a backend. ConfigError names what is known."""
+    backend, config = check_backend(options, where)
+    return backend(config)
+
+
+def check_backend(options: Mapping[str, Any], where: str) -> tuple[type[StorageBackend], Config]:
+    """The class and the config of a backend, of what is inside a wrapper too; opens nothing. ConfigError."""
+    backend, config = _resolve(options, where)
+    if isinstance(policy := getattr(config, "eviction", None), str):
+        check_policy(policy, f"{where}.eviction")
+    if isinstance(inner := getattr(config, "inner", None), Mapping):
+        check_backend(inner, f"{where}.inner")
+    return backend, config
+
+
+def check_policy(name: str, where: str) -> None:
+    """ConfigError unless there is an eviction policy of that name."""
+    try:
+        EVICTION_POLICIES.get(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _resolve(options: Mapping[str, Any], where: str) -> tuple[type[StorageBackend], Config]:
     name, rest = split_type(options, where)
     known = STORAGE_BACKENDS
     if name == REMOTE:
@@ -75,7 +98,12 @@ def build_backend(options: Mapping[str, Any], where: str) -> StorageBackend:
             f"{where}: {name} needs the package {error.name}, which is not installed; pyproject.toml's extras name "
             "what each backend needs (pip install 'lmcache[redis]', for example)"
         ) from error
-    return backend(build(backend.Config, rest, f"{where} ({name})"))
+    except ConfigError as error:
+        if known is STORAGE_BACKENDS:
+            hint = f'; write {{type: remote, url: "{name}://..."}}' if name in REMOTE_SCHEMES.names() else ""
+            raise ConfigError(f"{where}: {error}, {REMOTE}{hint}") from None
+        raise ConfigError(f"{where}.url: {error}") from None
+    return backend, build(backend.Config, rest, f"{where} ({name})")
 
 
 def build_tiers(tiers: Sequence[Mapping[str, Any]]) -> list[StorageBackend]:

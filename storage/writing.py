@@ -7,6 +7,7 @@ put ──> queued ──> under way ──> settled (written, or not to be)
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from lmcache.storage.workers import Workers
 
 if TYPE_CHECKING:
     from lmcache.storage.tier import LowerTier
+
+logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
 SPARE_THREADS = 2  # that take over from writes that hang
@@ -59,6 +62,8 @@ class WriteQueue:
         self._pumping = False
         self._closed = False
         self.pending_bytes = 0
+        self._refused = False
+        self._too_large = False
         self._workers = Workers(f"{tier.name}-write", 1, SPARE_THREADS, deadlines, self._resume)
 
     @property
@@ -83,6 +88,16 @@ class WriteQueue:
                 self._queued.append(_Write(key, buffer, settled))
                 self.pending_bytes += buffer.nbytes
                 self._pump()
+            too_large, self._too_large = buffer.nbytes > self._most_bytes and not self._too_large, self._too_large
+            self._too_large |= too_large
+        if too_large:
+            logger.warning(
+                "tier %s: a chunk of %d bytes is larger than its queue of %d: such chunks are not written; raise "
+                "write_queue (at most half of memory.capacity counts)",
+                self._tier.name,
+                buffer.nbytes,
+                self._most_bytes,
+            )
         if not taken:
             metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(buffer.nbytes)
             buffer.release()
@@ -172,6 +187,8 @@ class WriteQueue:
         count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None)
         if count is None:
             metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
+        else:
+            self._note_refused(len(keys) - count, batch)
         self._settle(batch.writes, held=count == len(keys))
         with self._changed:
             undo = list(batch.undo)
@@ -200,6 +217,20 @@ class WriteQueue:
             batch = _Batch(writes)
             self._under_way.add(batch)
             return batch
+
+    def _note_refused(self, count: int, batch: _Batch) -> None:
+        """A tier without room is no failure, but it is said, once until it takes everything again."""
+        metrics.TIER_REFUSED_CHUNKS.labels(self._tier.name).inc(count)
+        if count and not self._refused:
+            largest = max(write.buffer.nbytes for write in batch.writes)
+            logger.warning(
+                "tier %s did not take %d of %d chunks of up to %d bytes: it is full, or too small for them",
+                self._tier.name,
+                count,
+                len(batch.writes),
+                largest,
+            )
+        self._refused = count > 0
 
     @staticmethod
     def _settle(writes: Sequence[_Write], held: bool) -> None:

@@ -152,6 +152,13 @@ class DiskBackend(StorageBackend):
                     raise StorageError(f"cannot clear {folder.path}: {error}") from error
         return count
 
+    def keys(self) -> list[ChunkKey]:
+        """By the folders, as other processes write to them too."""
+        try:
+            return [key for folder in self._folders if folder.opened for _, key, _ in folder.scan()[0]]
+        except OSError as error:
+            raise StorageError(f"cannot list the chunks of {self._folders[0].path}: {error}") from error
+
     def close(self) -> None:
         """Waits a moment for transfers that run; new ones raise ClosedError."""
         self._io.close(CLOSE_TIMEOUT_S)

@@ -111,16 +111,17 @@ class SharedFolderBackend(StorageBackend):
         return len(keys)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
+        held: list[ChunkKey] = []
         for key, buffer in zip(keys, buffers, strict=True):
             size = HEADER_BYTES + buffer.nbytes
             if self._stat(key) > HEADER_BYTES:
-                held += 1
+                held.append(key)
             elif self._capacity is None or size <= self._capacity:
                 self._write(key, buffer.view)
                 self._account(size)
-                held += 1
-        return held
+                held.append(key)
+        # Those that came first may have gone for the last ones.
+        return len(held) if self._capacity is None else sum(self._stat(key) > HEADER_BYTES for key in held)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._unlink(self._path(key)) for key in keys)
