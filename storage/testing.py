@@ -5,9 +5,9 @@
         def open_backend(self, tmp_path):
             return lambda: MyBackend(MyConfig(path=tmp_path))
 
-``durable = False`` for a backend that forgets when it is closed. A fixture ``open_small_backend`` opens it with room for
-some 1 MiB, where it has a capacity. The suite does not see the place itself: header, checksum and damage in it want
-tests of your own.
+``durable = False`` for a backend that forgets when it is closed. A fixture ``open_small_backend`` opens it with room
+for some 1 MiB, where it has a capacity. The suite does not see the place itself: header, checksum and damage in it
+want tests of your own.
 
 Random work against a dict, with restarts and faults (needs hypothesis):
 

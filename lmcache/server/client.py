@@ -230,10 +230,7 @@ class Client:
         sock = socket.create_connection(self._address, timeout_s)
         channel: Channel | None = None
         try:
-            if self._tls is None:
-                channel = Channel(sock)
-            else:
-                channel = TlsChannel(self._shake_hands(sock, self._tls))
+            channel = Channel(sock) if self._tls is None else TlsChannel(self._shake_hands(sock, self._tls))
             with self._lock:
                 if self._closed.is_set():
                     raise ClosedError("the client is closed")
