@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
 
 from pydantic import Field
 from tqdm import tqdm
@@ -44,7 +45,7 @@ class JudgeConfig(Model):
 
 class Config(ExperimentConfig):
     trace: str = Field("mooncake", description=f"mooncake, {', '.join(SYNTHETIC)}, or a file in Mooncake's format")
-    sizes: tuple[int, ...] = Field(
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="cache sizes in blocks; none: by how many different blocks there are"
     )
     policies: tuple[str, ...] = Field(description=f"names of eviction policies; {PAPER} too")
@@ -52,8 +53,13 @@ class Config(ExperimentConfig):
 
 
 def run(config: Config, results: Results) -> Outcome:
+    for name in config.policies:
+        make(name)  # an unknown one is an error now, not when its turn comes
     try:
         requests = read(config.trace)
+    except FileNotFoundError as error:
+        known = ", ".join(("mooncake", *SYNTHETIC))
+        raise ConfigError(f"trace: {config.trace!r} is neither a file nor one of {known}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"trace: {config.trace!r} cannot be read: {error!r}") from error
     different = len({block for request in requests for block in request})

@@ -99,17 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"pieces whose name contains this: {', '.join(pieces())}")
     parser.add_argument("--repeats", type=int, help="rounds, instead of what each case takes")
     options = parser.parse_args(argv)
+    chosen = [name for name in pieces() if options.only in name]
+    if not chosen:
+        print(f"--only {options.only}: no piece has that in its name; there are {', '.join(pieces())}", file=sys.stderr)
+        return 2
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; medians (min..max)")
     print(COLUMNS.format("operation", "size", "bytes", "reached", "limit", "share", ""))
     good = []
-    for piece in (name for name in pieces() if options.only in name):
+    for piece in chosen:
         try:
             for case in cases(piece):
                 good.append(report(case, options.repeats or case.repeats))
         except (ImportError, FileNotFoundError) as missing:
             print(f"{piece}: skipped, {missing}")
     if not good:
-        print(f"nothing was measured: {options.only!r} names no piece that can run here")
+        print(f"nothing was measured: none of {', '.join(chosen)} can run here")
     return 0 if good and all(good) else 1
 
 

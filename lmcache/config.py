@@ -6,9 +6,10 @@ The only place of the package that reads the environment.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -18,10 +19,25 @@ from lmcache.errors import ConfigError
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 NOTIFY_SOCKET_VARIABLE = "NOTIFY_SOCKET"
 ConfigT = TypeVar("ConfigT", bound="Config")
+MASK = "***"
+_SECRET_KEY = re.compile(r"(^|_)(password|secret_key|access_key|token)$")
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+# Instead of pydantic's words, by the type of its complaint; the rest are left as they are.
+_EXPECTED = {
+    "tuple_type": "expected a list, e.g. [{type: disk, ...}]",
+    "list_type": "expected a list, e.g. [{type: disk, ...}]",
+    "dict_type": "expected a mapping, e.g. {name: value}",
+    "model_type": "expected a mapping, e.g. {name: value}",
+    "byte_size": "expected a size such as 4GiB",
+    "byte_size_unit": "expected a size such as 4GiB",
+}
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and a key that it does not know is an error that names those it does."""
+    """Base of every config: frozen, and a key that it does not know is an error that names those it does.
+
+    A section (a mapping or a list) that is null is taken as absent, as when all lines below its name are comments.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -32,7 +48,13 @@ class Config(BaseModel):
             unknown = sorted(str(k) for k in data if k not in cls.model_fields)
             if unknown:
                 raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
+            return {k: value for k, value in data.items() if value is not None or not cls._is_section(k)}
         return data
+
+    @classmethod
+    def _is_section(cls, name: str) -> bool:
+        kind = cls.model_fields[name].annotation
+        return get_origin(kind) in (dict, tuple, list) or (isinstance(kind, type) and issubclass(kind, Config))
 
 
 class MemoryConfig(Config):
@@ -118,9 +140,29 @@ def build(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
         lines = []
         for problem in error.errors():
             path = ".".join(str(part) for part in problem["loc"])
-            got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-            lines.append(f"{path + ': ' if path else ''}{problem['msg'].removeprefix('Value error, ')}{got}")
+            # What a mistake was found in may be the whole mapping, secrets included.
+            silent = problem["type"] in ("value_error", "missing")
+            got = (
+                "" if silent else f" (got {_masked(problem['loc'][-1] if problem['loc'] else '', problem['input'])!r})"
+            )
+            words = _EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+            lines.append(f"{path + ': ' if path else ''}{words}{got}")
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which secrets (passwords, keys, tokens, the user part of URLs) are ``***``, at any depth."""
+    return {name: _masked(name, value) for name, value in values.items()}
+
+
+def _masked(name: object, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return masked(value)
+    if isinstance(value, list | tuple):
+        return [_masked(name, item) for item in value]
+    if value is not None and _SECRET_KEY.search(str(name)):
+        return MASK
+    return _USERINFO.sub(f"{MASK}@", value) if isinstance(value, str) else value
 
 
 def load_config(
@@ -144,8 +186,8 @@ def load(
     if path:
         where = str(path)
         try:
-            loaded = yaml.safe_load(Path(path).expanduser().read_text())
-        except (OSError, yaml.YAMLError) as error:
+            loaded = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the config file {where}: {error}") from error
         if loaded is not None and not isinstance(loaded, Mapping):
             raise ConfigError(f"{where}: expected a mapping of option names, got {type(loaded).__name__}")

@@ -29,7 +29,7 @@ from lmcache.storage.wrappers import WrapperConfig
 try:
     import zstandard
 except ModuleNotFoundError as error:
-    raise ConfigError("zstd needs zstandard: pip install 'lmcache[zstd]'") from error
+    raise ConfigError("zstd needs zstandard; in your clone: pip install -e '.[zstd]'") from error
 
 MAGIC = b"LMZ1"
 PLAIN, ZSTD = 0, 1

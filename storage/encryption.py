@@ -18,6 +18,7 @@ import binascii
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ try:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 except ModuleNotFoundError as error:
-    raise ConfigError("encrypted needs cryptography: pip install 'lmcache[encryption]'") from error
+    raise ConfigError("encrypted needs cryptography; in your clone: pip install -e '.[encryption]'") from error
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,10 @@ def _key_id(material: bytes) -> bytes:
 
 def _read_key(name: str) -> bytes:
     """The 32 bytes in a file. ConfigError, which does not show them, when it holds something else."""
-    path = Path(os.path.expandvars(name)).expanduser()
+    expanded = os.path.expandvars(name)
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise ConfigError(f"encrypted: keys: {name}: the environment variable {unset[1]} is not set")
+    path = Path(expanded).expanduser()
     try:
         raw = path.read_bytes()
         shared = path.stat().st_mode & 0o077

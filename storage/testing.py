@@ -5,7 +5,9 @@
         def open_backend(self, tmp_path):
             return lambda: MyBackend(MyConfig(path=tmp_path))
 
-``durable = False`` for a backend that forgets when it is closed.
+``durable = False`` for a backend that forgets when it is closed. A fixture ``open_small_backend`` opens it with room
+for some 1 MiB, where it has a capacity. The suite does not see the place itself: header, checksum and damage in it
+want tests of your own.
 
 Random work against a dict, with restarts and faults (needs hypothesis):
 
@@ -61,6 +63,11 @@ class BackendTests:
     @pytest.fixture
     def open_backend(self) -> OpenBackend:
         raise NotImplementedError("return a function that opens the backend on the same place each time")
+
+    @pytest.fixture
+    def open_small_backend(self, open_backend: OpenBackend) -> OpenBackend:
+        """A place with room for some 1 MiB; unless overridden, the same as the other."""
+        return open_backend
 
     @pytest.fixture
     def backend(self, open_backend: OpenBackend) -> Iterator[StorageBackend]:
@@ -157,6 +164,18 @@ class BackendTests:
         again = open_backend()
         assert self.get(again, pool, make_key(1), 70_000) == (data if self.durable else None)
         again.close()
+
+    def test_what_put_counts_is_what_is_held(self, open_small_backend: OpenBackend, pool: PinnedPool) -> None:
+        backend = open_small_backend()
+        keys, buffers = [make_key(n) for n in range(8)], [take(pool, 300_000) for _ in range(8)]
+        for number, buffer in enumerate(buffers):
+            fill(buffer, number)
+        counted = backend.put(keys, buffers)
+        for buffer in buffers:
+            buffer.release()
+        found = sum(backend.contains([key]) for key in keys)
+        backend.close()
+        assert counted == found
 
     def test_close_is_idempotent(self, backend: StorageBackend) -> None:
         backend.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import xxhash
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from lmcache import metrics
 from lmcache.config import Config
@@ -117,7 +117,7 @@ class LatencyConfig(WrapperConfig):
     """Options of ``{type: latency}``."""
 
     fixed_s: float = Field(0.0, ge=0, description="seconds that every call takes longer")
-    bytes_per_s: float | None = Field(None, gt=0, description="rate of payload bytes; null: no limit")
+    bytes_per_s: ByteSize | None = Field(None, gt=0, description="rate of payload bytes, as 2GiB; null: no limit")
     jitter: float = Field(0.0, ge=0, le=1, description="share by which a delay varies, up or down")
     seed: int = Field(0, description="of the jitter")
 

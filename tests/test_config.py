@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache.config import CONFIG_FILE_VARIABLE, load_config
+from lmcache.config import CONFIG_FILE_VARIABLE, load_config, masked
 from lmcache.errors import ConfigError
 
 
@@ -41,6 +41,10 @@ def test_an_explicit_path_beats_the_environment(tmp_path: Path, monkeypatch: pyt
         ({"memory.capactiy": "1GiB"}, "memory: unknown key capactiy; known: capacity"),
         ({"chunk_tokens": "many"}, "chunk_tokens: .*got 'many'"),
         ({"memory": {"capacity": "lots"}}, r"memory\.capacity.*got 'lots'"),
+        ({"memory": {"capacity": "4 lots"}}, r"memory\.capacity: expected a size such as 4GiB \(got '4 lots'\)"),
+        ({"tiers": {"type": "disk"}}, r"tiers: expected a list, e\.g\. \[\{type: disk, \.\.\.\}\] \(got"),
+        ({"tiers": ["disk"]}, r"tiers\.0: expected a mapping, .*got 'disk'"),
+        ({"memory": "4GiB"}, "memory: expected a mapping, .*got '4GiB'"),
         ({"read_timeout_s": 0}, "read_timeout_s.*greater than 0"),
     ],
 )
@@ -49,10 +53,47 @@ def test_mistakes_are_named(overrides: dict[str, object], message: str) -> None:
         load_config(overrides=overrides)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text"])
-def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_section_that_is_null_is_absent() -> None:
+    config = load_config(overrides={"memory": None, "tiers": None, "quotas": None, "breaker": None})
+    assert config == load_config(overrides={"chunk_tokens": None})
+
+
+def test_a_mistake_in_a_tier_shows_no_secret() -> None:
+    tier = {"type": "remote", "password": "hunter2", "url": "redis://me:hunter3@host"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides={"tiers": tier})
+    assert "hunter" not in str(caught.value)
+    assert "redis://***@host" in str(caught.value)
+
+
+def test_secrets_are_masked_at_any_depth() -> None:
+    tier = {
+        "url": "rediss://me:p@ss@host:1/0?x=a@b",
+        "password": "a",
+        "sentinel_password": "b",
+        "access_key": "c",
+        "options": {"secret_key": "d"},
+        "token_file": "/etc/token",
+    }
+    assert masked({"tiers": (tier, {"type": "disk", "password": None})}) == {
+        "tiers": [
+            {
+                "url": "rediss://***@host:1/0?x=a@b",
+                "password": "***",
+                "sentinel_password": "***",
+                "access_key": "***",
+                "options": {"secret_key": "***"},
+                "token_file": "/etc/token",
+            },
+            {"type": "disk", "password": None},
+        ]
+    }
+
+
+@pytest.mark.parametrize("text", [b"[1, 2]", b"a: [", b"just text", b"model_id: caf\xe9"])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: bytes) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load_config(file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import random
@@ -10,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
@@ -152,6 +153,10 @@ class Client:
         for channel in idle:
             channel.close()
 
+    @property
+    def _place(self) -> str:
+        return f"{self._address[0]}:{self._address[1]}"
+
     def _piece_bytes(self) -> int:
         return PIECE_BYTES if len(self._busy) <= 1 else PIECE_BYTES_IN_A_CROWD
 
@@ -225,10 +230,7 @@ class Client:
         sock = socket.create_connection(self._address, timeout_s)
         channel: Channel | None = None
         try:
-            if self._tls is None:
-                channel = Channel(sock)
-            else:
-                channel = TlsChannel(self._tls.wrap_socket(sock, server_hostname=self._address[0]))
+            channel = Channel(sock) if self._tls is None else TlsChannel(self._shake_hands(sock, self._tls))
             with self._lock:
                 if self._closed.is_set():
                     raise ClosedError("the client is closed")
@@ -244,8 +246,23 @@ class Client:
             raise
         return channel
 
+    def _shake_hands(self, sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        try:
+            return tls.wrap_socket(sock, server_hostname=self._address[0])
+        except TimeoutError:
+            raise TimeoutError(f"no TLS handshake with {self._place}: is it an lmcache server with TLS?") from None
+        except ssl.SSLError as error:
+            # What a server without TLS says first is no TLS record.
+            if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"):
+                raise StorageError(f"{self._place}: the server has no TLS: use {PLAIN}://") from error
+            raise
+
     def _greet(self, channel: Channel) -> None:
-        hello = _expect(channel.receive_frame(protocol.HELLO, MAX_HELLO_BYTES), protocol.Hello)
+        try:
+            hello = _expect(channel.receive_frame(protocol.HELLO, MAX_HELLO_BYTES), protocol.Hello)
+        except TimeoutError:
+            doubt = "is it an lmcache server" + (", and does it speak TLS (lms://)?" if self._tls is None else "?")
+            raise TimeoutError(f"no greeting from {self._place}: {doubt}") from None
         nonce = secrets.token_bytes(protocol.NONCE_BYTES)
         token = self._token
         proof = protocol.prove(token, "client", hello.nonce, nonce) if token and hello.needs_token else b""
@@ -270,14 +287,28 @@ def read_token(file: Path | None) -> bytes:
     return token
 
 
-def _tls_context(config: ClientConfig) -> ssl.SSLContext:
+@contextlib.contextmanager
+def naming(**files: Path | None) -> Iterator[None]:
+    """Around what uses these files of TLS, by their options: a ConfigError names the one that is at fault."""
+    given = {what: file for what, file in files.items() if file is not None}
+    for what, file in given.items():
+        try:
+            file.expanduser().open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"cannot read the {what} {file}: {error.strerror}") from error
     try:
+        yield
+    except OSError as error:
+        names = ", ".join(f"{what} {file}" for what, file in given.items())
+        raise ConfigError(f"cannot use the {names}: {error}") from error
+
+
+def _tls_context(config: ClientConfig) -> ssl.SSLContext:
+    with naming(ca_file=config.ca_file):
         context = ssl.create_default_context(cafile=config.ca_file and str(config.ca_file.expanduser()))
-        if config.cert_file is not None:
-            key = config.key_file and str(config.key_file.expanduser())
-            context.load_cert_chain(str(config.cert_file.expanduser()), key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{config.url}: cannot use the certificates: {error}") from error
+    if config.cert_file is not None:
+        with naming(cert_file=config.cert_file, key_file=config.key_file):
+            context.load_cert_chain(config.cert_file.expanduser(), config.key_file and config.key_file.expanduser())
     return context
 
 

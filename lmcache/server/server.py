@@ -16,7 +16,7 @@ from lmcache import metrics
 from lmcache.errors import ConfigError
 from lmcache.server import protocol
 from lmcache.server.channel import Channel, TlsChannel
-from lmcache.server.client import read_token
+from lmcache.server.client import naming, read_token
 from lmcache.server.config import ServerConfig, TlsConfig
 from lmcache.server.limits import Budget, Complaints
 from lmcache.server.session import Session, Shared
@@ -162,14 +162,12 @@ def _listen(host: str, port: int) -> socket.socket:
 def _tls_context(config: TlsConfig) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        key = config.key_file and str(config.key_file.expanduser())
-        context.load_cert_chain(str(config.cert_file.expanduser()), key)
-        if config.client_ca_file is not None:
-            context.load_verify_locations(str(config.client_ca_file.expanduser()))
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot use the certificates of tls: {error}") from error
+    with naming(cert_file=config.cert_file, key_file=config.key_file):
+        context.load_cert_chain(config.cert_file.expanduser(), config.key_file and config.key_file.expanduser())
+    if config.client_ca_file is not None:
+        with naming(client_ca_file=config.client_ca_file):
+            context.load_verify_locations(config.client_ca_file.expanduser())
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 

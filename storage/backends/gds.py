@@ -129,5 +129,5 @@ def _import_kvikio() -> Any:
         import kvikio
         import kvikio.defaults
     except (ImportError, RuntimeError) as error:  # the latter when NVIDIA's libraries are not beside it
-        raise ConfigError(f"the gds tier needs KvikIO: pip install 'lmcache[gds]' ({error})") from error
+        raise ConfigError(f"the gds tier needs KvikIO; in your clone: pip install -e '.[gds]' ({error})") from error
     return kvikio

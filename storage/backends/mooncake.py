@@ -319,7 +319,7 @@ def _import_store() -> Callable[[], MooncakeDistributedStore]:
         from mooncake.store import MooncakeDistributedStore as Store
     except ImportError as error:
         raise ConfigError(
-            "a mooncake:// remote needs the Mooncake client: pip install 'lmcache[mooncake]', or without CUDA pip "
-            f"install mooncake-transfer-engine-non-cuda; and the system library libibverbs1 ({error})"
+            "a mooncake:// remote needs the Mooncake client; in your clone: pip install -e '.[mooncake]', or without "
+            f"CUDA pip install mooncake-transfer-engine-non-cuda; and the system library libibverbs1 ({error})"
         ) from error
     return Store  # type: ignore[no-any-return]

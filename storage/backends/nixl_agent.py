@@ -151,5 +151,5 @@ def _import_nixl() -> Any:
     try:
         import nixl
     except ImportError as error:
-        raise ConfigError(f"the nixl tier needs NIXL: pip install 'lmcache[nixl]' ({error})") from error
+        raise ConfigError(f"the nixl tier needs NIXL; in your clone: pip install -e '.[nixl]' ({error})") from error
     return nixl

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
-from pydantic import ByteSize, Field, SecretStr
+from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from lmcache import metrics
 from lmcache.config import Config
@@ -37,7 +37,7 @@ try:
     from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
     from obstore.store import AzureStore, GCSStore, S3Store
 except ModuleNotFoundError as error:
-    raise ConfigError("object stores need obstore: pip install 'lmcache[object-store]'") from error
+    raise ConfigError("object stores need obstore; in your clone: pip install -e '.[object-store]'") from error
 
 if TYPE_CHECKING:
     from obstore import PutMode
@@ -81,6 +81,12 @@ class ObjectStoreConfig(Config):
     retries: int = Field(2, ge=0, description="times a request that failed is sent again, after a pause with jitter")
     index_ttl_s: float = Field(30.0, ge=0, description="seconds for which a chunk that was seen counts as held")
     index_entries: int = Field(200_000, ge=1, description="chunks that are remembered so")
+
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> ObjectStoreConfig:
+        if self.endpoint is not None and self.endpoint.lower().startswith("http://") and not self.allow_http:
+            raise ValueError("endpoint is http://: set allow_http: true")
+        return self
 
 
 class ObjectStoreBackend(StorageBackend):

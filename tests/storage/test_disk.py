@@ -40,6 +40,10 @@ class TestDisk(BackendTests):
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: open_disk(tmp_path / "kv")
 
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
+        return lambda: open_disk(tmp_path / "small", 1 << 20)
+
 
 @pytest.fixture
 def pool() -> Iterator[PinnedPool]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvikio", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lmcache\[gds\]'"):
+    with pytest.raises(ConfigError, match=r"in your clone: pip install -e '\.\[gds\]'"):
         build_backend({"type": "gds", "path": str(tmp_path)}, "test")
 
 
@@ -30,7 +30,7 @@ def test_options_are_checked() -> None:
 
 def test_everything_that_needs_kvikio(tmp_path: Path) -> None:
     if importlib.util.find_spec("kvikio") is None:
-        pytest.skip("KvikIO is not installed: pip install 'lmcache[gds]'")
+        pytest.skip("KvikIO is not installed: pip install -e '.[gds]'")
     if (gcc := shutil.which("gcc")) is None:
         pytest.skip("no gcc to build a stand-in for libcuda.so.1")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

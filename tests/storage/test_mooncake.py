@@ -26,7 +26,7 @@ def test_a_url_without_port_and_unknown_options_are_refused() -> None:
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mooncake.store", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lmcache\[mooncake\]'"):
+    with pytest.raises(ConfigError, match=r"in your clone: pip install -e '\.\[mooncake\]'"):
         build_backend({"type": "remote", "url": "mooncake://127.0.0.1:1"}, "test")
 
 

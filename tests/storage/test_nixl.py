@@ -41,7 +41,7 @@ from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
-pytest.importorskip("nixl", reason="NIXL is not installed: pip install 'lmcache[nixl]'")
+pytest.importorskip("nixl", reason="NIXL is not installed: pip install -e '.[nixl]'")
 __all__ = ["open_manager"]
 
 
@@ -94,7 +94,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
 
 def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lmcache\[nixl\]'"):
+    with pytest.raises(ConfigError, match=r"in your clone: pip install -e '\.\[nixl\]'"):
         open_files(tmp_path)
 
 

@@ -274,6 +274,7 @@ def test_writers_of_one_key_and_readers_see_whole_chunks(
         ({"url": "s3://no-such-bucket/x"}, "NoSuchBucket"),
         ({"url": "s3:///x"}, "bucket/prefix"),
         ({"options": {"nonsense": "1"}}, "nonsense"),
+        ({"allow_http": False}, "endpoint is http://: set allow_http: true"),
         ({"endpiont": "x"}, "unknown key endpiont; known: url, endpoint"),
         ({"url": "gs://b/x"}, "gs:// takes no access_key, secret_key; it takes endpoint"),
     ],

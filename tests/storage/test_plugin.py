@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,23 @@ PLUGIN = Path(__file__).parent / "plugin"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_an_installed_package_brings_a_backend(tmp_path: Path) -> None:
+def from_the_page(source: Path) -> None:
+    """The package as somebody has it who copies what docs/storage_plugins.md shows."""
+    page = (ROOT / "docs" / "storage_plugins.md").read_text()
+    config, backend, suite = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (project,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (source / "lmcache_ramdisk").mkdir(parents=True)
+    (source / "lmcache_ramdisk" / "__init__.py").write_text(config + backend)
+    (source / "conformance.py").write_text(suite)
+    (source / "pyproject.toml").write_text(project)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda source: shutil.copytree(PLUGIN, source), from_the_page], ids=["folder", "page"]
+)
+def test_an_installed_package_brings_a_backend(tmp_path: Path, make: Callable[[Path], object]) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
-    shutil.copytree(PLUGIN, source)
+    make(source)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=120)
     done = subprocess.run(

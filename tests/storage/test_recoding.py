@@ -386,6 +386,8 @@ def test_keys_that_cannot_be_used_are_refused_and_not_shown(tmp_path: Path, capl
         ([str(bad)], "must hold 32 bytes"),
         ([str(tmp_path / "none")], "No such file"),
         ([], "needs"),
+        (["$NO_SUCH_KEY/key"], "the environment variable NO_SUCH_KEY is not set"),
+        (["${NO_SUCH_KEY}"], "the environment variable NO_SUCH_KEY is not set"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             build_backend(encrypted(tmp_path, keys=keys), "test")

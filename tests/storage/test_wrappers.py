@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from lmcache import metrics
+from lmcache.config import build
 from lmcache.errors import ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.storage.wrappers import LatencyConfig
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000
@@ -122,6 +124,7 @@ def test_calls_bytes_and_errors_are_counted(tmp_path: Path, pool: PinnedPool, op
 
 def test_every_call_takes_longer_by_what_was_asked_for(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
     backend = opened(wrap(tmp_path, "latency", fixed_s=0.05, bytes_per_s=CHUNK * 10, jitter=0.1))
+    assert build(LatencyConfig, {"inner": {}, "bytes_per_s": "2GiB"}, "test").bytes_per_s == 2 << 30
     begun = time.monotonic()
     backend.sizes([make_key(1)])
     assert 0.045 <= time.monotonic() - begun < 1

@@ -22,6 +22,10 @@ class TestRamdisk(BackendTests):
     def open_backend(self) -> Callable[[], StorageBackend]:
         return lambda: build_backend({"type": "ramdisk", "capacity": "64MiB"}, "tiers[0]")
 
+    @pytest.fixture
+    def open_small_backend(self) -> Callable[[], StorageBackend]:
+        return lambda: build_backend({"type": "ramdisk", "capacity": "1MiB"}, "tiers[0]")
+
 
 def test_it_is_found_by_its_name_and_checks_its_options() -> None:
     manager = StorageManager(LMCacheConfig(tiers=({"type": "ramdisk"},)))

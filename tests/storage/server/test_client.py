@@ -96,6 +96,23 @@ def test_tls_serves_and_checks_certificates(open_server: Any, connect: Any, cert
     assert get(client, 0) == [data(0)]
 
 
+def test_who_meets_the_other_kind_of_server_is_told(
+    open_server: Any, connect: Any, impostor: Any, certificates: tuple[Path, Path]
+) -> None:
+    cert, key = certificates
+    plain, secure = open_server(), open_server(tls={"cert_file": cert, "key_file": key}, login_timeout_s=1)
+    with pytest.raises(StorageError, match=rf"127\.0\.0\.1:{plain.port}: the server has no TLS: use lm://"):
+        get(connect(plain, "lms", attempts=1), 0)
+    silent = impostor(IMPOSTORS["silent"])
+    doubt = r": is it an lmcache server, and does it speak TLS \(lms://\)\?"
+    for port in (secure.port, silent):
+        with pytest.raises(StorageError, match=rf"no greeting from 127\.0\.0\.1:{port}{doubt}"):
+            get(connect(port, attempts=1, connect_timeout_s=0.2), 0)
+    silent = impostor(lambda s: (s.recv(1 << 16), s.recv(1)))
+    with pytest.raises(StorageError, match=rf"no TLS handshake with 127\.0\.0\.1:{silent}"):
+        get(connect(silent, "lms", attempts=1, connect_timeout_s=0.2), 0)
+
+
 def test_nobody_listens(connect: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -276,7 +293,13 @@ def test_missing_files_are_config_errors(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     with pytest.raises(ConfigError, match="cannot read the token"):
         Server(ServerConfig(port=0, token_file=missing))
-    with pytest.raises(ConfigError, match="certificates"):
+    with pytest.raises(ConfigError, match=rf"cannot read the cert_file {missing}: No such file"):
         Server(build(ServerConfig, {"port": 0, "tls": {"cert_file": missing}}, "x"))
-    with pytest.raises(ConfigError, match="certificates"):
+    with pytest.raises(ConfigError, match=rf"cannot read the ca_file {missing}: No such file"):
         Client(ClientConfig(url="lms://127.0.0.1", ca_file=missing))
+    rubbish = tmp_path / "rubbish.pem"
+    rubbish.write_text("no certificate")
+    with pytest.raises(ConfigError, match=rf"cannot use the cert_file {rubbish}: "):
+        Server(build(ServerConfig, {"port": 0, "tls": {"cert_file": rubbish}}, "x"))
+    with pytest.raises(ConfigError, match=rf"cannot use the ca_file {rubbish}: "):
+        Client(ClientConfig(url="lms://127.0.0.1", ca_file=rubbish))

@@ -31,6 +31,7 @@ class RamdiskBackend(StorageBackend):
     def __init__(self, config: RamdiskConfig) -> None:
         self._capacity = int(config.capacity)
         self._chunks: dict[ChunkKey, bytes] = {}
+        self._nbytes = 0
         self._lock = threading.Lock()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
@@ -56,26 +57,29 @@ class RamdiskBackend(StorageBackend):
         return len(keys)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
         for key, buffer in zip(keys, buffers, strict=True):
             chunk = encode_header(key, buffer.view) + bytes(buffer.view)
             with self._lock:
-                self._chunks.setdefault(key, chunk)
-                while sum(map(len, self._chunks.values())) > self._capacity:
-                    del self._chunks[next(iter(self._chunks))]
-                held += key in self._chunks
-        return held
+                if key not in self._chunks:
+                    self._chunks[key] = chunk
+                    self._nbytes += len(chunk)
+                while self._nbytes > self._capacity:
+                    self._drop(next(iter(self._chunks)))
+        with self._lock:  # the last ones may have pushed out the first ones
+            return sum(key in self._chunks for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         with self._lock:
-            return sum(self._chunks.pop(key, None) is not None for key in keys)
+            return sum(self._drop(key) for key in keys)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         with self._lock:
-            gone = [key for key in self._chunks if fingerprint in (None, key.fingerprint)]
-            for key in gone:
-                del self._chunks[key]
-        return len(gone)
+            return sum(self._drop(key) for key in list(self._chunks) if fingerprint in (None, key.fingerprint))
+
+    def _drop(self, key: ChunkKey) -> bool:
+        chunk = self._chunks.pop(key, None)
+        self._nbytes -= len(chunk or b"")
+        return chunk is not None
 
     def close(self) -> None:
         self.clear()
