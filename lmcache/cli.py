@@ -32,7 +32,7 @@ def config(
     """Check a configuration, tiers, policies and codec included, and print it resolved, as YAML. Opens nothing."""
     import yaml
 
-    from lmcache.config import load_config, parse_overrides
+    from lmcache.config import load_config, masked, parse_overrides
     from lmcache.errors import ConfigError
     from lmcache.storage.registry import check_backend, check_policy
 
@@ -48,7 +48,7 @@ def config(
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False).rstrip())
+    typer.echo(yaml.safe_dump(masked(resolved.model_dump(mode="json")), sort_keys=False).rstrip())
 
 
 @app.command()

@@ -96,7 +96,7 @@ def _resolve(options: Mapping[str, Any], where: str) -> tuple[type[StorageBacken
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{where}: {name} needs the package {error.name}, which is not installed; pyproject.toml's extras name "
-            "what each backend needs (pip install 'lmcache[redis]', for example)"
+            "what each backend needs (in your clone: pip install -e '.[redis]', for example)"
         ) from error
     except ConfigError as error:
         if known is STORAGE_BACKENDS:

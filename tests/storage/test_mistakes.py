@@ -110,3 +110,8 @@ def test_clearing_a_tenant_leaves_the_others_on_disk(tmp_path: Path) -> None:
     pool.close()
     backend.close()
     other.close()
+
+
+def test_the_config_command_prints_no_secrets() -> None:
+    result = CliRunner().invoke(app, ["config", "tiers=[{type: remote, url: 'redis://:hunter2@h', password: hunter3}]"])
+    assert "hunter" not in result.output
