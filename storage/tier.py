@@ -168,9 +168,10 @@ class LowerTier:
 
     def remove(self, keys: Sequence[ChunkKey], timeout_s: float) -> int:
         """Forget chunks, also queued ones and those that are being written."""
-        wanted = set(keys)
-        self.writes.drop(wanted.__contains__)
-        return self.ask(lambda: self.backend.remove(keys), 0, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        # A write under way could be seen once more between this removal and its own undoing.
+        self.writes.drop(set(keys).__contains__, timeout_s / 2)
+        return self.ask(lambda: self.backend.remove(keys), 0, max(0.0, deadline - time.monotonic()))
 
     def clear(self, selection: Selection, timeout_s: float) -> int:
         """Drop queued writes and stored chunks. Does not ask the breaker.

@@ -110,17 +110,22 @@ class WriteQueue:
             return 0
         return max(0, self._most_bytes - self.pending_bytes)
 
-    def drop(self, matches: Callable[[ChunkKey], bool]) -> None:
-        """Forget queued writes; those under way are undone when they end."""
+    def drop(self, matches: Callable[[ChunkKey], bool], wait_s: float = 0.0) -> None:
+        """Forget queued writes; those under way are undone when they end, which is waited for, but not longer."""
         with self._changed:
             dropped = [write for write in self._queued if matches(write.key)]
             if dropped:
                 self._queued = deque(write for write in self._queued if not matches(write.key))
                 self.pending_bytes -= sum(write.buffer.nbytes for write in dropped)
                 self._changed.notify_all()
+            ending: list[_Batch] = []
             for batch in self._under_way:
-                batch.undo += [write.key for write in batch.writes if matches(write.key)]
+                if undo := [write.key for write in batch.writes if matches(write.key)]:
+                    batch.undo += undo
+                    ending.append(batch)
         self._settle(dropped, held=False)
+        with self._changed:
+            self._changed.wait_for(lambda: self._under_way.isdisjoint(ending), wait_s)
 
     @contextmanager
     def held_back(self, matches: Callable[[ChunkKey], bool], timeout_s: float) -> Iterator[None]:

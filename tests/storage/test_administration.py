@@ -342,3 +342,22 @@ def test_health_says_how_a_tier_fares(open_manager: Open) -> None:
     assert (health.breaker, health.failures, health.last_error) == ("open", 2, "refused")
     assert health.last_error_age_s is not None
     assert manager.health().used_bytes == NBYTES
+
+
+def test_a_removed_chunk_is_not_seen_again_when_its_write_ends(
+    open_manager: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache.storage.manager.ASK_TIMEOUT_S", 2 * WAIT_S)
+    tier, gate = ScriptedBackend(), Gate()
+    tier.before["put"] = gate
+    manager = open_manager(tier)
+    store(manager, 1)
+    tier.await_call("put")
+    remover = threading.Thread(target=manager.remove, args=(keys(1),))
+    remover.start()
+    remover.join(0.1)
+    assert remover.is_alive(), "remove() returned while a write of the chunk was under way"
+    gate.open()
+    remover.join(WAIT_S)
+    assert not remover.is_alive()
+    assert tier.holds() == set()
