@@ -124,13 +124,13 @@ class QuestionConfig(RatioConfig):
     """Options of `question`."""
 
     check_layer: int = Field(1, ge=0, description="layer whose values are compared, from 0")
-    question_tokens: int = Field(64, ge=1, description="at most so many last tokens are asked what they attend to")
+    question_tokens: int = Field(128, ge=1, description="last tokens, at most, that are asked what they attend to")
 
 
 class OracleConfig(RatioConfig):
     """Options of `oracle`."""
 
-    question_tokens: int = Field(64, ge=1, description="at most so many last tokens are asked what they attend to")
+    question_tokens: int = Field(128, ge=1, description="last tokens, at most, that are asked what they attend to")
 
 
 ConfigT = TypeVar("ConfigT", bound=SelectorConfig)

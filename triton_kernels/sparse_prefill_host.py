@@ -40,15 +40,15 @@ def _attend_slab(
     group = q_heads // problem.kv_heads
     mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
     mask = mask[:, None].expand(-1, group, -1).flatten(0, 1)  # [T G, L]
-    q = problem.q[rows].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
+    q = problem.q[rows].view(tokens, -1, group, size).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
     k, v = (side[span].transpose(0, 1)[None] for side in (keys, values))  # [1, H_kv, L, D]
     if problem.lse is None and problem.soft_cap is None:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
     else:
         out, total = _attend_in_full(problem, q, k, v, mask)
         if problem.lse is not None:
-            problem.lse[rows] = total[0].unflatten(1, (tokens, group)).transpose(0, 1).flatten(1)
-    out = out[0].unflatten(1, (tokens, group)).transpose(0, 1).flatten(1, 2)  # [T, H_q, V]
+            problem.lse[rows] = total.view(-1, tokens, group).transpose(0, 1).flatten(1)
+    out = out.view(problem.kv_heads, tokens, group, -1).transpose(0, 1).flatten(1, 2)  # [T, H_q, V]
     problem.out[rows] = out.masked_fill(blind[:, None, None], 0.0) if bool(blind.any()) else out
 
 
