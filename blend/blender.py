@@ -9,9 +9,11 @@ Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -183,15 +185,16 @@ class _Blend:
         with self.watch("mlp"):
             return self.model.finish(index, hidden, attended)
 
-    def _attention(self, question: int) -> torch.Tensor:
+    def _attention(self, question: int, start: float, stop: float) -> torch.Tensor:
         """Prompt.attention."""
+        layers = range(int(start * self.model.num_layers), math.ceil(stop * self.model.num_layers))
         rows, asking = self._question(question)
         known = self.reused.covered
         masses = question_mass(
             self.model, self.rotation, self.feed.layer, self.tokens, rows, asking, known, self.exact_last
         )
         with self.watch("dry run"):
-            return torch.stack(list(masses)).mean(0)
+            return torch.stack(list(islice(masses, layers.start, layers.stop))).mean(0)
 
     def _question(self, limit: int) -> tuple[torch.Tensor, int]:
         """Rows of a dry run, and how many of them, the last, ask: the tail that is computed in any case.

