@@ -128,7 +128,7 @@ class QuestionConfig(RatioConfig):
     question_tokens: int = Field(128, ge=1, description="last tokens, at most, that are asked what they attend to")
     depth: tuple[float, float] = Field(
         (1 / 3, 2 / 3),
-        description="from where to where in the model attention counts, 0 .. 1; the rest is not run",
+        description="span of the model, 0 .. 1, whose attention counts; deeper layers are not run",
     )
 
     @model_validator(mode="after")

@@ -211,7 +211,7 @@ def test_wrong_options_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=r"selector \(cacheblend\)"):
             build_selector({"type": "cacheblend", **options})
-    with pytest.raises(ConfigError, match="depth is .* must ascend within 0 .. 1"):
+    with pytest.raises(ConfigError, match=r"depth is .* must ascend within 0 .. 1"):
         build_selector({"type": "question", "depth": (0.5, 0.5)})
     model = tiny.model("llama")
     with pytest.raises(ConfigError, match=r"check layers \(4,\): the model has layers 0 .. 3"):
