@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_mass
+from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_mass, use_one_core
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV, Segment
@@ -98,7 +98,7 @@ class Blender:
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.kv.device)
         _check(ids, reused)
-        with ThreadPoolExecutor(1, "lmcache-blend-load") as executor:
+        with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
             return _Blend(self, ids, reused, executor).run(always, all_logits)
 
     def cache(self, blended: Blended, tokens: int | None = None) -> Any:
