@@ -78,11 +78,13 @@ class LayerFeed:
 
 
 class Rotation:
-    """The model's ropes at a prompt's positions, in the model's dtype and with the same roundings as its own."""
+    """The model's ropes at a prompt's positions, in the model's dtype."""
 
     def __init__(self, model: BlendModel, length: int) -> None:
         self._model, self._length = model, length
         self._tables: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._positions: torch.Tensor | None = None
+        self._picked: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`x` `[N, H, D]` turned to `positions` `[N]`."""
@@ -91,9 +93,18 @@ class Rotation:
             table = self._model.table(layer, self._length)
             cos, sin = (table.cos_sin * table.attention_factor).to(x.dtype)[:, :, None].unbind(1)  # [P, 1, D / 2]
             self._tables[name] = (cos, sin)
-        cos, sin = (side[positions] for side in self._tables[name])
+        if self._positions is not positions:  # mostly those of the layer before
+            self._positions, self._picked = positions, {}
+        if name not in self._picked:
+            cos, sin = self._tables[name]
+            self._picked[name] = (cos[positions], sin[positions])
+        cos, sin = self._picked[name]
         low, high = x.chunk(2, -1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+        out = torch.empty_like(x)
+        out_low, out_high = out.chunk(2, -1)
+        torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+        torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+        return out
 
 
 def question_mass(
