@@ -101,16 +101,14 @@ class Blender:
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
             return _Blend(self, ids, reused, executor).run(always, all_logits)
 
-    def cache(self, blended: Blended, tokens: int | None = None) -> Any:
+    def cache(self, blended: Blended, tokens: int | None = None) -> object:
         """The first `tokens` of the KV as a transformers DynamicCache, copied; by default all but the last token's.
 
-        Given that and the prompt, `model.generate` computes the last token again and goes on from there.
+        Given that and the prompt, `model.generate` computes the last token again and goes on from there. Raises
+        BlendError for a model that is not of Hugging Face.
         """
-        make = getattr(self.model, "cache", None)
-        if make is None:
-            raise BlendError(f"{type(self.model).__name__} has no cache of its own; Hugging Face models have")
         count = len(blended.layers[0][0]) - 1 if tokens is None else tokens
-        return make([(keys[:count], values[:count]) for keys, values in blended.layers])
+        return self.model.cache([(keys[:count], values[:count]) for keys, values in blended.layers])
 
 
 class _Blend:

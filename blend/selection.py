@@ -255,6 +255,8 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
     def narrow(
         self, prompt: Prompt, layer: int, rows: torch.Tensor, k_dev: torch.Tensor, v_dev: torch.Tensor
     ) -> torch.Tensor:
+        if not prompt.num_candidates:  # nothing to choose, so nothing to ask
+            return highest(prompt, v_dev, self.config, rows=rows)
         scores = prompt.attention(self.config.question_tokens, *self.config.depth)[rows] * v_dev.sqrt()
         return highest(prompt, scores, self.config, rows=rows)
 

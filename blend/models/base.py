@@ -87,6 +87,10 @@ class BlendModel(ABC):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden after the last layer -> `[N, vocabulary]`."""
 
+    def cache(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> object:
+        """A copy of keys and values `[T, H_kv, D]` of each layer, as the engine takes it; not every engine does."""
+        raise BlendError(f"{type(self).__name__} has no cache to go on from; models of Hugging Face have")
+
     def table(self, layer: int, length: int) -> RotaryTable:
         """Of at least `length` positions, with the frequencies that the model uses for a prompt of `length` tokens.
 

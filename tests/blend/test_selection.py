@@ -186,6 +186,23 @@ def test_oracle_finds_the_token_whose_kv_is_wrong() -> None:
     assert blended.positions.tolist() == [17, 44, *range(65, 71)]
 
 
+@pytest.mark.parametrize("name", TOKEN_SELECTORS.names())
+def test_short_prompts_and_nothing_to_choose(name: str) -> None:
+    model = tiny.model("gemma3")
+    for length, prefix, spans in (
+        (1, 0, []),
+        (1, 1, []),
+        (1, 0, [(0, 1)]),
+        (3, 1, [(1, 2)]),
+        (40, 0, []),
+        (40, 39, []),
+    ):
+        tokens = tiny.prompt(length)
+        logits, true = tiny.prefill(model, tokens)
+        blended = Blender(model, name).blend(tokens, GivenKV(true, [Segment(*span) for span in spans], prefix))
+        assert tiny.distance(blended.logits, logits[-1:]) < 1e-3
+
+
 def test_selection_is_deterministic() -> None:
     model, tokens = tiny.model("gemma3"), tiny.prompt(LENGTH)
     layers = tiny.noise(tiny.prefill(model, tokens)[1])
