@@ -13,6 +13,7 @@ from lmcache.kernels.launch import runs_kernel
 from lmcache.kernels.rotary import shift_rotary
 from lmcache.kernels.rotary_tables import RotaryTable
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Elements of a block: twice that in fp32, and the block's angles, fit a core's second-level cache.
 _BLOCK_ELEMENTS = 48 << 10
 
@@ -65,6 +66,8 @@ class RotaryShift:
                 f"keys have shape {tuple(keys.shape)}; they must be [{len(self._old)}, H, D] with D of at least "
                 f"{self._start + width}"
             )
+        if keys.dtype not in DTYPES:
+            raise KernelArgumentError(f"keys are {keys.dtype}; they must be one of {', '.join(map(str, DTYPES))}")
         part = keys[..., self._start : self._start + width]  # [T, H, R]
         rows = max(1, _BLOCK_ELEMENTS // (keys.shape[1] * width))
         for start, stop in self._runs:
