@@ -170,11 +170,22 @@ def brute_force(prompt: list[int], passages: list[tuple[int, list[int]]], least:
 HASHES = st.sampled_from([rolling_hashes, zero_hashes, parity_hashes])
 
 
-@settings(max_examples=150)
-@given(st.lists(st.lists(FEW, max_size=14), max_size=4), st.lists(FEW, max_size=24), st.integers(1, 6), HASHES)
+def quoting(passages: list[list[int]]) -> st.SearchStrategy[list[int]]:
+    """Prompts that are parts of passages, and a little between them."""
+    quotes = st.tuples(st.sampled_from(passages or [[]]), st.integers(0, 9), st.integers(1, 14))
+    parts = quotes.map(lambda quote: quote[0][quote[1] : quote[1] + quote[2]]) | st.lists(FEW, max_size=2)
+    return st.lists(parts, max_size=5).map(lambda several: [token for part in several for token in part])
+
+
+PASSAGES = st.lists(st.lists(FEW, max_size=14), max_size=4)
+
+
+@settings(max_examples=300)
+@given(PASSAGES.flatmap(lambda some: st.tuples(st.just(some), quoting(some))), st.integers(1, 6), HASHES)
 def test_matches_are_those_of_a_brute_force_search_whatever_the_hash(
-    passages: list[list[int]], prompt: list[int], least: int, hashes: object
+    given_: tuple[list[list[int]], list[int]], least: int, hashes: object
 ) -> None:
+    passages, prompt = given_
     index = ContentIndex(least, most_repeats=10**6, most_candidates=10**6, hash_windows=hashes)  # type: ignore[arg-type]
     known: list[tuple[int, list[int]]] = []
     for passage in passages:
@@ -207,6 +218,23 @@ def test_two_passages_that_share_a_border_are_both_found() -> None:
     assert found[1].passage == pack(second)
 
 
+def test_the_longest_goes_before_the_leftmost() -> None:
+    index = ContentIndex(3)
+    index.add([1, 2, 3, 4, 5])
+    index.add([4, 5, 6, 7, 8, 9])
+    found = index.find([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert [(m.start, m.stop, m.offset) for m in found] == [(0, 3, 0), (3, 9, 0)]
+
+
+def test_rare_windows_are_looked_at_first() -> None:
+    index = ContentIndex(8, most_candidates=1)
+    for n in range(5):
+        index.add([7] * (20 + n))
+    rare = list(range(100, 120))
+    index.add(rare)
+    assert index.find([7] * 30 + rare) == [Match(30, 50, pack(rare), 0)]
+
+
 @pytest.mark.parametrize("hashes", [zero_hashes, parity_hashes])
 def test_a_hash_collision_never_decides(hashes: object) -> None:
     index = ContentIndex(4, hash_windows=hashes)  # type: ignore[arg-type]
@@ -234,6 +262,7 @@ def test_repetitive_text_costs_matches_and_not_time() -> None:
     index = ContentIndex(32)
     for n in range(300):
         index.add([7] * (400 + n))
+    assert max(map(len, index._windows.values())) == 8
     begun = time.perf_counter()
     found = index.find([7] * 10_000)
     assert time.perf_counter() - begun < 5, "it took seconds"
@@ -297,8 +326,9 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.discard(passage) == any(passage == other for _, other in self.known)
         self.known = [each for each in self.known if each[1] != passage]
 
-    @rule(prompt=st.lists(FEW, max_size=20))
-    def find(self, prompt: list[int]) -> None:
+    @rule(data=st.data())
+    def find(self, data: st.DataObject) -> None:
+        prompt = data.draw(quoting([passage for _, passage in self.known]))
         want = brute_force(prompt, self.known, 3)
         assert self.index.find(prompt) == want
         for match in want:
@@ -314,5 +344,5 @@ class IndexMachine(RuleBasedStateMachine):
         assert (not self.index._windows) == (not self.known)
 
 
-IndexMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestIndexMachine = IndexMachine.TestCase

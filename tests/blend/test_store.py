@@ -529,7 +529,7 @@ def test_a_segment_of_which_a_chunk_is_gone_is_not_covered(
     assert len(caplog.records) == 1
     assert "'incomplete': 20" in caplog.text
     # And is whole again when it is stored again, also from another place.
-    store_all(store, at=51)
+    store.put(A, 51, kv(A, 51, store.format))
     with store.retrieve(PROMPT, SEGMENTS[1:2]) as found:
         check(found, PROMPT, [(12, 32)], store.format)
 
@@ -736,6 +736,15 @@ def test_after_close_nothing_is_held_and_nothing_is_given(manager: StorageManage
     assert manager.pool.used_bytes == 0 < chunks
     with pytest.raises(ClosedError):
         found.layer(0)
+
+
+def test_a_lease_that_is_used_does_not_run_out(manager: StorageManager) -> None:
+    store = SegmentStore(manager, make_format())
+    store_all(store)
+    with store.retrieve(PROMPT, SEGMENTS) as found:
+        before = [part.lease.expires_at for part in found._parts]
+        found.layer(2)
+        assert all(part.lease.expires_at > was for part, was in zip(found._parts, before, strict=True))
 
 
 def test_a_lease_that_ran_out_is_an_error_and_not_garbage(open_manager: Open) -> None:
