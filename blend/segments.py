@@ -135,7 +135,7 @@ class ContentIndex:
         capacity_tokens: int = 1 << 20,
         *,
         most_repeats: int = 8,
-        most_candidates: int = 4096,
+        most_candidates: int = 1024,
         hash_windows: HashWindows = rolling_hashes,
     ) -> None:
         for name, value in (("min_tokens", min_tokens), ("capacity_tokens", capacity_tokens)):

@@ -69,18 +69,20 @@ class RotaryShift:
         if keys.dtype not in DTYPES:
             raise KernelArgumentError(f"keys are {keys.dtype}; they must be one of {', '.join(map(str, DTYPES))}")
         part = keys[..., self._start : self._start + width]  # [T, H, R]
-        rows = max(1, _BLOCK_ELEMENTS // (keys.shape[1] * width))
+        heads = keys.shape[1]
+        rows = max(1, _BLOCK_ELEMENTS // (heads * width))
+        scratch = torch.empty(2, rows, heads, width)
         for start, stop in self._runs:
             for first in range(start, stop, rows):
                 block = slice(first, min(first + rows, stop))
-                _turn(part[block], self._cos[block], self._sin[block], self._interleaved)
+                _turn(part[block], self._cos[block], self._sin[block], self._interleaved, scratch)
 
 
-def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
-    """In place. keys: `[t, H, R]`; cos, sin: fp32 `[t, 1, R / 2]`."""
-    x = torch.empty(keys.shape, dtype=torch.float32).copy_(keys)
-    y = torch.empty_like(x)
+def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, scratch: torch.Tensor) -> None:
+    """In place. keys: `[t, H, R]`; cos, sin: fp32 `[t, 1, R / 2]`; scratch: fp32 `[2, t or more, H, R]`."""
+    x, y = scratch[:, : len(keys)]
     (low, high), (new_low, new_high) = _halves(x, interleaved), _halves(y, interleaved)
+    x.copy_(keys)
     torch.mul(low, cos, out=new_low).addcmul_(high, sin, value=-1)
     torch.mul(low, sin, out=new_high).addcmul_(high, cos)
     keys.copy_(y)
