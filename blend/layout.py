@@ -132,12 +132,18 @@ class SegmentLayout:
     """How a segment of so many tokens lies in chunks."""
 
     def __init__(self, format: SegmentFormat, tokens: int, chunk_bytes: int) -> None:
+        self.tokens = tokens
         self.layer_bytes = 2 * tokens * format.heads * format.head_dim * format.dtype.itemsize
         self.data_at = -(-(_TOKENS_AT + 4 * tokens) // _ALIGN) * _ALIGN
         self._shape = (2, tokens, format.heads, format.head_dim)
         self._dtype = format.dtype
         self.each = min(format.layers, max(1, chunk_bytes // self.layer_bytes))
         self.groups = [LayerGroup(at, min(at + self.each, format.layers)) for at in range(0, format.layers, self.each)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each chunk."""
+        return [self.chunk_bytes(group) for group in self.groups]
 
     def chunk_bytes(self, group: LayerGroup) -> int:
         return self.data_at + (group.stop - group.first) * self.layer_bytes

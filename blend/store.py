@@ -16,8 +16,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
@@ -25,10 +24,10 @@ from lmcache import metrics
 from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record, run_digest, write_record
 from lmcache.blend.reuse import Segment
 from lmcache.blend.segments import Match, Tokens, as_tokens, explicit_spans
+from lmcache.blend.stored import Part, PrefixKV, StoredKV, Wanted, release
 from lmcache.engine.engine import TokenIds
-from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
+from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels.codecs import RAW
-from lmcache.kernels.rotary_shift import RotaryShift
 from lmcache.keys import ChunkKey, PlaceholderSpan, chunk_digest, namespace
 from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
@@ -39,35 +38,6 @@ logger = logging.getLogger(__name__)
 
 KIND_TAG = "lmcache.kind"
 _PARENT = struct.Struct("<16sQQ")  # stands where a chunk's digest has its parent: 32 bytes
-
-
-class PrefixKV(Protocol):
-    """The exact KV of a prompt's first tokens: a prefix that was cached, or has been computed."""
-
-    @property
-    def tokens(self) -> int: ...
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each ``[tokens, H, D]`` or longer, in the format's dtype and on its device."""
-        ...
-
-
-class _Wanted(NamedTuple):
-    """Rows ``[row, row + stop - start)`` of a stored segment for tokens ``[start, stop)`` of the prompt."""
-
-    start: int
-    stop: int
-    row: int
-    tokens: bytes  # of the stored segment
-    keys: list[ChunkKey]
-
-
-class _Part(NamedTuple):
-    """The same when its chunks are held."""
-
-    wanted: _Wanted
-    lease: Lease
-    stored_at: int
 
 
 class SegmentStore:
@@ -151,6 +121,7 @@ class SegmentStore:
         *,
         prefix: PrefixKV | None = None,
         timeout_s: float | None = None,
+        pipelined: bool = False,
         tags: Mapping[str, str] | None = None,
         placeholders: Sequence[PlaceholderSpan] = (),
     ) -> StoredKV:
@@ -159,6 +130,9 @@ class SegmentStore:
         segments: of the prompt, sorted and disjoint; a ``Match`` stands for part of a longer stored passage.
         prefix: the exact KV of the first tokens, which goes before that of segments.
         timeout_s: when it returns at the latest (``read_timeout_s`` of the configuration).
+        pipelined: return when the first layers are there; ``layer`` waits for the others, which are read in order, for
+            as long as ``read_timeout_s`` allows. It raises when one does not come: what was computed with these is void
+            then, and the caller retrieves again, without ``pipelined``, what can be had.
         placeholders: of the prompt. A ``Match`` that one lies in is a miss, for a passage is known by its tokens alone.
         A segment that is missing, incomplete, late or not what it should be is not covered: a miss, counted in
         ``lmcache_segment_tokens``, with one warning for a prompt unless nothing was wrong but that it was not there.
@@ -170,56 +144,99 @@ class SegmentStore:
         wanted = self._wanted(_packed(array), segments, prefix.tokens if prefix else 0, tags, placeholders)
         limit_s = self._manager.read_timeout_s if timeout_s is None else max(timeout_s, 1e-3)
         ends_at = time.monotonic() + limit_s
-        parts: list[_Part] = []
-        lost: dict[str, int] = {}
         with ExitStack() as held:
-            leases = [held.enter_context(self._acquire(each, limit_s)) for each in wanted]
-            for each, lease in zip(wanted, leases, strict=True):
-                outcome = self._arrived(each, lease, ends_at)
-                if isinstance(outcome, int):
-                    parts.append(_Part(each, lease, outcome))
-                else:
-                    lease.close()
-                    lost[outcome] = lost.get(outcome, 0) + each.stop - each.start
-            kv = StoredKV(self.format, len(array), parts, prefix, self._chunk_bytes)
+            parts = self._first_layers(wanted, held, ends_at) if pipelined else None
+            if parts is None:
+                parts = self._all_layers(wanted, held, ends_at)
+            kv = StoredKV(self.format, len(array), parts, prefix)
             held.pop_all()
         metrics.SEGMENT_TOKENS.labels("reused").inc(sum(part.stop - part.start for part in kv.segments))
-        for outcome, count in lost.items():
-            metrics.SEGMENT_TOKENS.labels(outcome).inc(count)
-        if lost.keys() - {"missing"}:
-            logger.warning("segments that could not be read are computed; tokens: %s", lost)
         return kv
 
     def remove(self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None) -> bool:
         """Forget a segment, in every tier; whether there was anything of it."""
         return self._manager.remove(self.keys(tokens, tags=tags)) > 0
 
-    def _acquire(self, wanted: _Wanted, timeout_s: float) -> Lease:
-        layout = self._layout(wanted.tokens)
-        sizes = [layout.chunk_bytes(group) for group in layout.groups]
-        return self._manager.acquire(wanted.keys, sizes, timeout_s=timeout_s)
+    def _all_layers(self, wanted: Sequence[Wanted], held: ExitStack, ends_at: float) -> list[Part]:
+        """Each segment under a lease of its own, so that one that is missing costs no other; what all came of."""
+        parts: list[Part] = []
+        lost: dict[str, int] = {}
+        left = max(1e-3, ends_at - time.monotonic())
+        leases = [
+            held.enter_context(self._manager.acquire(each.keys, each.layout.sizes, timeout_s=left)) for each in wanted
+        ]
+        for each, lease in zip(wanted, leases, strict=True):
+            outcome = self._arrived(each, lease, ends_at)
+            if isinstance(outcome, Record):
+                parts.append(Part(each, outcome, lease, range(len(each.keys))))
+            else:
+                lease.close()
+                lost[outcome] = lost.get(outcome, 0) + each.stop - each.start
+        for outcome, count in lost.items():
+            metrics.SEGMENT_TOKENS.labels(outcome).inc(count)
+        if lost.keys() - {"missing"}:
+            logger.warning("segments that could not be read are computed; tokens: %s", lost)
+        return parts
 
-    def _arrived(self, wanted: _Wanted, lease: Lease, ends_at: float) -> int | str:
-        """Wait for a segment: where it was stored, or what became of it."""
+    def _first_layers(self, wanted: Sequence[Wanted], held: ExitStack, ends_at: float) -> list[Part] | None:
+        """All segments under one lease, layer by layer, when the first is there; None where something is amiss."""
+        there: list[Wanted] = []
+        for each in wanted:
+            if time.monotonic() >= ends_at:
+                return None
+            if self._manager.contains(each.keys) == len(each.keys):
+                there.append(each)
+        if not there:
+            return None
+        chunks = [(group.first, n, i) for n, each in enumerate(there) for i, group in enumerate(each.layout.groups)]
+        places = {chunk[1:]: place for place, chunk in enumerate(sorted(chunks))}
+        lease = held.enter_context(
+            self._manager.acquire(
+                [there[n].keys[i] for n, i in places],
+                [there[n].layout.sizes[i] for n, i in places],
+                timeout_s=max(self._manager.read_timeout_s, ends_at - time.monotonic()),
+            )
+        )
+        parts = []
+        if lease.wait_ready(len(there), max(0.0, ends_at - time.monotonic())):
+            buffers = lease.share()
+            for n, (each, buffer) in enumerate(zip(there, buffers, strict=False)):
+                record = self._checked(each, [buffer])
+                if isinstance(record, Record):
+                    parts.append(Part(each, record, lease, [places[n, i] for i in range(len(each.keys))]))
+            release(buffers)
+        if len(parts) < len(there):
+            lease.close()
+            return None
+        missing = sum(each.stop - each.start for each in wanted) - sum(each.stop - each.start for each in there)
+        metrics.SEGMENT_TOKENS.labels("missing").inc(missing)
+        return parts
+
+    def _arrived(self, wanted: Wanted, lease: Lease, ends_at: float) -> Record | str:
+        """Wait for a segment: what it says of itself, or what became of it."""
         if not lease.wait_ready(len(wanted.keys), max(0.0, ends_at - time.monotonic())):
             late = time.monotonic() >= ends_at
             return "late" if late else "incomplete" if lease.ready else "missing"
         buffers = lease.share()
         try:
-            groups = self._layout(wanted.tokens).groups
-            records = {read_record(*each, wanted.tokens) for each in zip(buffers, groups, strict=True)}
-            if len(records) > 1:
+            return self._checked(wanted, buffers)
+        finally:
+            release(buffers)
+
+    def _checked(self, wanted: Wanted, chunks: Sequence[PoolBuffer]) -> Record | str:
+        """What the first chunks of a segment all say of themselves, or what is wrong; damaged ones are removed."""
+        try:
+            pairs = zip(chunks, wanted.layout.groups, strict=False)
+            records = {read_record(chunk, group, wanted.tokens) for chunk, group in pairs}
+            if len(records) != 1:
                 raise CorruptChunkError("its chunks are of different runs of the model")
         except CorruptChunkError as error:
             logger.warning("removed segment %s: %s", wanted.keys[0], error)
             metrics.CORRUPT_CHUNKS.labels("memory").inc()
             self._manager.remove(wanted.keys)
             return "corrupt"
-        finally:
-            for buffer in buffers:
-                buffer.release()
-        ((stored_at, _),) = records
-        return stored_at if self._has_positions(stored_at + len(wanted.tokens) // 4) else "unmovable"
+        (record,) = records
+        return record if self._has_positions(record.stored_at + wanted.layout.tokens) else "unmovable"
 
     def _filled(
         self, tokens: bytes, stored_at: int, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -241,9 +258,9 @@ class SegmentStore:
             else:
                 return buffers
         except BaseException:
-            _release(buffers)
+            release(buffers)
             raise
-        _release(buffers)
+        release(buffers)
         return None
 
     def _wanted(
@@ -253,7 +270,7 @@ class SegmentStore:
         first: int,
         tags: Mapping[str, str] | None,
         placeholders: Sequence[PlaceholderSpan],
-    ) -> list[_Wanted]:
+    ) -> list[Wanted]:
         """What is looked for: segments without what lies in the prefix, which ends at token ``first``."""
         wanted = []
         for segment in segments:
@@ -263,7 +280,7 @@ class SegmentStore:
             own = prompt[4 * segment.start : 4 * stop]
             if not isinstance(segment, Match):
                 keys = self._keys(own, segment.start, tags, placeholders)
-                wanted.append(_Wanted(start, stop, row, own, keys))
+                wanted.append(Wanted(start, stop, row, own, keys, self._layout(own)))
                 continue
             if segment.passage[4 * segment.offset :][: len(own)] != own or segment.offset < 0:
                 raise ValueError(f"tokens {segment.start} to {stop} are not those of the passage that they match")
@@ -271,7 +288,8 @@ class SegmentStore:
                 metrics.SEGMENT_TOKENS.labels("missing").inc(stop - start)
                 continue
             keys = self._keys(segment.passage, 0, tags, ())
-            wanted.append(_Wanted(start, stop, segment.offset + row, segment.passage, keys))
+            row += segment.offset
+            wanted.append(Wanted(start, stop, row, segment.passage, keys, self._layout(segment.passage)))
         return wanted
 
     def _keys(
@@ -315,103 +333,5 @@ class SegmentStore:
         explicit_spans([(segment.start, segment.stop) for segment in segments], count)
 
 
-class StoredKV:
-    """The ``ReusedKV`` of one prompt, straight from the pool's buffers. Thread-safe.
-
-    It holds these until ``close``; a lease that is not asked for anything runs out after ``lease_timeout_s``.
-    """
-
-    def __init__(
-        self,
-        format: SegmentFormat,
-        tokens: int,
-        parts: Sequence[_Part],
-        prefix: PrefixKV | None,
-        chunk_bytes: int,
-    ) -> None:
-        self._format, self._tokens, self._parts, self._prefix = format, tokens, parts, prefix
-        self._layouts = [SegmentLayout(format, len(part.wanted.tokens) // 4, chunk_bytes) for part in parts]
-        self._closed = False
-        first = prefix.tokens if prefix else 0
-        self.segments: Sequence[Segment] = [Segment(part.wanted.start, part.wanted.stop) for part in parts]
-        covered, old = torch.zeros(tokens, dtype=torch.bool), torch.full((tokens,), -1)
-        covered[:first] = True
-        for wanted, _, stored_at in parts:
-            covered[wanted.start : wanted.stop] = True
-            at = stored_at + wanted.row
-            old[wanted.start : wanted.stop] = torch.arange(at, at + wanted.stop - wanted.start)
-        self._gaps = _intervals(~covered)
-        self.covered = covered.to(format.device)
-        self.exact = torch.arange(tokens, device=format.device) < first
-        old, new = old.to(format.device), torch.arange(tokens, device=format.device)
-        self._shifts = {
-            id(table): RotaryShift(old, new, table, interleaved=format.interleaved, rotary_start=format.rotary_start)
-            for table in format.ropes
-        }
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, each ``[T, H, D]``, fresh: what is not covered is 0.
-
-        Raises LeaseExpiredError when the segments are no longer held, ClosedError after ``close``.
-        """
-        if self._closed:
-            raise ClosedError("this KV of segments is closed")
-        if not 0 <= index < self._format.layers:
-            raise IndexError(f"layer {index}; there are {self._format.layers}")
-        shape = (self._tokens, self._format.heads, self._format.head_dim)
-        keys = torch.empty(shape, dtype=self._format.dtype, device=self._format.device)
-        values = torch.empty_like(keys)
-        for gap in self._gaps:
-            keys[gap] = 0
-            values[gap] = 0
-        for part, layout in zip(self._parts, self._layouts, strict=True):
-            self._copy(part, layout, index, keys, values)
-        table = self._format.tables[index]
-        if table is not None:
-            self._shifts[id(table)].apply(keys)
-        if self._prefix is not None and (count := self._prefix.tokens):
-            exact_keys, exact_values = self._prefix.layer(index)
-            keys[:count] = exact_keys[:count]
-            values[:count] = exact_values[:count]
-        return keys, values
-
-    def _copy(self, part: _Part, layout: SegmentLayout, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        wanted, lease = part.wanted, part.lease
-        lease.renew()
-        # Handles of our own: the lease may be closed on another thread while its bytes are being copied.
-        buffers = lease.share()
-        try:
-            if len(buffers) < len(layout.groups):
-                raise LeaseExpiredError("the segments are no longer held: retrieve them again")
-            chunk = layout.layer(buffers[index // layout.each], index % layout.each)
-            rows = chunk[:, wanted.row : wanted.row + wanted.stop - wanted.start]
-            keys[wanted.start : wanted.stop] = rows[0]
-            values[wanted.start : wanted.stop] = rows[1]
-        finally:
-            _release(buffers)
-
-    def close(self) -> None:
-        """Let go of the segments. Idempotent."""
-        self._closed = True
-        for part in self._parts:
-            part.lease.close()
-
-    def __enter__(self) -> StoredKV:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
 def _packed(tokens: Tokens) -> bytes:
     return tokens.astype("<u4").tobytes()
-
-
-def _release(buffers: Sequence[PoolBuffer]) -> None:
-    for buffer in buffers:
-        buffer.release()
-
-
-def _intervals(mask: torch.Tensor) -> list[slice]:
-    edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff().nonzero().flatten().tolist()
-    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

@@ -36,16 +36,18 @@ class RotaryShift:
     ) -> None:
         self._old, self._new, self._table = old_positions, new_positions, table
         self._interleaved, self._start = interleaved, rotary_start
-        self._on_host = old_positions.device.type == "cpu" and not runs_kernel(old_positions.device)
-        if not self._on_host:
-            return
         for name, positions in (("old_positions", old_positions), ("new_positions", new_positions)):
             if positions.dtype != torch.int64 or positions.dim() != 1 or positions.shape != old_positions.shape:
                 raise KernelArgumentError(f"{name} is {positions.dtype} {tuple(positions.shape)}; it must be int64 [T]")
-            if positions.numel() and int(positions.max()) >= table.positions:
-                raise KernelArgumentError(
-                    f"{name} holds {int(positions.max())}; the table has {table.positions} positions"
-                )
+            if (
+                positions.device.type == "cpu"
+                and positions.numel()
+                and (last := int(positions.max())) >= table.positions
+            ):
+                raise KernelArgumentError(f"{name} holds {last}; the table has {table.positions} positions")
+        self._on_host = not runs_kernel(old_positions.device)
+        if not self._on_host:
+            return
         moved = (old_positions >= 0) & (new_positions >= 0) & (old_positions != new_positions)
         self._runs = _runs(moved)
         old = table.cos_sin[old_positions.clamp(min=0)]  # [T, 2, R / 2]
@@ -55,19 +57,19 @@ class RotaryShift:
 
     def apply(self, keys: torch.Tensor) -> None:
         """Move `keys` in place: bf16, fp16 or fp32 `[T, H, D]`, D contiguous."""
-        if not self._on_host:
-            shift_rotary(
-                keys, self._old, self._new, self._table, interleaved=self._interleaved, rotary_start=self._start
-            )
-            return
         width = self._table.width
+        if keys.dtype not in DTYPES:
+            raise KernelArgumentError(f"keys are {keys.dtype}; they must be one of {', '.join(map(str, DTYPES))}")
         if keys.dim() != 3 or len(keys) != len(self._old) or self._start + width > keys.shape[2]:
             raise KernelArgumentError(
                 f"keys have shape {tuple(keys.shape)}; they must be [{len(self._old)}, H, D] with D of at least "
                 f"{self._start + width}"
             )
-        if keys.dtype not in DTYPES:
-            raise KernelArgumentError(f"keys are {keys.dtype}; they must be one of {', '.join(map(str, DTYPES))}")
+        if not self._on_host:
+            shift_rotary(
+                keys, self._old, self._new, self._table, interleaved=self._interleaved, rotary_start=self._start
+            )
+            return
         part = keys[..., self._start : self._start + width]  # [T, H, R]
         heads = keys.shape[1]
         rows = max(1, _BLOCK_ELEMENTS // (heads * width))

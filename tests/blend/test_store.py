@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ByteSize
 
 from lmcache import metrics
 from lmcache.blend import layout
+from lmcache.blend.layout import SegmentFormat
 from lmcache.blend.reuse import ReusedKV, Segment
 from lmcache.blend.segments import ContentIndex, Match
-from lmcache.blend.store import KIND_TAG, PrefixKV, SegmentFormat, SegmentStore, StoredKV
+from lmcache.blend.store import KIND_TAG, SegmentStore
+from lmcache.blend.stored import PrefixKV, StoredKV
 from lmcache.config import load_config
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import ClosedError, ConfigError, KernelArgumentError, LeaseExpiredError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
 from lmcache.kernels.rotary_tables import RotaryTable
-from lmcache.keys import PlaceholderSpan, namespace
+from lmcache.keys import ChunkKey, PlaceholderSpan, namespace
+from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.manager import StorageManager
 
 HEADS, DIM, POSITIONS = 2, 16, 512
@@ -101,20 +106,22 @@ def open_manager() -> Iterator[Open]:
     """Opens managers, after which nothing may be held."""
     opened: list[StorageManager] = []
 
-    def do(*tiers: dict[str, Any], capacity: int = 4 << 20, **options: object) -> StorageManager:
-        values = {
-            "memory": {"capacity": capacity, "huge_pages": False},
-            "tiers": tiers,
-            "close_timeout_s": 5,
-            **options,
-        }
-        opened.append(StorageManager(load_config(overrides=values)))
+    def do(
+        *tiers: dict[str, Any],
+        capacity: int = 4 << 20,
+        backends: Sequence[StorageBackend] | None = None,
+        **options: object,
+    ) -> StorageManager:
+        memory = {"capacity": capacity, "huge_pages": False}
+        config = load_config(overrides={"memory": memory, "tiers": tiers, "close_timeout_s": 5, **options})
+        opened.append(StorageManager(config, tiers=backends))
         return opened[-1]
 
     yield do
     for manager in opened:
-        assert manager.stats()["leases"] == 0, "a lease leaked"
+        leases = manager.stats()["leases"]
         manager.close()
+        assert not leases, "a lease leaked"
         settle(lambda m=manager: m.pool.used_bytes == 0, "a buffer leaked")  # type: ignore[misc]
 
 
@@ -177,13 +184,16 @@ def test_it_is_what_the_blender_asks_for(manager: StorageManager) -> None:
         assert not torch.cat(reused.layer(2)).any()
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 12_000, 4 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_segments_come_back_at_new_positions(manager: StorageManager, dtype: torch.dtype, chunk_bytes: int) -> None:
+def test_segments_come_back_at_new_positions(
+    manager: StorageManager, dtype: torch.dtype, chunk_bytes: int, pipelined: bool
+) -> None:
     store = SegmentStore(manager, make_format(dtype=dtype), chunk_bytes=chunk_bytes)
     count = Counted()
     store_all(store)
-    with store.retrieve(PROMPT, SEGMENTS) as found:
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=pipelined) as found:
         check(found, PROMPT, [(s.start, s.stop) for s in SEGMENTS], store.format)
         assert found.segments == SEGMENTS
         assert not found.exact.any()
@@ -235,7 +245,7 @@ def test_any_segments_of_any_prompt_come_back(data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(prompt)))
     prefix = Prefix([(k[:first], v[:first]) for k, v in kv(prompt, 0, format)] if first else kv([1], 0, format)[:0])
     prefix = prefix if first else None  # type: ignore[assignment]
-    with store.retrieve(prompt, segments, prefix=prefix) as found:
+    with store.retrieve(prompt, segments, prefix=prefix, pipelined=data.draw(st.booleans())) as found:
         check(found, prompt, [(0, first), *((s.start, s.stop) for s in stored)], format) if prompt else None
         assert found.exact.tolist() == [at < first for at in range(len(prompt))]
         assert found.segments == [Segment(max(s.start, first), s.stop) for s in stored if s.stop > first]
@@ -702,6 +712,130 @@ def test_a_tier_that_fails_is_a_miss(open_manager: Open, tmp_path: Path) -> None
     drop_memory(manager)
     with store.retrieve(PROMPT, SEGMENTS) as found:
         assert not found.covered.any()
+
+
+# ---- layer after layer
+
+
+class Turnstile(DiskBackend):
+    """Reads one chunk for each ``let``, in the order in which they are asked for."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.turns = threading.Semaphore(0)
+
+    def let(self, count: int) -> None:
+        for _ in range(count):
+            self.turns.release()
+
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        for count, pair in enumerate(zip(keys, into, strict=True)):
+            if not self.turns.acquire(timeout=20) or not super().get([pair[0]], [pair[1]]):
+                return count
+        return len(keys)
+
+
+@pytest.fixture
+def open_turnstile(open_manager: Open, tmp_path: Path) -> Iterator[Callable[..., tuple[StorageManager, Turnstile]]]:
+    """All three segments are on disk, each layer in a chunk of its own, and come one by one."""
+    with_disk = open_manager(disk(tmp_path))
+    store_all(SegmentStore(with_disk, make_format(), chunk_bytes=1))
+    with_disk.close()
+    opened = []
+
+    def do(**options: object) -> tuple[StorageManager, Turnstile]:
+        gate = Turnstile(DiskConfig(path=tmp_path, capacity=ByteSize(64 << 20)))
+        opened.append(gate)
+        return open_manager(backends=[gate], read_batch=1, read_threads=1, **options), gate
+
+    yield do
+    for gate in opened:
+        gate.let(100)
+
+
+Turnstiles = Callable[..., tuple[StorageManager, Turnstile]]
+
+
+def test_the_first_layers_are_used_while_the_last_are_read(open_turnstile: Turnstiles) -> None:
+    manager, gate = open_turnstile()
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    gate.let(6)
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found:
+        assert found.segments == SEGMENTS
+        found.layer(0)
+        found.layer(1)
+        got: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: got.extend(found.layer(2)))
+        thread.start()
+        gate.let(2)
+        assert not got
+        gate.let(1)
+        thread.join(20)
+        assert got
+        check(found, PROMPT, [(s.start, s.stop) for s in SEGMENTS], store.format)
+
+
+def test_a_segment_that_is_missing_costs_no_other_also_layer_by_layer(open_turnstile: Turnstiles) -> None:
+    manager, gate = open_turnstile()
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    gate.let(100)
+    store.remove(B)
+    count = Counted()
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found:
+        check(found, PROMPT, [(12, 32), (33, 64)], store.format)
+    with store.retrieve(PROMPT, SEGMENTS[:1], pipelined=True) as found:
+        assert not found.covered.any()
+    assert count() == {"reused": 51, "missing": 14}
+
+
+def test_a_layer_that_does_not_come_is_an_error_and_what_came_is_not_lost(open_turnstile: Turnstiles) -> None:
+    manager, gate = open_turnstile(read_timeout_s=1.0, breaker={"failures": 100})
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    gate.let(7)  # all of the first segment, and two layers of the others
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True, timeout_s=0.9) as found:
+        found.layer(1)
+        with pytest.raises(LeaseExpiredError, match="layer 2"):
+            found.layer(2)
+    with store.retrieve(PROMPT, SEGMENTS, timeout_s=0.2) as found:
+        check(found, PROMPT, [(3, 10)], store.format)
+
+
+def test_when_even_the_first_layer_is_late_what_is_whole_is_used(open_turnstile: Turnstiles) -> None:
+    manager, gate = open_turnstile()
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    gate.let(3)
+    with store.retrieve(PROMPT, SEGMENTS[:1]) as found:
+        found.layer(0)
+    count = Counted()
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True, timeout_s=0.2) as found:
+        check(found, PROMPT, [(3, 10)], store.format)
+    assert count() == {"reused": 7, "late": 51}
+
+
+def test_a_later_layer_of_another_run_is_an_error(manager: StorageManager) -> None:
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    store_all(store)
+    manager.remove(store.keys(A)[:1])
+    assert store.put(A, 3, [(k, v + 1) for k, v in kv(A, 3, store.format)])
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found:
+        found.layer(0)
+        with pytest.raises(CorruptChunkError, match="another run"):
+            found.layer(1)
+    with store.retrieve(PROMPT, SEGMENTS) as found:
+        check(found, PROMPT, [(3, 10), (33, 64)], store.format)
+
+
+def test_a_damaged_record_is_seen_before_it_is_used_also_layer_by_layer(manager: StorageManager) -> None:
+    store = SegmentStore(manager, make_format(), chunk_bytes=1)
+    store_all(store)
+    with manager.acquire(store.keys(A), manager.sizes(store.keys(A))) as lease:
+        lease.buffers[0].view[70] ^= 4
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found:
+        check(found, PROMPT, [(3, 10), (33, 64)], store.format)
+    with manager.acquire(store.keys(B), manager.sizes(store.keys(B))) as lease:
+        lease.buffers[2].view[70] ^= 4
+    with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found, pytest.raises(CorruptChunkError, match="tokens"):
+        found.layer(2)
 
 
 # ---- how long it is held

@@ -7,7 +7,7 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import rotary_shift
-from lmcache.kernels.rotary import shift_rotary
+from lmcache.kernels.rotary import shift_rotary_torch
 from lmcache.kernels.rotary_shift import RotaryShift
 from lmcache.kernels.rotary_tables import RotaryTable
 
@@ -15,7 +15,7 @@ TABLE = RotaryTable.from_parameters({"rope_type": "default", "rope_theta": 1e4},
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def positions(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def positions(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs that are moved, not moved, and left out."""
     old, new = torch.arange(tokens) + 100, torch.arange(tokens) + 700
     new[tokens // 3 : tokens // 2] = old[tokens // 3 : tokens // 2]
@@ -37,12 +37,13 @@ def test_it_is_what_shift_rotary_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rotary_shift, "_BLOCK_ELEMENTS", 7 * heads * 32)  # many blocks, the last of them ragged
-    keys = torch.randn(tokens, heads, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    old, new = positions(tokens)
+    keys = torch.randn(tokens, heads, dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    old, new = (each.to(device) for each in positions(tokens))
+    table = TABLE.to(device)
     want = keys.clone()
-    shift_rotary(want, old, new, TABLE, interleaved=interleaved, rotary_start=start)
+    shift_rotary_torch(want, old, new, table, interleaved=interleaved, rotary_start=start)
     moved = keys.clone()
-    RotaryShift(old, new, TABLE, interleaved=interleaved, rotary_start=start).apply(moved)
+    RotaryShift(old, new, table, interleaved=interleaved, rotary_start=start).apply(moved)
     # Sums may be rounded once or twice, which turns a few roundings to the keys' dtype.
     torch.testing.assert_close(moved, want, rtol=torch.finfo(dtype).eps, atol=1e-6)
     still = (old < 0) | (new < 0) | (old == new)
@@ -63,7 +64,7 @@ def test_views_with_strides_are_moved_in_place() -> None:
     both = torch.randn(50, 2, 3, 32)
     old, new = positions(50)
     want = both[:, 0].clone()
-    shift_rotary(want, old, new, TABLE)
+    shift_rotary_torch(want, old, new, TABLE)
     values = both[:, 1].clone()
     RotaryShift(old, new, TABLE).apply(both[:, 0])
     torch.testing.assert_close(both[:, 0], want, rtol=1e-6, atol=1e-6)
