@@ -39,11 +39,8 @@ class RotaryShift:
         for name, positions in (("old_positions", old_positions), ("new_positions", new_positions)):
             if positions.dtype != torch.int64 or positions.dim() != 1 or positions.shape != old_positions.shape:
                 raise KernelArgumentError(f"{name} is {positions.dtype} {tuple(positions.shape)}; it must be int64 [T]")
-            if (
-                positions.device.type == "cpu"
-                and positions.numel()
-                and (last := int(positions.max())) >= table.positions
-            ):
+            host = positions.device.type == "cpu"  # to look on a GPU would stall its stream
+            if host and positions.numel() and (last := int(positions.max())) >= table.positions:
                 raise KernelArgumentError(f"{name} holds {last}; the table has {table.positions} positions")
         self._on_host = not runs_kernel(old_positions.device)
         if not self._on_host:

@@ -34,6 +34,7 @@ def test_it_is_what_shift_rotary_gives(
     start: int,
     dtype: torch.dtype,
     interleaved: bool,
+    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rotary_shift, "_BLOCK_ELEMENTS", 7 * heads * 32)  # many blocks, the last of them ragged
