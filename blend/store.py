@@ -55,7 +55,7 @@ class SegmentStore:
         manager: StorageManager,
         format: SegmentFormat,
         *,
-        chunk_bytes: int = 4 << 20,
+        chunk_bytes: int = 1 << 20,
         codec: str | Mapping[str, Any] = RAW,
     ) -> None:
         if codec not in (RAW, {"type": RAW}):

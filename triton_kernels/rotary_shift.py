@@ -15,7 +15,7 @@ from lmcache.kernels.rotary_tables import RotaryTable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Elements of a block: twice that in fp32, and the block's angles, fit a core's second-level cache.
-_BLOCK_ELEMENTS = 48 << 10
+_BLOCK_ELEMENTS = 96 << 10
 
 
 class RotaryShift:
@@ -68,18 +68,19 @@ class RotaryShift:
             )
             return
         part = keys[..., self._start : self._start + width]  # [T, H, R]
-        heads = keys.shape[1]
-        rows = max(1, _BLOCK_ELEMENTS // (heads * width))
-        scratch = torch.empty(2, rows, heads, width)
+        rows = max(1, _BLOCK_ELEMENTS // (keys.shape[1] * width))
+        x, y = torch.empty(2, min(rows, len(keys)), keys.shape[1], width)
         for start, stop in self._runs:
             for first in range(start, stop, rows):
-                block = slice(first, min(first + rows, stop))
-                _turn(part[block], self._cos[block], self._sin[block], self._interleaved, scratch)
+                last = min(first + rows, stop)
+                n = last - first
+                _turn(part[first:last], self._cos[first:last], self._sin[first:last], self._interleaved, x[:n], y[:n])
 
 
-def _turn(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, scratch: torch.Tensor) -> None:
-    """In place. keys: `[t, H, R]`; cos, sin: fp32 `[t, 1, R / 2]`; scratch: fp32 `[2, t or more, H, R]`."""
-    x, y = scratch[:, : len(keys)]
+def _turn(
+    keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, x: torch.Tensor, y: torch.Tensor
+) -> None:
+    """In place. keys: `[t, H, R]`; cos, sin: fp32 `[t, 1, R / 2]`; x, y: fp32 `[t, H, R]`, overwritten."""
     (low, high), (new_low, new_high) = _halves(x, interleaved), _halves(y, interleaved)
     x.copy_(keys)
     torch.mul(low, cos, out=new_low).addcmul_(high, sin, value=-1)
