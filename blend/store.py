@@ -153,9 +153,11 @@ class SegmentStore:
         metrics.SEGMENT_TOKENS.labels("reused").inc(sum(part.stop - part.start for part in kv.segments))
         return kv
 
-    def remove(self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None) -> bool:
+    def remove(
+        self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None, placeholders: Sequence[PlaceholderSpan] = ()
+    ) -> bool:
         """Forget a segment, in every tier; whether there was anything of it."""
-        return self._manager.remove(self.keys(tokens, tags=tags)) > 0
+        return self._manager.remove(self.keys(tokens, tags=tags, placeholders=placeholders)) > 0
 
     def _all_layers(self, wanted: Sequence[Wanted], held: ExitStack, ends_at: float) -> list[Part]:
         """Each segment under a lease of its own, so that one that is missing costs no other; what all came of."""
