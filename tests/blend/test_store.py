@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -836,6 +838,61 @@ def test_a_damaged_record_is_seen_before_it_is_used_also_layer_by_layer(manager:
         lease.buffers[2].view[70] ^= 4
     with store.retrieve(PROMPT, SEGMENTS, pipelined=True) as found, pytest.raises(CorruptChunkError, match="tokens"):
         found.layer(2)
+
+
+# ---- all at once
+
+
+def test_whatever_happens_at_once_it_is_right_or_not_covered(open_manager: Open, tmp_path: Path) -> None:
+    """Threads that store from many places, look, and forget, over a memory that is too small and a disk that fails."""
+    broken = {"type": "faults", "error_rate": 0.1, "short_rate": 0, "inner": disk(tmp_path)}
+    manager = open_manager(broken, capacity=128 << 10, breaker={"failures": 10**6}, lease_timeout_s=0.05)
+    store = SegmentStore(manager, make_format(), chunk_bytes=3000)
+    passages = [[1000 * n + i for i in range(5 + 3 * n)] for n in range(12)]
+    values = {token: kv([token], 0, store.format) for passage in passages for token in passage}
+    errors: list[BaseException] = []
+    covered = []
+
+    def work(seed: int) -> None:
+        dice = random.Random(seed)
+        try:
+            for _ in range(80):
+                chosen = dice.sample(passages, 4)
+                todo = dice.random()
+                if todo < 0.4:
+                    at = dice.randrange(100)
+                    store.put(chosen[0], at, kv(chosen[0], at, store.format))
+                elif todo < 0.5:
+                    manager.remove(store.keys(chosen[0])[dice.randrange(2) :])
+                else:
+                    look(chosen, dice.random() < 0.5)
+        except BaseException as error:
+            errors.append(error)
+
+    def look(chosen: list[list[int]], pipelined: bool) -> None:
+        prompt = [token for passage in chosen for token in passage]
+        ends = list(itertools.accumulate(map(len, chosen)))
+        segments = [Segment(end - len(passage), end) for end, passage in zip(ends, chosen, strict=True)]
+        with store.retrieve(prompt, segments, pipelined=pipelined, timeout_s=1) as found:
+            for index in range(3):
+                try:
+                    keys, got = found.layer(index)
+                except (LeaseExpiredError, CorruptChunkError):
+                    return
+                for at in found.covered.nonzero().flatten().tolist():
+                    plain, want = values[prompt[at]][index]
+                    assert torch.equal(got[at], want[0])
+                    there = rotate(plain, torch.tensor([at]), store.format.tables[index])[0]
+                    torch.testing.assert_close(keys[at], there, rtol=0, atol=5e-6)
+            covered.append(int(found.covered.sum()))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert sum(covered) > 0
 
 
 # ---- how long it is held
