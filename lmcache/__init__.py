@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BlendEngine": "lmcache.blend.engine",
+    "Blender": "lmcache.blend.blender",
     "CacheEngine": "lmcache.engine.engine",
     "ChunkKey": "lmcache.keys",
     "KVFormat": "lmcache.keys",
@@ -20,9 +22,21 @@ _PUBLIC = {
     "load_config": "lmcache.config",
 }
 
-__all__ = ["CacheEngine", "ChunkKey", "KVFormat", "LMCacheConfig", "LMCacheError", "PagedCache", "load_config"]
+__all__ = [
+    "BlendEngine",
+    "Blender",
+    "CacheEngine",
+    "ChunkKey",
+    "KVFormat",
+    "LMCacheConfig",
+    "LMCacheError",
+    "PagedCache",
+    "load_config",
+]
 
 if TYPE_CHECKING:
+    from lmcache.blend.blender import Blender
+    from lmcache.blend.engine import BlendEngine
     from lmcache.config import LMCacheConfig, load_config
     from lmcache.engine.engine import CacheEngine
     from lmcache.engine.layout import PagedCache

@@ -3,6 +3,7 @@
     LMCacheError
     ├── ConfigError (ValueError)        a config file, override or component option is wrong
     ├── UnsupportedLayoutError (NotImplementedError)  the engine stores KV in a way we cannot move safely
+    ├── BlendError (ValueError)          a model, a prompt or its reused KV cannot be blended
     ├── KernelArgumentError (ValueError)  a tensor of the wrong dtype, device, stride or shape
     ├── BufferStateError (RuntimeError) a pool handle used after, or released more than once
     ├── StorageError (OSError)          a tier could not do what was asked; the manager turns it into a miss
@@ -27,6 +28,10 @@ class ConfigError(LMCacheError, ValueError):
 
 class UnsupportedLayoutError(LMCacheError, NotImplementedError):
     """The engine stores KV in a way that cannot be moved safely; raised at start, never later."""
+
+
+class BlendError(LMCacheError, ValueError):
+    """A model, a prompt or its reused KV cannot be blended; raised instead of a result that is nearly right."""
 
 
 class KernelArgumentError(LMCacheError, ValueError):

@@ -10,6 +10,12 @@ STORE_REFUSED_TOKENS = Counter("lmcache_store_refused_tokens", "tokens not store
 STORE_FAILURES = Counter("lmcache_store_failures", "stores that raised; their tokens will be computed again")
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
+SEGMENT_TOKENS = Counter(
+    "lmcache_segment_tokens",
+    "tokens of segments, by what became of them: stored, reused, or computed for being missing, incomplete, late, "
+    "corrupt or unmovable",
+    ["outcome"],
+)
 
 # What the wrappers of a backend see (storage/wrappers.py, compression.py, encryption.py).
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)

@@ -95,6 +95,11 @@ class StorageManager:
         self._frozen = False
         self._closed = False
 
+    @property
+    def read_timeout_s(self) -> float:
+        """How long reads from lower tiers may take where nobody says otherwise."""
+        return self._config.read_timeout_s
+
     def allocate(self, nbytes: int, timeout_s: float = 0.0) -> PoolBuffer | None:
         """A buffer, evicting chunks that nobody holds; None when there is no room, or storage is frozen.
 

@@ -1,6 +1,8 @@
 """sparse_prefill through torch's own attention: what a CPU runs, and the provider "torch" on any device.
 
 Each request's queries go in slabs, so that the mask stays small and a slab reads no key that none of its queries sees.
+Within a slab the query heads that share a KV head are rows of one: torch packs keys and values once for each head and
+call, which is also why slabs should not be small.
 """
 
 from __future__ import annotations
@@ -9,15 +11,16 @@ import math
 
 import torch
 
-from lmcache.kernels.sparse_prefill import AttentionProblem, requests, visible
+from lmcache.kernels.sparse_prefill import AttentionProblem, PackedKV, requests, visible
 
+_SLAB_ROWS = 128
 _SLAB_SCORES = 1 << 24  # scores held at once, over all heads
 
 
 def attend(problem: AttentionProblem) -> None:
     """The provider "torch". Waits for the stream: it needs the lengths of the requests."""
     for rows, keys, values, places in requests(problem):
-        slab = max(16, _SLAB_SCORES // max(1, len(keys) * problem.q.shape[1]))
+        slab = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(keys) * problem.q.shape[1])))
         for first in range(rows.start, rows.stop, slab):
             _attend_slab(problem, slice(first, min(first + slab, rows.stop)), keys, values, places)
 
@@ -25,39 +28,53 @@ def attend(problem: AttentionProblem) -> None:
 def _attend_slab(
     problem: AttentionProblem, rows: slice, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor
 ) -> None:
-    seen = visible(problem.q_positions[rows], places, problem.window)  # [T, L]
-    used = torch.nonzero(seen.any(0)).flatten()
-    if len(used) == 0:
+    first, last, blind = _bounds(problem, problem.q_positions[rows], places)
+    if first >= last:
         problem.out[rows] = 0
         if problem.lse is not None:
             problem.lse[rows] = -math.inf
         return
-    span = slice(int(used[0]), int(used[-1]) + 1)
-    seen = seen[:, span]
+    span = slice(first, last)
+    seen = visible(problem.q_positions[rows], places[span], problem.window)  # [T, L]
     tokens, q_heads, size = problem.q[rows].shape
-    # A KV head is a batch, the query heads that share it are heads: nothing is copied for them.
-    q = problem.q[rows].view(tokens, problem.kv_heads, -1, size).permute(1, 2, 0, 3)  # [H_kv, G, T, D]
-    k = keys[span].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)  # [H_kv, G, L, D]
-    v = values[span].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
+    group = q_heads // problem.kv_heads
+    mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+    mask = mask[:, None].expand(-1, group, -1).flatten(0, 1)  # [T G, L]
+    q = problem.q[rows].view(tokens, -1, group, size).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
+    k, v = (side[span].transpose(0, 1)[None] for side in (keys, values))  # [1, H_kv, L, D]
     if problem.lse is None and problem.soft_cap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=problem.scale)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
     else:
-        out, total = _attend_in_full(problem, q, k, v, seen)
+        out, total = _attend_in_full(problem, q, k, v, mask)
         if problem.lse is not None:
-            problem.lse[rows] = total.permute(2, 0, 1).reshape(tokens, q_heads)
-    blind = ~seen.any(1)
-    out = out.masked_fill(blind[:, None], 0.0)
-    problem.out[rows] = out.permute(2, 0, 1, 3).reshape(tokens, q_heads, -1).to(problem.out.dtype)
+            problem.lse[rows] = total.view(-1, tokens, group).transpose(0, 1).flatten(1)
+    out = out.view(problem.kv_heads, tokens, group, -1).transpose(0, 1).flatten(1, 2)  # [T, H_q, V]
+    problem.out[rows] = out.masked_fill(blind[:, None, None], 0.0) if bool(blind.any()) else out
+
+
+def _bounds(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    """Keys first .. last - 1 hold all that are seen (none are if first >= last); bool `[T]`: queries that see none."""
+    if isinstance(problem.kv, PackedKV) and problem.kv.positions is not None:  # in any order
+        seen = visible(queries, places, problem.window)
+        used = torch.nonzero(seen.any(0)).flatten()
+        return (int(used[0]), int(used[-1]) + 1, ~seen.any(1)) if len(used) else (0, 0, ~seen.any(1))
+    stops = torch.searchsorted(places, queries, right=True)
+    if problem.window is None:
+        return 0, int(stops.max()), stops == 0
+    starts = torch.searchsorted(places, queries - problem.window, right=True)
+    blind = starts >= stops
+    live = ~blind
+    return (int(starts[live].min()), int(stops.max()), blind) if bool(live.any()) else (0, 0, blind)
 
 
 def _attend_in_full(
-    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out `[H_kv, G, T, V]` and log-sum-exp `[H_kv, G, T]` in fp32, where torch's own attention lacks something."""
+    """out `[1, H_kv, T G, V]` and log-sum-exp `[1, H_kv, T G]` in fp32, where torch's own attention lacks something."""
     logits = (q.float() @ k.float().transpose(2, 3)).mul_(problem.scale)
     if problem.soft_cap is not None:
         logits.div_(problem.soft_cap).tanh_().mul_(problem.soft_cap)
-    logits.masked_fill_(~seen, -math.inf)
+    logits.add_(mask)
     total = logits.logsumexp(3)
     weights = logits.sub_(total.clamp_min(torch.finfo(torch.float32).min)[..., None]).exp_()
     return weights @ v.float(), total

@@ -1,0 +1,191 @@
+"""Passages in, blended prompts out: a model, its segments in storage, and the fusion, put together.
+
+    learn(passages)   prefill each behind the prefix ──> rows of the passage ──> storage
+    blend(prompt)     find segments ──> retrieve, move ──> recompute what matters ──> logits, KV
+
+Passages are prefilled behind the prefix that prompts begin with (a system prompt, or BOS): alone, their first tokens
+would take the place of what attention sinks into. The prefix itself is computed once and used exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.forward import KV
+from lmcache.blend.layout import SegmentFormat
+from lmcache.blend.models.base import BlendModel
+from lmcache.blend.reuse import GivenKV, Segment
+from lmcache.blend.segments import ContentIndex, as_tokens
+from lmcache.blend.selection import TokenSelector
+from lmcache.blend.store import SegmentStore
+from lmcache.engine.engine import TokenIds
+from lmcache.errors import BlendError, ConfigError, CorruptChunkError, LeaseExpiredError
+from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
+from lmcache.storage.manager import StorageManager
+
+logger = logging.getLogger(__name__)
+
+
+class _Prefix:
+    """PrefixKV over tensors."""
+
+    def __init__(self, layers: Sequence[KV]) -> None:
+        self._layers = layers
+
+    @property
+    def tokens(self) -> int:
+        return len(self._layers[0][0]) if self._layers else 0
+
+    def layer(self, index: int) -> KV:
+        return self._layers[index]
+
+
+class BlendEngine:
+    """Blends prompts of one model out of passages that were learned.
+
+        engine = BlendEngine(model, StorageManager(load_config()), model_id="SmolLM2-135M", prefix=bos)
+        engine.learn(passages)
+        blended = engine.blend(prompt)                  # passages are found by their content
+        model.generate(prompt[None], past_key_values=engine.blender.cache(blended))
+
+    model_id: the identity of the weights, part of every key. prefix: tokens that prompts begin with.
+    selector, options: as of Blender. min_tokens: the shortest run of a known passage that is worth reusing.
+    Thread-safe. The manager is the caller's, who closes it after this.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | BlendModel,
+        manager: StorageManager,
+        *,
+        model_id: str,
+        prefix: TokenIds = (),
+        selector: str | Mapping[str, Any] | TokenSelector[Any] = "cacheblend",
+        min_tokens: int = 32,
+        **options: Any,
+    ) -> None:
+        if not model_id:
+            raise ConfigError("model_id is empty; it must name the weights, or KV of another model would be reused")
+        self.blender = Blender(model, selector, **options)
+        self.index = ContentIndex(min_tokens)
+        self._model, self._manager, self._model_id = self.blender.model, manager, model_id
+        self._all = Blender(self._model, "all")
+        self._stores: dict[tuple[bytes, ...], SegmentStore] = {}
+        self._prefix_ids = [int(token) for token in as_tokens(prefix)]
+        self._prefixes: dict[SegmentStore, _Prefix] = {}
+
+    def learn(self, passages: Iterable[TokenIds]) -> int:
+        """Prefill those passages that storage does not hold and keep their KV; how many are held in the end."""
+        held = 0
+        for passage in passages:
+            tokens = [int(token) for token in as_tokens(passage)]
+            whole = [*self._prefix_ids, *tokens]
+            store = self._store(len(whole))
+            if not store.holds(tokens):
+                first = len(self._prefix_ids)
+                layers = self._prefilled(whole, store)
+                if not store.put(tokens, first, [(keys[first:], values[first:]) for keys, values in layers]):
+                    continue
+            self.index.add(tokens)
+            held += 1
+        return held
+
+    def blend(
+        self,
+        tokens: TokenIds,
+        segments: Sequence[Segment] | None = None,
+        *,
+        always: Sequence[Segment] = (),
+        all_logits: bool = False,
+        timeout_s: float | None = None,
+    ) -> Blended:
+        """The prompt's KV and logits, as Blender.blend has them.
+
+        segments: where passages are in the prompt, each as it was learned; None: found by content, at any alignment.
+        What storage does not give, or not in time, is computed. When a segment gets lost while layers are computed, the
+        blend is begun again with what there is, and at last without any: an answer is never made of half of one.
+        Raises what Blender.blend raises.
+        """
+        array = as_tokens(tokens)
+        ids = torch.as_tensor(array.astype("int64"), device=self._model.kv.device)
+        store = self._store(len(ids))
+        prefix = self._prefix_of(store) if self._begins_with_prefix(array.tolist()) else None
+        wanted = self.index.find(array) if segments is None else segments
+        for attempt in (wanted, wanted, ()):
+            with store.retrieve(array, attempt, prefix=prefix, timeout_s=timeout_s) as reused:
+                try:
+                    return self.blender.blend(ids, reused, always=always, all_logits=all_logits)
+                except (LeaseExpiredError, CorruptChunkError) as error:
+                    logger.warning("a segment was lost while a prompt was blended, which begins again: %s", error)
+        raise BlendError("the prompt cannot be blended even without segments")
+
+    def close(self) -> None:
+        """Forget what is known of passages; their KV stays in storage."""
+        self._prefixes.clear()
+        self.index = ContentIndex(self.index.min_tokens)
+
+    def __enter__(self) -> BlendEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _begins_with_prefix(self, tokens: Sequence[int]) -> bool:
+        count = len(self._prefix_ids)
+        return 0 < count < len(tokens) and list(tokens[:count]) == self._prefix_ids
+
+    def _prefix_of(self, store: SegmentStore) -> _Prefix | None:
+        """The prefix's KV with the ropes of that store."""
+        if not self._prefix_ids:
+            return None
+        found = self._prefixes.get(store)
+        if found is None:
+            empty = GivenKV(self._nothing(len(self._prefix_ids)), [])
+            found = self._prefixes[store] = _Prefix(self._all.blend(self._prefix_ids, empty).layers)
+        return found
+
+    def _prefilled(self, whole: Sequence[int], store: SegmentStore) -> list[KV]:
+        prefix = self._prefix_of(store)
+        with store.retrieve(whole, [], prefix=prefix) as reused:
+            return self._all.blend(whole, reused).layers
+
+    def _nothing(self, tokens: int) -> list[KV]:
+        kv = self._model.kv
+        row = torch.zeros(1, kv.heads, kv.size, dtype=kv.dtype, device=kv.device).expand(tokens, -1, -1)
+        return [(row, row)] * self._model.num_layers
+
+    def _store(self, length: int) -> SegmentStore:
+        """Of the ropes that the model uses for a prompt so long: "dynamic" and "longrope" have more than one."""
+        tables: dict[object, RotaryTable] = {}
+        inverses = []
+        for name, rope in self._model.ropes.items():
+            frequencies = rope_frequencies(
+                rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length
+            )
+            inverses.append((name, frequencies))
+        known = tuple(frequencies.inverse.numpy().tobytes() for _, frequencies in inverses)
+        store = self._stores.get(known)
+        if store is not None and (store.format.positions or 0) >= length:
+            return store
+        for name, frequencies in inverses:
+            positions = max(self._model.ropes[name].max_positions or 0, 1 << (length - 1).bit_length())
+            tables[name] = RotaryTable.from_frequencies(
+                frequencies, positions, device=self._model.kv.device, angles=torch.float32
+            )
+        kv = self._model.kv
+        format = SegmentFormat(
+            model=self._model_id,
+            dtype=kv.dtype,
+            heads=kv.heads,
+            head_dim=kv.size,
+            tables=tuple(tables[attention.rope] for attention in self._model.attention),
+            device=kv.device,
+        )
+        self._stores[known] = SegmentStore(self._manager, format)
+        return self._stores[known]

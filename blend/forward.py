@@ -1,0 +1,173 @@
+"""Some rows of a prompt through a model's layers, over a KV that holds all of it.
+
+hidden [N] --norm, projections, rope--> q, k, v [N]       keys, values [T]
+                                           └─ k, v ------> rows .. are overwritten in place
+                                              q ---------> attend, each up to its own position
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
+from time import perf_counter
+
+import torch
+
+from lmcache.blend.models.base import BlendModel
+from lmcache.blend.reuse import ReusedKV
+from lmcache.errors import BlendError
+from lmcache.kernels.sparse_prefill import visible
+
+KV = tuple[torch.Tensor, torch.Tensor]
+_SLAB_SCORES = 1 << 24  # attention scores held at once
+
+
+class Stopwatch:
+    """Seconds by stage, of the host: on a GPU, what it takes to launch the work, except where the host must wait."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - start
+
+
+def use_one_core() -> None:
+    """Keeps torch's operations in the calling thread to one core; other threads keep theirs.
+
+    Otherwise OpenMP starts a second team beside that of the thread that computes; as soon as there are more threads
+    than cores its barriers sleep instead of spin, and small operations take 1.5 times as long (2 cores, 334 rows of
+    SmolLM2). torch.set_num_threads would change every thread that is started later.
+    """
+    torch.get_num_threads()  # torch sets a thread's number once, on its first use
+    with suppress(AttributeError):  # a torch without OpenMP
+        ctypes.CDLL(None).omp_set_num_threads(1)
+
+
+class LayerFeed:
+    """Reused KV, fetched in another thread, one layer ahead of who asks; layers that were fetched are kept."""
+
+    def __init__(self, model: BlendModel, reused: ReusedKV, tokens: int, executor: Executor) -> None:
+        self._reused, self._executor = reused, executor
+        self._shape = (tokens, model.kv.heads, model.kv.size)
+        self._like, self._num_layers = model.kv, model.num_layers
+        self._futures: list[Future[KV]] = []
+
+    def layer(self, index: int) -> KV:
+        while len(self._futures) < min(index + 2, self._num_layers):
+            self._futures.append(self._executor.submit(self._fetch, len(self._futures)))
+        return self._futures[index].result()
+
+    def _fetch(self, index: int) -> KV:
+        sides = self._reused.layer(index)
+        for name, side in zip(("keys", "values"), sides, strict=True):
+            if (side.shape, side.dtype, side.device) != (self._shape, self._like.dtype, self._like.device):
+                raise BlendError(
+                    f"{name} of layer {index} are {side.dtype} {tuple(side.shape)} on {side.device}; the model's are "
+                    f"{self._like.dtype} {self._shape} on {self._like.device}"
+                )
+        return sides
+
+
+class Rotation:
+    """The model's ropes at a prompt's positions, in the model's dtype."""
+
+    def __init__(self, model: BlendModel, length: int) -> None:
+        self._model, self._length = model, length
+        self._tables: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._positions: torch.Tensor | None = None
+        self._picked: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, layer: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`x` `[N, H, D]` turned to `positions` `[N]`."""
+        name = self._model.attention[layer].rope
+        if name not in self._tables:
+            table = self._model.table(layer, self._length)
+            cos, sin = (table.cos_sin * table.attention_factor).to(x.dtype)[:, :, None].unbind(1)  # [P, 1, D / 2]
+            self._tables[name] = (cos, sin)
+        if self._positions is not positions:  # mostly those of the layer before
+            self._positions, self._picked = positions, {}
+        if name not in self._picked:
+            cos, sin = self._tables[name]
+            self._picked[name] = (cos[positions], sin[positions])
+        cos, sin = self._picked[name]
+        low, high = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        out_low, out_high = out.chunk(2, -1)
+        torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+        torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+        return out
+
+
+def question_mass(
+    model: BlendModel,
+    rotation: Rotation,
+    layers: Callable[[int], KV],
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    question: int,
+    known: torch.Tensor,
+    exact_last: bool,
+) -> Iterator[torch.Tensor]:
+    """Runs `rows` over the KV and yields, layer by layer, the attention of their last `question` tokens, fp32 `[T]`.
+
+    Summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`. `known`: bool `[T]`,
+    tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax is needed itself.
+    """
+    key_positions = torch.arange(len(tokens), device=tokens.device)
+    seen = known.clone()
+    seen[rows] = True
+    key_positions = key_positions.where(seen, len(tokens))  # behind every query
+    hidden = model.embed(tokens[rows])
+    written = len(rows) - exact_last
+    for index in range(model.num_layers):
+        keys, values = layers(index)
+        x = model.norm(index, hidden)
+        k, v = model.key_value(index, x)
+        keys[rows[:written]] = rotation(index, k, rows)[:written]
+        values[rows[:written]] = v[:written]
+        q = rotation(index, model.query(index, x), rows)
+        attention = model.attention[index]
+        attended, mass = _attend_and_weigh(
+            q, (keys, values), rows, key_positions, question, attention.scale, attention.window
+        )
+        yield mass
+        if index + 1 < model.num_layers:
+            hidden = model.finish(index, hidden, attended)
+
+
+def _attend_and_weigh(
+    q: torch.Tensor,
+    kv: KV,
+    rows: torch.Tensor,
+    key_positions: torch.Tensor,
+    question: int,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention's output `[N, H_q, D]`, and the weights of the last `question` rows summed, `[T]`."""
+    keys, values = kv
+    total, q_heads, size = q.shape
+    k, v = keys.permute(1, 2, 0), values.transpose(0, 1)  # [H_kv, D, T], [H_kv, T, D]
+    out = torch.empty_like(q)
+    mass = torch.zeros(len(keys), dtype=torch.float32, device=q.device)
+    slab = max(1, _SLAB_SCORES // (len(keys) * q_heads))
+    for first in range(0, total, slab):
+        part = q[first : first + slab]
+        grouped = part.view(len(part), len(k), -1, size).permute(1, 2, 0, 3)  # [H_kv, G, n, D]
+        logits = torch.matmul(grouped.flatten(1, 2), k).view(*grouped.shape[:3], -1).float()
+        unseen = ~visible(rows[first : first + slab], key_positions, window)  # [n, T]
+        weights = logits.mul_(scale).masked_fill_(unseen, -torch.inf).softmax(-1)  # [H_kv, G, n, T]
+        asking = max(total - question - first, 0)
+        mass += weights[:, :, asking:].sum((0, 1, 2)) / q_heads
+        attended = torch.matmul(weights.flatten(1, 2).to(v.dtype), v).view(grouped.shape)
+        out[first : first + slab] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return out, mass
