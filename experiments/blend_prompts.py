@@ -113,7 +113,7 @@ def note_about(officer: str, draw: random.Random) -> str:
 
 
 def filled(texts: Sequence[str], encode: Encode, *, length: int, passage: int, question: int) -> Prompt:
-    """A prompt of `length` tokens without an answer: passages of about `passage` tokens, and a question as in `wiki`."""
+    """A prompt of `length` tokens without an answer: passages of about `passage` tokens, a question as in `wiki`."""
     prefix, tokens = encode(PREFIX), [token for text in texts for token in encode(text)]
     context = length - len(prefix) - question
     if context < passage or len(tokens) < context + question:
