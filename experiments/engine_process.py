@@ -76,13 +76,18 @@ def describe() -> dict[str, Any]:
     import torch
     import vllm
 
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        hardware = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "vllm": vllm.__version__}
-    return {"hardware": hardware, "cores": os.cpu_count(), "versions": versions}
+    return {"hardware": hardware(), "cores": os.cpu_count(), "versions": versions}
+
+
+def hardware() -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

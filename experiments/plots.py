@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from experiments.engine import Row
 
 if TYPE_CHECKING:
+    from experiments.blend_quality import Found as Blended
+    from experiments.blend_ttft import Found as Timed
     from experiments.codec_quality import Found
 
 INK, FADED = "#22303c", "#6b7785"
+SELECTORS = {"random": "#9aa5b1", "epic": "#e0a458", "cacheblend": "#3d6fb4", "question": "#c8553d"}
 
 
 def ttft_figure(
@@ -110,6 +113,87 @@ def eviction_figure(
     axes.set_xscale("log")
     axes.set_xlabel("cache size, blocks", color=FADED)
     axes.set_ylabel("hit ratio (blocks of cached prefixes)", color=FADED)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
+    figure.tight_layout(rect=(0, 0.04, 1, 0.99))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def blend_quality_figure(
+    found: Sequence[Blended], titles: Mapping[str, str], title: str, caption: str, path: Path
+) -> None:
+    """KL with 95 % intervals, top-1 and perplexity against the ratio, a row a kind of data; written to ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = [data for data in titles if any(f.data == data for f in found)]
+    ratios = sorted({f.ratio for f in found})
+    figure, grid = plt.subplots(len(kinds), 3, figsize=(14, 1 + 4 * len(kinds)), dpi=140, squeeze=False)
+    for data, axes in zip(kinds, grid, strict=True):
+        names = [name for name in dict.fromkeys(f.selector for f in found) if name not in ("none", "all")]
+        for name in names:
+            # Plain reuse and a full prefill are the two ends of every line.
+            line = [f for f in found if f.data == data and f.selector in (name, "none", "all")]
+            line.sort(key=lambda f: f.ratio)
+            x = [ratios.index(f.ratio) for f in line]
+            style = {"marker": "o", "ms": 4, "color": SELECTORS.get(name), "label": name}
+            kl = [f.kl.value for f in line]
+            bars = [[f.kl.value - f.kl.low for f in line], [f.kl.high - f.kl.value for f in line]]
+            axes[0].errorbar(x, kl, yerr=bars, capsize=2, elinewidth=0.8, **style)
+            axes[1].plot(x, [f.top1 for f in line], **style)
+            axes[2].plot(x, [f.perplexity for f in line], **style)
+        axes[0].set_title(titles[data], loc="left", color=INK)
+        for axis, label in zip(axes, ("KL to a full prefill, nats", "top-1 agreement", "perplexity"), strict=True):
+            axis.set_ylabel(label, color=FADED)
+            axis.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
+            axis.set_xlabel("reused tokens computed again", color=FADED)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.text(0.02, 0.01, caption, fontsize=9.5, color=FADED, ha="left")
+    figure.tight_layout(rect=(0, 0.03, 1, 0.99))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def blend_ttft_figure(found: Sequence[Timed], title: str, caption: str, path: Path) -> None:
+    """Median TTFT with the range of all repeats against the prompt's length, a line a method; written to ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 6), dpi=140)
+    styles = {
+        ratio: style for ratio, style in zip(sorted({f.ratio for f in found}), (":", "-", "--", "-."), strict=False)
+    }
+    for selector, ratio in dict.fromkeys((f.selector, f.ratio) for f in found):
+        line = sorted((f for f in found if (f.selector, f.ratio) == (selector, ratio)), key=lambda f: f.length)
+        bars = [[f.median_s - f.min_s for f in line], [f.max_s - f.median_s for f in line]]
+        full = selector == "full"
+        axes.errorbar(
+            [f.length for f in line],
+            [f.median_s for f in line],
+            yerr=bars,
+            marker="o",
+            capsize=3,
+            color=INK if full else SELECTORS.get(selector),
+            ls="-" if full else styles[ratio],
+            label="full prefill" if full else f"{selector}, {ratio:.0%}",
+        )
+    lengths = sorted({f.length for f in found})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xlabel("tokens of the prompt", color=FADED)
+    axes.set_ylabel("time to first token, seconds (median; bars: range)", color=FADED)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

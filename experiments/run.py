@@ -21,6 +21,8 @@ EXPERIMENTS = {
     "codec_quality": "experiments.codec_quality",
     "codec_answers": "experiments.codec_answers",
     "replay": "experiments.replay",
+    "blend_quality": "experiments.blend_quality",
+    "blend_ttft": "experiments.blend_ttft",
 }
 
 
