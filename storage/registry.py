@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
 
 from lmcache.config import Config, build
 from lmcache.errors import ConfigError
@@ -68,8 +70,6 @@ def build_backend(options: Mapping[str, Any], where: str) -> StorageBackend:
 def check_backend(options: Mapping[str, Any], where: str) -> tuple[type[StorageBackend], Config]:
     """The class and the config of a backend, of what is inside a wrapper too; opens nothing. ConfigError."""
     backend, config = _resolve(options, where)
-    if isinstance(policy := getattr(config, "eviction", None), str):
-        check_policy(policy, f"{where}.eviction")
     if isinstance(inner := getattr(config, "inner", None), Mapping):
         check_backend(inner, f"{where}.inner")
     return backend, config
@@ -81,6 +81,15 @@ def check_policy(name: str, where: str) -> None:
         EVICTION_POLICIES.get(name)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _known_policy(name: str) -> str:
+    EVICTION_POLICIES.get(name)
+    return name
+
+
+PolicyName = Annotated[str, AfterValidator(_known_policy)]
+"""The name of an eviction policy, in a backend's Config."""
 
 
 def _resolve(options: Mapping[str, Any], where: str) -> tuple[type[StorageBackend], Config]:

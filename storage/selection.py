@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
 from lmcache.storage.base import StorageBackend
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Selection:
 
 def clear_backend(backend: StorageBackend, selection: Selection) -> int:
     """Remove what is selected; more, where the place cannot list its keys: what must go is gone, the rest a miss."""
-    if selection.tags is not None and (keys := backend.keys()) is not None:
-        return backend.remove([key for key in keys if selection.matches(key)])
+    if selection.tags is not None:
+        if (keys := backend.keys()) is not None:
+            return backend.remove([key for key in keys if selection.matches(key)])
+        logger.warning("tier %s cannot list its keys: more than the chunks of the tenant is cleared", backend.name)
     return backend.clear(selection.fingerprint)

@@ -181,8 +181,6 @@ class LowerTier:
         """
         deadline = time.monotonic() + timeout_s
         nothing: int | None = None
-        if selection.tags is not None and self.backend.keys() is None:
-            logger.warning("tier %s cannot list its keys: more than the chunks of the tenant is cleared", self.name)
         with self.writes.held_back(selection.matches, timeout_s / 2):
             left = max(0.0, deadline - time.monotonic())
             cleared = self._wait(

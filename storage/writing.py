@@ -193,7 +193,7 @@ class WriteQueue:
         if count is None:
             metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
         else:
-            self._note_refused(len(keys) - count, batch)
+            self._note_refused(max(0, len(keys) - count), batch)
         self._settle(batch.writes, held=count == len(keys))
         with self._changed:
             undo = list(batch.undo)

@@ -31,7 +31,7 @@ from lmcache.storage.backends.disk_space import DiskSpace
 from lmcache.storage.backends.io_threads import IOThreads, Outcome
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.registry import EVICTION_POLICIES
+from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DiskConfig(Config):
     capacity: ByteSize = Field(
         ByteSize(10 << 30), gt=HEADER_BYTES, description="bytes of files over all folders and processes, e.g. 100GiB"
     )
-    eviction: str = Field("lru", description="name of the eviction policy")
+    eviction: PolicyName = Field("lru", description="name of the eviction policy")
     direct: bool = Field(True, description="bypass the page cache (O_DIRECT) where the file system grants it")
     fsync: bool = Field(False, description="a chunk counts as held only when it would survive a power cut")
     threads: int = Field(4, ge=1, le=64, description="threads that read and write")

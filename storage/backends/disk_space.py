@@ -16,6 +16,8 @@ ROUNDS, SPARING_ROUNDS = 16, 3
 # A folder is scanned again when other processes have written this share of it that we don't know, but not so often that
 # scans would take more than a twentieth of the time.
 UNKNOWN_SHARE, SCAN_PAUSE = 1 / 8, 20
+# A write that hangs must not make every other one wait for a scan that waits for it.
+SCAN_WAIT_S = 2.0
 # While a file system has plenty of room it is asked only now and then how much.
 PLENTY_BYTES, ASK_AGAIN_S = 4 << 30, 1.0
 
@@ -239,7 +241,8 @@ class _Gate:
             self._scanning = True
         try:
             with self._changed:
-                self._changed.wait_for(lambda: not self._inside)
+                if not self._changed.wait_for(lambda: not self._inside, SCAN_WAIT_S):
+                    raise TimeoutError(f"writes have been under way for {SCAN_WAIT_S} s: no scan now")
             yield
         finally:
             with self._changed:

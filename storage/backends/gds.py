@@ -20,6 +20,7 @@ from lmcache.storage.backends.indexed import IndexedBackend
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.registry import PolicyName
 
 HEADERS_TIMEOUT_S = 10.0
 
@@ -29,7 +30,7 @@ class GdsConfig(Config):
 
     path: Path = Field(description="folder of the chunks, on a file system that GPUDirect Storage knows")
     capacity: ByteSize = Field(ByteSize(10 << 30), gt=HEADER_BYTES, description="bytes of files, for example 100GiB")
-    eviction: str = Field("lru", description="name of the eviction policy")
+    eviction: PolicyName = Field("lru", description="name of the eviction policy")
     threads: int = Field(4, ge=1, le=64, description="KvikIO's threads, which all tiers of the process share")
 
 

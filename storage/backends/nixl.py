@@ -14,6 +14,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from lmcache.config import Config
 from lmcache.storage.backends.indexed import IndexedBackend, Place
 from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.registry import PolicyName
 
 FILE_PLUGINS = ("POSIX", "GDS", "GDS_MT", "HF3FS")
 
@@ -26,7 +27,7 @@ class NixlConfig(Config):
         description="folder of the chunk files; for OBJ: the file that the index of the bucket is kept in"
     )
     capacity: ByteSize = Field(ByteSize(10 << 30), gt=HEADER_BYTES, description="bytes of chunks, for example 100GiB")
-    eviction: str = Field("lru", description="name of the eviction policy")
+    eviction: PolicyName = Field("lru", description="name of the eviction policy")
     timeout_s: float = Field(
         10.0, gt=0, description="deadline of an object transfer; a slow file transfer is waited for, and reported"
     )

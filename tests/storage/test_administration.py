@@ -10,7 +10,7 @@ from managers import NBYTES, Open, acquire, contents, in_memory, keys, open_mana
 from scripted import WAIT_S, Gate, ScriptedBackend, raising
 
 from lmcache.errors import ConfigError, StorageError
-from lmcache.keys import FINGERPRINT_BYTES
+from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
 from lmcache.storage.testing import make_key
 
 __all__ = ["open_manager"]
@@ -361,3 +361,26 @@ def test_a_removed_chunk_is_not_seen_again_when_its_write_ends(
     remover.join(WAIT_S)
     assert not remover.is_alive()
     assert tier.holds() == set()
+
+
+def test_a_tier_that_hangs_while_it_lists_its_keys_does_not_hold_up_a_clear(
+    open_manager: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, gate = ScriptedBackend(), Gate()
+    manager = open_manager(tier, read_timeout_s=0.5)
+    plant(tier, 1)
+
+    def hanging() -> list[ChunkKey]:
+        gate()
+        return list(tier.chunks)
+
+    monkeypatch.setattr(tier, "keys", hanging)
+    (key,) = keys(1)
+    tags = key.namespace[FINGERPRINT_BYTES:]
+    cleared = threading.Thread(target=manager.clear, args=(key.fingerprint,), kwargs={"tags": tags})
+    cleared.start()
+    cleared.join(WAIT_S / 2)
+    hung = cleared.is_alive()
+    gate.open()
+    cleared.join(WAIT_S)
+    assert not hung, "clear() waited for a tier that lists its keys"

@@ -30,7 +30,7 @@ CHUNK = 16 << 10
         ("tiers=[{type: redis}]", 'write {type: remote, url: "redis://..."}'),
         ("tiers=[{type: remote, url: 'http://h'}]", "tiers[0].url: unknown remote scheme 'http'"),
         ("tiers=[{type: disk, path: /nope, capcity: 1GiB}]", "capcity"),
-        ("tiers=[{type: disk, path: /nope, eviction: lruu}]", "tiers[0].eviction: unknown eviction policy"),
+        ("tiers=[{type: disk, path: /nope, eviction: lruu}]", "tiers[0] (disk): eviction: unknown eviction policy"),
         ("tiers=[{type: metered, inner: {type: dsik}}]", "tiers[0].inner: unknown storage backend"),
         ("codec={type: int44}", "int44"),
     ],
