@@ -140,7 +140,10 @@ class Blending:
             own = array[segment.start : segment.stop]
             if segment.stop <= start or len(own) < self.config.min_tokens:
                 continue
-            if self.store.holds(own, tags=tags) or ((layers := self._read(tables, segment)) and self.store.put(own, segment.start, layers, tags=tags)):
+            held = self.store.holds(own, tags=tags)
+            if not held and (layers := self._read(tables, segment)):
+                held = self.store.put(own, segment.start, layers, tags=tags)
+            if held:
                 index.add(own)
 
     def clear(self) -> int:
