@@ -8,7 +8,7 @@ import torch
 
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
-from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenPages:
 
     def can_read(self, plane: Plane) -> bool:
         """Whether single tokens of this plane are known."""
-        return bool(plane.sides) and (not self.cache.opaque or is_plain(plane) or self.cache.cpu_isa is not None)
+        return bool(plane.sides) and (not self.cache.opaque or is_plain(plane) or self.cache.cpu_isa in ISAS)
 
     def rows(self, plane: Plane, ids: torch.Tensor) -> torch.Tensor:
         """The tokens of blocks ``ids``, a copy `[L, T, H, C]`; 0 for a negative id."""
