@@ -42,8 +42,8 @@ class BlendReport:
 class Blended:
     """logits: `[n, vocabulary]` of the tokens at `positions` (int64 `[n]`, ascending): the last, or all computed ones.
 
-    layers: keys and values of each layer, `[T, H_kv, D]`; they are the caller's. With `stop`: of the first `stop` tokens,
-    and no logits.
+    layers: keys and values of each layer, `[T, H_kv, D]`; they are the caller's. With `stop`: of the tokens before
+    it, and no logits.
     """
 
     logits: torch.Tensor | None
@@ -161,7 +161,9 @@ class _Blend:
                     rows, hidden, x, k, v = (t[kept] for t in (rows, hidden, x, k, v))
             computed.append(len(rows))
             layers.append((keys, values))
-            written = len(rows) - (self.exact_last and bool(rows[-1:] == end - 1))  # rows ascend: an exact last token is the last row
+            written = len(rows) - (
+                self.exact_last and bool(rows[-1:] == end - 1)
+            )  # rows ascend: an exact last token is the last row
             with self.watch("write"):
                 keys[rows[:written]] = k[:written]
                 values[rows[:written]] = v[:written]
