@@ -228,10 +228,10 @@ def _check_table(layer: str, rope: Rope, rotary: Any) -> None:
         )
     short, long = (
         rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length)
-        for length in (1, shape[0])
+        for length in (1, 1 << 40)
     )
     table = RotaryTable.from_frequencies(long, shape[0], angles=torch.float32)
-    ours, theirs = table.cos_sin * table.attention_factor, cache.float().cpu().unflatten(1, (2, -1))  # [P, 2, R / 2]
+    ours, theirs = table.cos_sin * table.attention_factor, cache.float().cpu().view(shape[0], 2, -1)  # [P, 2, R / 2]
     angles = torch.outer(torch.arange(shape[0], dtype=torch.float32), long.inverse.float())[:, None]
     rounding = (torch.finfo(cache.dtype).eps + _ANGLE_ERROR * (1 + angles)) * table.attention_factor
     wrong = (ours - theirs).abs() > rounding
