@@ -35,12 +35,16 @@ CHANGES: dict[str, list[tuple[str, Any, str]]] = {
         (f"{LAYER}.attn.use_mm_prefix", True, "use_mm_prefix is True"),
         (f"{LAYER}.attn.head_size_v", 64, "head_size is (32, 64)"),
         (f"{LAYER}.total_num_heads", 8, "heads of this worker is 4; supported is 8"),
+        (f"{LAYER}.qkv_proj.quant_method", "packed", "self_attn.qkv_proj has weights for str"),
         (f"{LAYER}.rotary_emb.is_neox_style", False, "halves: False"),
         ("config.rope_parameters.factor", 8.01, "the first position that differs is "),
         ("config.rope_parameters.rope_theta", 501000.0, "the first position that differs is "),
         ("config.rope_parameters.rope_type", "spiral", "rope_type is 'spiral'"),
     ],
-    "mistral": [(f"{LAYER}.do_llama_4_scaling", True, "do_llama_4_scaling is True")],
+    "mistral": [
+        (f"{LAYER}.do_llama_4_scaling", True, "do_llama_4_scaling is True"),
+        ("model.layers.1.ada_rms_norm_t_cond", True, "model.layers.1 takes more than tokens"),
+    ],
     "qwen2": [(f"{LAYER}.qk_norm", True, "qk_norm is True")],
     "qwen3": [
         (f"{LAYER}.dual_chunk_attention_config", {"chunk_size": 8}, "dual_chunk_attention_config"),
