@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from lmcache.blend.models import BLEND_MODELS
 from lmcache.blend.models.base import BlendModel, KVShape, LayerAttention, Rope
 from lmcache.errors import BlendError
 from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
@@ -23,27 +22,29 @@ _ANGLE_ERROR = 2.0**-19  # of an angle, relative: frequencies and angles are rou
 
 
 def find_model(attention: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
-    """The loaded model of this process that has these attention layers (vLLM's static_forward_context).
+    """The loaded model of this process that has these attention layers (vLLM's static_forward_context), and no others.
 
     vLLM hands its connectors the layers that keep KV, and nothing that leads from them to the model. To be called when
     KV caches are registered: once vLLM has warmed up, it hides all objects from the garbage collector (gc.freeze), and
-    from us. BlendError unless exactly one model that can be blended has these layers, and no others.
+    from us. The outermost module is meant: a decoder within a larger model is fed with more than tokens. BlendError
+    unless there is exactly one; whether it can be blended, `adapt` says.
     """
     wanted, kinds = {id(layer) for layer in attention.values()}, {type(layer) for layer in attention.values()}
-    known = {name for name in BLEND_MODELS.names() if name.startswith("vllm.")}
-    found: list[torch.nn.Module] = []
+    holders: list[torch.nn.Module] = []
     for candidate in gc.get_objects():
-        kind = type(candidate)  # isinstance would run other people's __class__
-        if issubclass(kind, torch.nn.Module) and f"{kind.__module__.split('.')[0]}.{kind.__name__}" in known:
-            model: torch.nn.Module = candidate
-            if {id(module) for module in model.modules() if type(module) in kinds} == wanted:
-                found.append(model)
-    if len(found) != 1:
+        # isinstance would run other people's __class__; modules without others are no models.
+        if issubclass(type(candidate), torch.nn.Module) and candidate.__dict__.get("_modules"):
+            module: torch.nn.Module = candidate
+            if {id(part) for part in module.modules() if type(part) in kinds} == wanted:
+                holders.append(module)
+    inner = {id(part) for holder in holders for part in holder.modules() if part is not holder}
+    models = [holder for holder in holders if id(holder) not in inner]
+    if len(models) != 1:
         raise BlendError(
-            f"{len(found)} models in this process have just the {len(wanted)} attention layers of this engine; there "
-            f"must be one, a {' or '.join(sorted(known))}, without a draft model or an encoder beside it"
+            f"{len(models)} models in this process have just the {len(wanted)} attention layers of this engine; there "
+            "must be one, without a draft model beside it"
         )
-    return found[0]
+    return models[0]
 
 
 class Llama(BlendModel):
