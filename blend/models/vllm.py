@@ -1,7 +1,8 @@
 """Decoders as vLLM has loaded them, whose own modules do the work; only attention is ours.
 
-vLLM computes queries, keys and values in one projection: `norm` gives its result, which the others take apart. To add
-a model: subclass the nearest, say where it differs, and name it in BLEND_MODELS.
+vLLM computes queries, keys and values in one projection: `norm` gives its result, which the others take apart. Modules
+are called, their weights never touched, which vLLM may have packed for the processor. To add a model: subclass the
+nearest, say where it differs, and name it in BLEND_MODELS.
 """
 
 from __future__ import annotations
@@ -12,46 +13,38 @@ from typing import Any
 
 import torch
 
-from lmcache.blend.models import BLEND_MODELS
 from lmcache.blend.models.base import BlendModel, KVShape, LayerAttention, Rope
 from lmcache.errors import BlendError
-from lmcache.kernels.rotary_tables import rope_frequencies
+from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# How far vLLM's cosines may be from ours: it keeps them in the model's dtype.
-_ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-10}
+_ANGLE_ERROR = 2.0**-19  # of an angle, relative: frequencies and angles are rounded to fp32, ours and vLLM's
 
 
 def find_model(attention: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
-    """The loaded model of this process that has these attention layers (vLLM's static_forward_context).
+    """The loaded model of this process that has these attention layers (vLLM's static_forward_context), and no others.
 
-    vLLM hands its connectors the layers that keep KV, and nothing that leads from them to the model. BlendError unless
-    exactly one model that can be blended has them all, and no others.
+    vLLM hands its connectors the layers that keep KV, and nothing that leads from them to the model. To be called when
+    KV caches are registered: once vLLM has warmed up, it hides all objects from the garbage collector (gc.freeze), and
+    from us. The outermost module is meant: a decoder within a larger model is fed with more than tokens. BlendError
+    unless there is exactly one; whether it can be blended, `adapt` says.
     """
-    wanted = {id(module) for module in attention.values()}
-    kind = {type(module) for module in attention.values()}
-    found = []
-    # By type: asking other objects what they are runs code of theirs.
+    wanted, kinds = {id(layer) for layer in attention.values()}, {type(layer) for layer in attention.values()}
+    holders: list[torch.nn.Module] = []
     for candidate in gc.get_objects():
-        if issubclass(type(candidate), torch.nn.Module) and _name(candidate) in _known():
-            own = {id(module) for module in candidate.modules() if type(module) in kind}
-            if own == wanted and not any(one is candidate for one in found):
-                found.append(candidate)
-    if len(found) != 1:
+        # isinstance would run other people's __class__; modules without others are no models.
+        if issubclass(type(candidate), torch.nn.Module) and candidate.__dict__.get("_modules"):
+            module: torch.nn.Module = candidate
+            if {id(part) for part in module.modules() if type(part) in kinds} == wanted:
+                holders.append(module)
+    inner = {id(part) for holder in holders for part in holder.modules() if part is not holder}
+    models = [holder for holder in holders if id(holder) not in inner]
+    if len(models) != 1:
         raise BlendError(
-            f"{len(found)} models with the {len(wanted)} attention layers of this engine; blending supports "
-            f"{', '.join(_known())}: leave blend out, and prefixes are reused"
+            f"{len(models)} models in this process have just the {len(wanted)} attention layers of this engine; there "
+            "must be one, without a draft model beside it"
         )
-    model: torch.nn.Module = found[0]
-    return model
-
-
-def _known() -> list[str]:
-    return [name for name in BLEND_MODELS.names() if name.startswith("vllm.")]
-
-
-def _name(model: object) -> str:
-    return f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
+    return models[0]
 
 
 class Llama(BlendModel):
@@ -60,34 +53,33 @@ class Llama(BlendModel):
     kv_layers: vLLM's name of each layer's KV.
     """
 
-    attention_options: Mapping[str, object] = {}  # of vLLM's attention module, and what each must be
+    plain: Mapping[str, object] = {}  # attributes of the architecture's attention, and what each must be
 
     def __init__(self, model: torch.nn.Module) -> None:
         whole: Any = model
-        self.whole, self.config = whole, whole.config
-        self.decoder = whole.model
+        self.whole, self.config, self.decoder = whole, whole.config, whole.model
         self.blocks: Sequence[Any] = list(whole.model.layers)
-        _check_modules(whole, self.blocks)
-        first = self.blocks[0].self_attn
-        self.size: int = first.head_dim
-        weight = self.blocks[0].input_layernorm.weight
-        for block in self.blocks:
-            _check_attention(block.self_attn, weight.dtype, self.attention_options)
-        self.kv_layers = tuple(block.self_attn.attn.layer_name for block in self.blocks)
+        _check_modules(whole)
+        layers = [block.self_attn.attn for block in self.blocks]
+        for index, block in enumerate(self.blocks):
+            _check_attention(index, block.self_attn, layers[0], self.plain)
+        self.kv_layers: tuple[str, ...] = tuple(layer.layer_name for layer in layers)
+        self.size: int = layers[0].head_size
         super().__init__(
-            [
-                LayerAttention(b.self_attn.scaling, b.self_attn.attn.sliding_window or None, self.rope(b))
-                for b in self.blocks
-            ],
+            [LayerAttention(b.self_attn.attn.impl.scale, self.window(b), self.rope(b)) for b in self.blocks],
             {
                 name: Rope(parameters, self.size, self.config.max_position_embeddings)
                 for name, parameters in self.rope_parameters().items()
             },
-            KVShape(first.num_kv_heads, self.size, weight.dtype, weight.device),
+            KVShape(layers[0].num_kv_heads, self.size, layers[0].dtype, self.blocks[0].input_layernorm.weight.device),
         )
         self._check_ropes()
-        for index, block in enumerate(self.blocks):
-            self._check_table(index, block.self_attn.rotary_emb)
+        self._check_tables()
+
+    def window(self, block: Any) -> int | None:
+        """How many keys a query of that layer sees; None: all."""
+        window: int | None = block.self_attn.attn.sliding_window
+        return window
 
     def rope(self, block: Any) -> Hashable:
         """Which of the ropes that layer has."""
@@ -106,13 +98,11 @@ class Llama(BlendModel):
         return qkv
 
     def query(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        attention = self.blocks[layer].self_attn
-        return self._heads(x[:, : attention.q_size])
+        return self._heads(x[:, : self.blocks[layer].self_attn.q_size])
 
     def key_value(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        attention = self.blocks[layer].self_attn
-        sides = x[:, attention.q_size :].split(attention.kv_size, 1)
-        return self._heads(sides[0]), self._heads(sides[1])
+        keys, values = x[:, self.blocks[layer].self_attn.q_size :].chunk(2, 1)
+        return self._heads(keys), self._heads(values)
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         block = self.blocks[layer]
@@ -125,47 +115,34 @@ class Llama(BlendModel):
         return result
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, self.size))
+        return x.view(len(x), -1, self.size)
 
-    def _check_table(self, layer: int, rotary: Any) -> None:
-        """The rope that the config describes must be the one that vLLM applies."""
-        cache = getattr(rotary, "cos_sin_cache", None)
-        if cache is None or not rotary.is_neox_style or rotary.rotary_dim != self.size:
-            raise BlendError(
-                f"the rope of layer {layer} is vLLM's {type(rotary).__name__}; only ropes in halves (GPT-NeoX) that "
-                "turn whole heads, with one table for all prompts, are supported"
-            )
-        rope = self.ropes[self.attention[layer].rope]
-        lengths = (1, len(cache))
-        short, long = (
-            rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length).inverse
-            for length in lengths
-        )
-        table = self.table(layer, len(cache))
-        ours = (table.cos_sin[: len(cache)] * table.attention_factor).flatten(1)
-        if not short.equal(long) or float((ours - cache.float()).abs().max()) > _ROUNDING.get(cache.dtype, 0.0):
-            raise BlendError(
-                f"the rope of layer {layer} ({dict(rope.parameters)}) is not turned as its description says; supported "
-                "are those whose angles do not depend on the prompt's length"
-            )
+    def _check_tables(self) -> None:
+        """The ropes that the config describes must be those that vLLM applies, whatever the prompt's length."""
+        checked = set()
+        for index, block in enumerate(self.blocks):
+            name, rotary = self.attention[index].rope, block.self_attn.rotary_emb
+            if (name, id(rotary)) not in checked:
+                _check_table(self.kv_layers[index], self.ropes[name], rotary)
+                checked.add((name, id(rotary)))
 
 
 class Mistral(Llama):
     """Llama, with a window on all layers or none."""
 
-    attention_options: Mapping[str, object] = {"do_llama_4_scaling": False}
+    plain: Mapping[str, object] = {"do_llama_4_scaling": False}  # queries scaled by their position
 
 
 class Qwen2(Llama):
     """Llama with a bias on queries, keys and values, which vLLM's projection adds."""
 
-    attention_options: Mapping[str, object] = {"dual_chunk_attention_config": None, "qk_norm": False}
+    plain: Mapping[str, object] = {"dual_chunk_attention_config": None, "qk_norm": False}
 
 
 class Qwen3(Llama):
     """Qwen2 whose queries and keys are normalised, each head by itself."""
 
-    attention_options: Mapping[str, object] = {"dual_chunk_attention_config": None}
+    plain: Mapping[str, object] = {"dual_chunk_attention_config": None}
 
     def query(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         q: torch.Tensor = self.blocks[layer].self_attn.q_norm(super().query(layer, x))
@@ -179,10 +156,10 @@ class Qwen3(Llama):
 class Gemma3(Qwen3):
     """Qwen3 with norms after attention and MLP too, and local layers with a rope of their own.
 
-    vLLM's embedding scales itself, and caps the logits.
+    Its embedding scales itself, its layers know their scale, and vLLM caps the logits.
     """
 
-    attention_options: Mapping[str, object] = {}
+    plain: Mapping[str, object] = {}
 
     def rope(self, block: Any) -> Hashable:
         return "sliding_attention" if block.self_attn.is_sliding else "full_attention"
@@ -198,38 +175,71 @@ class Gemma3(Qwen3):
         return result
 
 
-def _check_modules(model: Any, blocks: Sequence[Any]) -> None:
-    """Only modules that vLLM itself puts there, all of them, on one device."""
+def _check_modules(model: torch.nn.Module) -> None:
+    """Only modules that the architecture itself has: all layers, no adapters, no quantised weights."""
     for name, module in model.named_modules():
-        home = type(module).__module__
-        if not home.startswith(("vllm.model_executor.", "torch.nn.modules.")) or "PPMissing" in type(module).__name__:
+        home, kind = type(module).__module__, type(module).__name__
+        if not home.startswith(("vllm.model_executor.", "torch.nn.modules.")) or kind == "PPMissingLayer":
             raise BlendError(
-                f"{name or 'the model'} is a {home}.{type(module).__name__}; supported are whole models as vLLM loads "
-                "them: no adapters (enable_lora), no pipeline of several workers"
+                f"{name or 'the model'} is a {home}.{kind}; supported are whole models as vLLM loads them: no LoRA, no "
+                "pipeline of several workers"
             )
-    own = type(blocks[0])
-    if any(type(block) is not own for block in blocks) or getattr(blocks[0], "ada_rms_norm_t_cond", None) is not None:
-        raise BlendError(f"layers of more than one kind, or with more inputs than tokens ({own.__name__})")
-    dtypes = {block.input_layernorm.weight.dtype for block in blocks}
-    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        raise BlendError(f"the model computes in {sorted(map(str, dtypes))}; supported is one of {_DTYPES}")
+        method = type(getattr(module, "quant_method", None)).__name__
+        if method not in ("NoneType", "UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"):
+            raise BlendError(f"{name} has weights for {method}; supported are weights that are not quantised")
+        if getattr(module, "ada_rms_norm_t_cond", None) is not None:
+            raise BlendError(f"{name} takes more than tokens (ada_rms_norm_t_cond); supported are layers without that")
 
 
-def _check_attention(attention: Any, dtype: torch.dtype, options: Mapping[str, object]) -> None:
+def _check_attention(index: int, attention: Any, first: Any, plain: Mapping[str, object]) -> None:
     """Only plain causal attention over KV in the model's own dtype, all heads in this process."""
     layer = attention.attn
     impl = layer.impl
     facts: dict[str, tuple[object, object]] = {
-        "tensor parallel heads": (attention.num_heads, attention.total_num_heads),
+        # A part of a larger model is fed with more than tokens.
+        "its name": (layer.layer_name, f"model.layers.{index}.self_attn.attn"),
+        "its class": (type(layer).__name__, "Attention"),
         "attn_type": (layer.attn_type, "decoder"),
-        "kv_cache_dtype": (layer.kv_cache_torch_dtype, dtype),
-        "sinks": (bool(layer.has_sink), False),
+        "heads of this worker": (attention.num_heads, attention.total_num_heads),
+        "KV heads": (layer.num_kv_heads, first.num_kv_heads),
+        "head_size": ((layer.head_size, layer.head_size_v), (first.head_size, first.head_size)),
+        "dtype of its KV": (layer.kv_cache_torch_dtype, first.dtype),
+        "kv_sharing_target_layer_name": (layer.kv_sharing_target_layer_name, None),
+        "use_mm_prefix": (layer.use_mm_prefix, False),
+        "has_sink": (layer.has_sink, False),
         "alibi_slopes": (getattr(impl, "alibi_slopes", None), None),
         "logits_soft_cap": (getattr(impl, "logits_soft_cap", None) or None, None),
-        "kv_sharing_target_layer_name": (layer.kv_sharing_target_layer_name, None),
-        "head_size_v": (layer.head_size_v, attention.head_dim),
-        **{name: (getattr(attention, name, wanted), wanted) for name, wanted in options.items()},
+        **{name: (getattr(attention, name, wanted), wanted) for name, wanted in plain.items()},
     }
+    if first.dtype not in _DTYPES:
+        raise BlendError(f"the model computes in {first.dtype}; supported are {', '.join(map(str, _DTYPES))}")
     for name, (given, supported) in facts.items():
-        if given is not supported and given != supported:
-            raise BlendError(f"{layer.layer_name}: {name} is {given}; blending supports {supported}")
+        if given != supported:
+            raise BlendError(f"attention of layer {index}: {name} is {given!r}; supported is {supported!r}")
+
+
+def _check_table(layer: str, rope: Rope, rotary: Any) -> None:
+    cache: torch.Tensor | None = getattr(rotary, "cos_sin_cache", None)
+    shape = () if cache is None else tuple(cache.shape)
+    if cache is None or len(shape) != 2 or shape[1] != rope.head_dim or not rotary.is_neox_style:
+        raise BlendError(
+            f"{layer} is rotated by vLLM's {type(rotary).__name__} (table: {shape}, halves: "
+            f"{getattr(rotary, 'is_neox_style', None)}); supported are one table [positions, {rope.head_dim}] for "
+            "prompts of all lengths, and halves (GPT-NeoX)"
+        )
+    short, long = (
+        rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length)
+        for length in (1, 1 << 40)
+    )
+    table = RotaryTable.from_frequencies(long, shape[0], angles=torch.float32)
+    ours, theirs = table.cos_sin * table.attention_factor, cache.float().cpu().view(shape[0], 2, -1)  # [P, 2, R / 2]
+    angles = torch.outer(torch.arange(shape[0], dtype=torch.float32), long.inverse.float())[:, None]
+    rounding = (torch.finfo(cache.dtype).eps + _ANGLE_ERROR * (1 + angles)) * table.attention_factor
+    wrong = (ours - theirs).abs() > rounding
+    if bool(wrong.any()) or not short.inverse.equal(long.inverse):
+        first = int(wrong.any(2).any(1).nonzero()[0]) if bool(wrong.any()) else "none"
+        raise BlendError(
+            f"{layer} is rotated by vLLM's {type(rotary).__name__} otherwise than its config describes "
+            f"({dict(rope.parameters)}): the first position that differs is {first}; supported are ropes that both "
+            "understand alike, and that do not depend on the prompt's length"
+        )
