@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 import tiny_families as tiny
+import torch
+
+from lmcache.blend.models.vllm import find_model
+from lmcache.errors import BlendError
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
@@ -135,3 +139,18 @@ def test_looking_for_models_does_not_import_vllm() -> None:
     code = "import sys; from lmcache.blend.models import BLEND_MODELS as known; known.get('vllm.LlamaForCausalLM'); "
     code += "assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
+
+
+def test_the_outermost_module_with_just_these_layers_is_the_model() -> None:
+    layers = {str(index): torch.nn.Bilinear(2, 2, 2) for index in range(3)}
+    decoder = torch.nn.Sequential(torch.nn.ModuleList(layers.values()))
+    assert find_model(layers) is decoder
+    whole = torch.nn.Sequential(decoder, torch.nn.Linear(2, 2))
+    assert find_model(layers) is whole
+    other = torch.nn.Sequential(decoder)
+    with pytest.raises(BlendError, match="2 models in this process have just the 3 attention layers"):
+        find_model(layers)
+    del other
+    assert find_model(layers) is whole
+    with pytest.raises(BlendError, match="0 models"):
+        find_model(dict(list(layers.items())[:2]))
