@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import connector
+from harness import Failed, connector
 from test_vllm import cached, same
 from tiny_models import prompt
 
@@ -67,7 +67,7 @@ def test_blended_kv_is_nobody_elses(vllm_run: Run, tiny_model: Model, plain: Run
     assert not same(blended, plain("llama")), "plain reuse must differ, or this test shows nothing"
     assert cached(blended) == [REACH]
     assert same(exact, plain("llama"))
-    assert cached(exact)[0] < 128, "the exact prefix alone"
+    assert cached(exact) == [128], "the system prompt and the first passage, which were computed as such"
     # Once the prompt was computed in full, all of it is exact, and blending has nothing to do.
     for outputs in (stored, hit, last, same_again):
         assert same(outputs, plain("llama"))
@@ -89,7 +89,7 @@ def test_passages_that_are_lost_midway_are_computed(family: str, vllm_run: Run, 
     for outputs in (lost, missed):
         assert same(outputs, plain(family))
     assert cached(lost) == [REACH], "they were there when they were looked up"
-    assert cached(missed)[0] < 128
+    assert cached(missed) == [128]
 
 
 def test_text_is_found_wherever_it_was_read(vllm_run: Run, tiny_model: Model) -> None:
@@ -128,12 +128,12 @@ def test_salts_keep_passages_apart(vllm_run: Run, tiny_model: Model) -> None:
 
 def test_many_blended_requests_share_one_engine(vllm_run: Run, tiny_model: Model, plain: Run) -> None:
     # Few blocks: some are preempted and blended again.
-    mixed = {"generate": [MIXED] * 4, "max_tokens": 24, "logprobs": 5, "kv": [BLENDED["kv"][0]] * 4}
-    options = {"num_gpu_blocks_override": 18, "max_num_seqs": 4}
+    mixed = {"generate": [MIXED] * 4, "max_tokens": 90, "logprobs": 5, "kv": [BLENDED["kv"][0]] * 4}
+    options = {"num_gpu_blocks_override": 18, "max_num_seqs": 4, "max_model_len": 1024}
     _, outputs, preemptions = vllm_run(
         tiny_model("llama"), blending("all"), [LEARN, mixed, {"preemptions": True}], **options
     )
-    (expected,) = vllm_run(tiny_model("llama"), None, [{**ask(), "max_tokens": 24}], enable_prefix_caching=False)
+    (expected,) = vllm_run(tiny_model("llama"), None, [{**ask(), "max_tokens": 90}], enable_prefix_caching=False)
     assert preemptions > 0
     for output in outputs:
         assert same([output], expected)
@@ -150,7 +150,6 @@ def test_many_blended_requests_share_one_engine(vllm_run: Run, tiny_model: Model
 def test_what_cannot_be_blended_is_refused_at_start(
     family: str, options: dict[str, Any], message: str, vllm_run: Run, tiny_model: Model
 ) -> None:
-    from harness import Failed
-
+    engine = {"attention_backend": "CPU_MLA"} if family == "deepseek" else {}
     with pytest.raises(Failed, match=message):
-        vllm_run(tiny_model(family), connector(**options), [ask()])
+        vllm_run(tiny_model(family), connector(**options), [ask()], **engine)
