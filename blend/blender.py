@@ -42,10 +42,11 @@ class BlendReport:
 class Blended:
     """logits: `[n, vocabulary]` of the tokens at `positions` (int64 `[n]`, ascending): the last, or all computed ones.
 
-    layers: keys and values of each layer, `[T, H_kv, D]`; they are the caller's.
+    layers: keys and values of each layer, `[T, H_kv, D]`; they are the caller's. With `stop`: of the tokens before
+    it, and no logits.
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     positions: torch.Tensor
     layers: list[KV]
     report: BlendReport
@@ -90,16 +91,21 @@ class Blender:
         *,
         always: Sequence[Segment] = (),
         all_logits: bool = False,
+        stop: int | None = None,
     ) -> Blended:
         """The KV of all `tokens` (`[T]`), and logits of the last one, or with all_logits of all computed ones.
 
         always: spans that are computed in any case, unless exact: the question, say. Exact tokens keep their KV's bits.
+        stop: only the KV of the tokens before it is wanted. Those from it on are the question, which selectors may ask;
+            whoever goes on with the KV computes them.
         Raises BlendError for reused KV that does not fit the prompt or the model.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.kv.device)
         _check(ids, reused)
+        if stop is not None and (all_logits or not 0 < stop < len(ids)):
+            raise BlendError(f"stop is {stop}; it must lie within the {len(ids)} tokens, and there are no logits then")
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
-            return _Blend(self, ids, reused, executor).run(always, all_logits)
+            return _Blend(self, ids, reused, executor).run(always, all_logits, stop)
 
     def cache(self, blended: Blended, tokens: int | None = None) -> object:
         """The first `tokens` of the KV as a transformers DynamicCache, copied; by default all but the last token's.
@@ -123,16 +129,25 @@ class _Blend:
         self.exact_last = bool(reused.exact[-1])
         self.bounds = torch.tensor([0, len(tokens)], device=tokens.device)
 
-    def run(self, always: Sequence[Segment], all_logits: bool) -> Blended:
-        model = self.model
+    def run(self, always: Sequence[Segment], all_logits: bool, stop: int | None) -> Blended:
+        model, end = self.model, len(self.tokens)
+        if stop is not None:
+            always = [*always, Segment(stop, end)]
         self.prompt = prompt = describe(self.reused, always, self.selector.config, self._attention, self._truth)
         with self.watch("select"):
             rows = self.selector.start(prompt)
+        choosing = max(self.selector.check_layers, default=-1)
+        if stop is not None and choosing < 0:
+            rows = rows[rows < stop]
         hidden = model.embed(self.tokens[rows])
         layers, computed = [], []
         for index in range(model.num_layers):
             with self.watch("load"):
                 keys, values = self.feed.layer(index)
+            if not len(rows):  # all is reused, and no logits are asked for
+                computed.append(0)
+                layers.append((keys, values))
+                continue
             with self.watch("project"):
                 x = model.norm(index, hidden)
                 k, v = model.key_value(index, x)
@@ -141,18 +156,28 @@ class _Blend:
                 with self.watch("select"):
                     k_dev, v_dev = kv_deviation(k, keys[rows], v, values[rows])
                     kept = self.selector.narrow(prompt, index, rows, k_dev, v_dev)
+                    if stop is not None and index == choosing:
+                        kept = kept[rows[kept] < stop]
                     rows, hidden, x, k, v = (t[kept] for t in (rows, hidden, x, k, v))
             computed.append(len(rows))
             layers.append((keys, values))
-            written = len(rows) - self.exact_last  # rows ascend: an exact last token is the last row
+            written = len(rows) - (
+                self.exact_last and bool(rows[-1:] == end - 1)
+            )  # rows ascend: an exact last token is the last row
             with self.watch("write"):
                 keys[rows[:written]] = k[:written]
                 values[rows[:written]] = v[:written]
+            if stop is not None and (index + 1 == model.num_layers or not len(rows)):
+                continue
             if index + 1 == model.num_layers and not all_logits:
                 rows, hidden, x = rows[-1:], hidden[-1:], x[-1:]
             hidden = self._finish(index, rows, hidden, x, keys, values)
-        with self.watch("logits"):
-            logits = model.logits(hidden)
+        logits = None
+        if stop is not None:
+            rows, layers = rows[:0], [(keys[:stop], values[:stop]) for keys, values in layers]
+        else:
+            with self.watch("logits"):
+                logits = model.logits(hidden)
         report = BlendReport(len(self.tokens), prompt.num_candidates, computed, dict(self.watch.seconds))
         return Blended(logits, rows, layers, report)
 

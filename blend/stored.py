@@ -57,7 +57,7 @@ class StoredKV:
 
     def __init__(self, format: SegmentFormat, tokens: int, parts: Sequence[Part], prefix: PrefixKV | None) -> None:
         self._format, self._tokens, self._parts, self._prefix = format, tokens, parts, prefix
-        self._closed = False
+        self.closed = False
         first = prefix.tokens if prefix else 0
         self.segments: Sequence[Segment] = [Segment(part.wanted.start, part.wanted.stop) for part in parts]
         covered, old = torch.zeros(tokens, dtype=torch.bool), torch.full((tokens,), -1)
@@ -76,13 +76,17 @@ class StoredKV:
             for table in format.ropes
         }
 
+    def behind(self, prefix: PrefixKV | None) -> StoredKV:
+        """The same segments behind another prefix, which goes before those that it overlaps. Only one is closed."""
+        return StoredKV(self._format, self._tokens, self._parts, prefix)
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each ``[T, H, D]``, fresh: what is not covered is 0.
 
         Raises LeaseExpiredError when the segments are no longer held, ClosedError after ``close``; and where they were
         still on their way (``pipelined``), LeaseExpiredError or CorruptChunkError when this layer did not come.
         """
-        if self._closed:
+        if self.closed:
             raise ClosedError("this KV of segments is closed")
         if not 0 <= index < self._format.layers:
             raise IndexError(f"layer {index}; there are {self._format.layers}")
@@ -104,7 +108,7 @@ class StoredKV:
 
     def close(self) -> None:
         """Let go of the segments. Idempotent."""
-        self._closed = True
+        self.closed = True
         for part in self._parts:
             part.lease.close()
 

@@ -91,6 +91,32 @@ class RetryConfig(Config):
     backoff_s: float = Field(0.02, gt=0, description="pause before the second attempt, doubled each time, +-50% jitter")
 
 
+class BlendConfig(Config):
+    """CacheBlend in an engine: KV of passages, reused wherever a prompt has them."""
+
+    find: Literal["content", "separator", "request"] = Field(
+        "content",
+        description="how passages are found: content: any text that was read before; separator: between occurrences of "
+        "separator; request: only where a request says (kv_transfer_params: lmcache.blend)",
+    )
+    separator: tuple[int, ...] = Field((), description="token ids between passages, for find: separator")
+    selector: dict[str, Any] = Field(
+        {"type": "question"}, description="which reused tokens are computed again: {type: question, ratio: 0.15}, ..."
+    )
+    min_tokens: int = Field(32, ge=1, description="shortest run of a known passage that is reused")
+    piece_tokens: int = Field(
+        256, ge=1, description="by content: longest piece in which text that is not known yet is kept"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> BlendConfig:
+        if (self.find == "separator") != bool(self.separator) or min(self.separator, default=0) < 0:
+            raise ValueError(f"find is {self.find}, separator {list(self.separator)}: the one needs the other")
+        if self.piece_tokens < self.min_tokens:
+            raise ValueError(f"piece_tokens is {self.piece_tokens}, less than min_tokens ({self.min_tokens})")
+        return self
+
+
 class LMCacheConfig(Config):
     """Everything a user may set."""
 
@@ -104,6 +130,10 @@ class LMCacheConfig(Config):
     tiers: tuple[dict[str, Any], ...] = Field((), description="tiers below memory, nearest first: {type: disk, ...}")
     codec: str | dict[str, Any] = Field(
         "raw", description="how KV is packed: raw, fp8, int8, int4, int2, rotated, cachegen, klt, or {type: int4, ...}"
+    )
+    blend: BlendConfig | None = Field(
+        None,
+        description="reuse of passages anywhere in a prompt (approximate); null: exact prefixes only; {} for defaults",
     )
     store_generated: bool = Field(True, description="also store the KV of generated tokens, block by block")
     write_queue: ByteSize = Field(

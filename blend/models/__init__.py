@@ -10,6 +10,7 @@ from lmcache.blend.models.base import BlendModel
 from lmcache.registry import Registry
 
 _HUGGING_FACE = "lmcache.blend.models.huggingface"
+_VLLM = "lmcache.blend.models.vllm"
 BLEND_MODELS: Registry[Callable[[torch.nn.Module], BlendModel]] = Registry(
     "model to blend",
     {
@@ -18,6 +19,11 @@ BLEND_MODELS: Registry[Callable[[torch.nn.Module], BlendModel]] = Registry(
         "transformers.Qwen2ForCausalLM": f"{_HUGGING_FACE}:Qwen2",
         "transformers.Qwen3ForCausalLM": f"{_HUGGING_FACE}:Qwen3",
         "transformers.Gemma3ForCausalLM": f"{_HUGGING_FACE}:Gemma3",
+        "vllm.LlamaForCausalLM": f"{_VLLM}:Llama",
+        "vllm.MistralForCausalLM": f"{_VLLM}:Mistral",
+        "vllm.Qwen2ForCausalLM": f"{_VLLM}:Qwen2",
+        "vllm.Qwen3ForCausalLM": f"{_VLLM}:Qwen3",
+        "vllm.Gemma3ForCausalLM": f"{_VLLM}:Gemma3",
     },
     "lmcache.blend_models",
 )

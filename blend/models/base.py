@@ -69,7 +69,7 @@ class BlendModel(ABC):
 
     @abstractmethod
     def norm(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The input x `[N, hidden]` of the layer's projections."""
+        """x `[N, ..]`, what `query` and `key_value` take: the input of the layer's projections, or their result."""
 
     @abstractmethod
     def query(self, layer: int, x: torch.Tensor) -> torch.Tensor:

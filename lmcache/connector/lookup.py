@@ -12,23 +12,33 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import zmq
 
 from lmcache import metrics
+from lmcache.connector.blending import Blending, Found
+from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, Lookup
 from lmcache.keys import PlaceholderSpan
 
 logger = logging.getLogger(__name__)
 
+_FINDERS = 2  # prompts whose passages are looked for at once
+_LEAST_S = 0.05  # what is left for passages where the exact prefix took all the time
+
 
 class Acquire(msgspec.Struct, tag=True, frozen=True):
+    """passages: how they are found, where the request is to be blended."""
+
     lookup_id: int
     tokens: bytes
     tags: dict[str, str]
     placeholders: list[PlaceholderSpan]
+    passages: Passages | None = None
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
@@ -40,13 +50,37 @@ class Clear(msgspec.Struct, tag=True, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed."""
+    """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed.
+
+    reach: where what can be blended ends, if that is further.
+    """
 
     lookup_id: int
     tokens: int
+    reach: int = 0
 
 
 _Request = Acquire | Release | Clear
+
+
+class Answer(NamedTuple):
+    """The first ``tokens`` of a prompt are held exactly, and up to ``reach`` passages that can be blended."""
+
+    tokens: int
+    reach: int = 0
+
+
+class Held:
+    """What a worker keeps for a lookup until it is loaded or released."""
+
+    def __init__(self) -> None:
+        self.lookup: Lookup | None = None
+        self.found: Found | None = None
+
+    def close(self) -> None:
+        for each in (self.lookup, self.found):
+            if each is not None:
+                each.close()
 
 
 def socket_path(engine_id: str, rank: int) -> str:
@@ -60,10 +94,15 @@ def socket_path(engine_id: str, rank: int) -> str:
 
 
 class LookupServer:
-    """The worker's side: one thread that answers lookups and keeps them until they are loaded or released."""
+    """The worker's side: one thread that answers lookups and keeps them until they are loaded or released.
 
-    def __init__(self, engine: CacheEngine, address: str) -> None:
+    Passages are looked for on threads beside it, for that waits for storage.
+    """
+
+    def __init__(self, engine: CacheEngine, address: str, blending: Blending | None = None) -> None:
         self._engine = engine
+        self._blending = blending
+        self._finders = ThreadPoolExecutor(_FINDERS, "lmcache-passages")
         self._address = address
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -74,7 +113,7 @@ class LookupServer:
         self._wake_in.bind("inproc://wake")
         # Lookups end on storage threads, and a ZMQ socket belongs to one thread: replies queue here.
         self._replies: list[tuple[bytes, Reply]] = []
-        self._lookups: dict[int, Lookup] = {}
+        self._lookups: dict[int, Held] = {}
         self._lock = threading.Lock()
         self._wake_out = self._context.socket(zmq.PUSH)
         self._wake_out.connect("inproc://wake")
@@ -82,8 +121,8 @@ class LookupServer:
         self._thread = threading.Thread(target=self._serve, name="lmcache-lookup", daemon=True)
         self._thread.start()
 
-    def take(self, lookup_id: int) -> Lookup | None:
-        """The lookup, handed over to the caller, who closes it."""
+    def take(self, lookup_id: int) -> Held | None:
+        """What is held for the lookup, handed over to the caller, who closes it."""
         with self._lock:
             return self._lookups.pop(lookup_id, None)
 
@@ -92,13 +131,14 @@ class LookupServer:
         if self._stopping:
             return
         self._stopping = True
+        self._finders.shutdown(wait=False, cancel_futures=True)
         self._wake()
         self._thread.join(timeout=5)
         with self._lock:
             self._closed = True
-        for lookup in list(self._lookups.values()):
-            lookup.close()
-        self._lookups.clear()
+            lookups, self._lookups = list(self._lookups.values()), {}
+        for held in lookups:
+            held.close()
         if not self._thread.is_alive():
             for socket in (self._socket, self._wake_in, self._wake_out):
                 socket.close(linger=0)
@@ -130,19 +170,50 @@ class LookupServer:
 
     def _handle(self, client: bytes, request: _Request) -> None:
         if isinstance(request, Release):
-            if lookup := self.take(request.lookup_id):
-                lookup.close()
+            if held := self.take(request.lookup_id):
+                held.close()
         elif isinstance(request, Clear):
-            self._answer(client, Reply(request.lookup_id, self._engine.clear()))
+            count = self._engine.clear() + (self._blending.clear() if self._blending else 0)
+            self._answer(client, Reply(request.lookup_id, count))
         else:
-            lookup = self._engine.lookup(
+            held, asked_at = Held(), time.monotonic()
+            with self._lock:
+                self._lookups[request.lookup_id] = held
+            held.lookup = self._engine.lookup(
                 request.tokens,
                 tags=request.tags,
                 placeholders=request.placeholders,
-                on_done=lambda done: self._answer(client, Reply(request.lookup_id, done.tokens)),
+                on_done=lambda done: self._looked_up(client, request, done.tokens, time.monotonic() - asked_at),
             )
+
+    def _looked_up(self, client: bytes, request: Acquire, exact: int, seconds: float) -> None:
+        """The exact prefix is held; passages behind it are next."""
+        if self._blending is None or request.passages is None or 4 * exact >= len(request.tokens):
+            self._answer(client, Reply(request.lookup_id, exact))
+            return
+        left = max(_LEAST_S, self._engine.config.read_timeout_s - seconds)
+        try:
+            self._finders.submit(self._find, client, request, self._blending, exact, time.monotonic() + left)
+        except RuntimeError:  # closed
+            self._answer(client, Reply(request.lookup_id, exact))
+
+    def _find(self, client: bytes, request: Acquire, blending: Blending, exact: int, ends_at: float) -> None:
+        found = None
+        try:
+            left = max(_LEAST_S, ends_at - time.monotonic())
+            found = blending.find(request.tokens, request.passages or Passages(), exact, request.tags, left)
+        # The entry of a thread: whatever fails here, there are no passages.
+        except Exception:
+            metrics.LOOKUP_ERRORS.inc()
+            logger.exception("lmcache: passages of a prompt could not be looked up")
+        if found is not None:
             with self._lock:
-                self._lookups[request.lookup_id] = lookup
+                held = self._lookups.get(request.lookup_id)
+                if held is not None:
+                    held.found = found
+            if held is None:  # released meanwhile
+                found.close()
+        self._answer(client, Reply(request.lookup_id, exact, found.reach if found else 0))
 
     def _fail(self, client: bytes, body: bytes) -> None:
         try:
@@ -186,11 +257,17 @@ class LookupClient:
             self._poller.register(socket, zmq.POLLIN)
             self._sockets.append(socket)
         self._next_id = 0
-        self._answers: dict[int, list[int]] = {}
+        self._answers: dict[int, list[Answer]] = {}
 
-    def acquire(self, tokens: bytes, tags: Mapping[str, str], placeholders: Sequence[PlaceholderSpan]) -> int:
-        """Ask every worker to hold the longest prefix it has; returns the lookup's id."""
-        return self._ask(lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders)))
+    def acquire(
+        self,
+        tokens: bytes,
+        tags: Mapping[str, str],
+        placeholders: Sequence[PlaceholderSpan],
+        passages: Passages | None = None,
+    ) -> int:
+        """Ask every worker to hold the longest prefix it has, and ``passages`` behind it; returns the lookup's id."""
+        return self._ask(lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders), passages))
 
     def clear(self, timeout_s: float) -> bool:
         """Have every worker forget its chunks; False when one failed or did not answer in time."""
@@ -200,18 +277,18 @@ class LookupClient:
             if time.monotonic() >= deadline:
                 self._answers.pop(lookup_id, None)
                 return False
-        return count >= 0
+        return count.tokens >= 0
 
-    def answer(self, lookup_id: int, wait_s: float = 0.0) -> int | None:
-        """Tokens that *every* worker holds, or None while one has not answered. Waits ``wait_s`` at most."""
+    def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
+        """What *every* worker holds, or None while one has not answered. Waits ``wait_s`` at most."""
         deadline = time.monotonic() + wait_s
         while True:
             answers = self._answers.get(lookup_id)
             if answers is None:
-                return 0
+                return Answer(0)
             if len(answers) == len(self._sockets):
                 del self._answers[lookup_id]
-                return min(answers)
+                return Answer(*map(min, zip(*answers, strict=True)))
             left = deadline - time.monotonic()
             if not self._receive(max(0.0, left)) and left <= 0:
                 return None
@@ -246,5 +323,5 @@ class LookupClient:
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
             if reply.lookup_id in self._answers:
-                self._answers[reply.lookup_id].append(reply.tokens)
+                self._answers[reply.lookup_id].append(Answer(reply.tokens, reply.reach))
         return bool(ready)

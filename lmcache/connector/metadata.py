@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
+from lmcache.connector.passages import Passages
 from lmcache.keys import PlaceholderSpan
 
 BlockIds = tuple[list[int], ...]
@@ -17,6 +18,7 @@ class Load:
     """Write the chunks of lookup ``lookup_id`` into token positions ``[start, stop)`` of a request.
 
     whole_request: report the request as received (or failed) instead of its blocks (vLLM's asynchronous loads).
+    blended: what lies behind ``exact`` tokens, which the chunks hold or the pages have, is blended.
     """
 
     request_id: str
@@ -25,6 +27,8 @@ class Load:
     start: int
     stop: int
     whole_request: bool
+    blended: bool = False
+    exact: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,22 @@ class Store:
     placeholders: Sequence[PlaceholderSpan]
 
 
+@dataclass(frozen=True)
+class Learn:
+    """Keep the passages of ``tokens`` (uint32, from the first one) that end behind ``start``."""
+
+    request_id: str
+    tokens: bytes
+    block_ids: BlockIds
+    start: int
+    passages: Passages
+    tags: dict[str, str]
+
+
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """All loads and stores of one step."""
+    """All loads and stores of one step, and what is learned from it."""
 
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
+    learns: list[Learn] = field(default_factory=list)

@@ -9,6 +9,7 @@ in memory, verified and leased, is ever promised to vLLM, so that a promise cann
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmcache import metrics
-from lmcache.config import LMCacheConfig
+from lmcache.config import BlendConfig, LMCacheConfig
 from lmcache.connector.format import adapter_stamp
 from lmcache.connector.lookup import LookupClient
-from lmcache.connector.metadata import BlockIds, Load, StepMetadata, Store
+from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
+from lmcache.connector.passages import Passages, passages_of
 from lmcache.keys import PlaceholderSpan
 
 if TYPE_CHECKING:
@@ -44,27 +46,38 @@ TIMEOUTS, MUTE_S = 3, 30.0
 
 @dataclass
 class _Pending:
-    """A lookup that was asked for and not yet used. matched: tokens held, None while that is not known."""
+    """A lookup that was asked for and not yet used. matched: tokens held, None while that is not known.
+
+    reach: where what can be blended ends, if that is further.
+    """
 
     lookup_id: int
     asked_at: float
     again: bool = False
     matched: int | None = None
+    reach: int = 0
     seen_at: float = 0.0
     local: int = 0
 
 
 @dataclass
 class _Tracked:
-    """What is known of a live request."""
+    """What is known of a live request.
+
+    passages: how they are found, if it is to be blended. blended: it is; from ``unshared`` on its blocks are its own.
+    """
 
     request: Request
     tags: dict[str, str]
     placeholders: tuple[PlaceholderSpan, ...]
     readable: bool
     writable: bool
+    passages: Passages | None = None
+    blended: bool = False
+    unshared: int | None = None
     pending: _Pending | None = None
     stored: int = 0
+    learned: int = 0
     hold_until: float = 0
     packed: bytearray = field(default_factory=bytearray)
 
@@ -106,6 +119,8 @@ class SchedulerHalf:
         self._recent: list[tuple[float, frozenset[int]]] = []  # (step until which to hold, blocks that were loaded)
         self._timeouts = 0
         self._muted_until = 0.0
+        # Tokens of one hash of vLLM's prefix cache; 0: not known.
+        self.hash_tokens = 0
 
     def on_new_request(self, request: Request) -> None:
         """Start reading what is cached while the request still queues."""
@@ -134,8 +149,12 @@ class SchedulerHalf:
         pending.local = num_computed_tokens
         # A synchronous load must leave a token to compute; after an asynchronous one vLLM takes care of it.
         limit = request.num_tokens - (0 if self._whole_request else 1)
-        count = min(pending.matched, limit) - num_computed_tokens
-        return (count, self._whole_request) if count > 0 else (0, False)
+        count = min(max(pending.matched, pending.reach), limit) - num_computed_tokens
+        if count <= 0:
+            return 0, False
+        if pending.reach > max(pending.matched, num_computed_tokens):
+            self._unshare(tracked, max(pending.matched, num_computed_tokens))
+        return count, self._whole_request
 
     def update_state_after_alloc(self, request: Request, block_ids: BlockIds | None, num_external_tokens: int) -> None:
         """Blocks are allocated: the lookup is used, or not needed.
@@ -156,7 +175,11 @@ class SchedulerHalf:
             start=pending.local,
             stop=pending.local + num_external_tokens,
             whole_request=self._whole_request,
+            blended=pending.local + num_external_tokens > pending.matched,
+            exact=pending.matched,
         )
+        # What is computed on top of KV that is nearly right is no better than that.
+        tracked.blended = tracked.blended or load.blended
         self._loads[request.request_id] = (load, block_ids is not None)
 
     def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
@@ -176,16 +199,19 @@ class SchedulerHalf:
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
-            if tracked is None or not tracked.writable or self._is_held(tracked, output):
+            if tracked is None or not tracked.writable or tracked.blended or self._is_held(tracked, output):
                 continue
             try:
                 store = self._store(tracked, computed.get(request_id, 0), scheduled, output)
+                learn = self._learn(tracked, computed.get(request_id, 0) + scheduled, output)
             # A store that cannot be planned is a future miss.
             except Exception:
                 self._give_up(tracked)
                 continue
             if store is not None:
                 meta.stores.append(store)
+            if learn is not None:
+                meta.learns.append(learn)
         self._wait_s = BUSY_WAIT_S if output.total_num_scheduled_tokens else IDLE_WAIT_S
         return meta
 
@@ -224,7 +250,7 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             try:
-                tracked = _tracked(request)
+                tracked = _tracked(request, self._config.blend)
             # A request may carry anything (kv_transfer_params are the client's); what cannot be read is not cached.
             except Exception:
                 tracked = _Tracked(request, {}, (), readable=False, writable=False)
@@ -261,7 +287,7 @@ class SchedulerHalf:
         if tracked.pending is not None:
             self._client.release(tracked.pending.lookup_id)
         tokens = tracked.tokens(tracked.request.num_tokens)
-        lookup_id = self._client.acquire(tokens, tracked.tags, tracked.placeholders)
+        lookup_id = self._client.acquire(tokens, tracked.tags, tracked.placeholders, tracked.passages)
         tracked.pending = _Pending(lookup_id, time.monotonic(), again)
         return tracked.pending
 
@@ -288,7 +314,7 @@ class SchedulerHalf:
     def _poll(self, tracked: _Tracked, pending: _Pending) -> None:
         answer = self._client.answer(pending.lookup_id, self._wait_s)
         if answer is not None:
-            pending.matched = max(0, answer)
+            pending.matched, pending.reach = max(0, answer.tokens), answer.reach
             pending.seen_at = time.monotonic()
             self._timeouts = 0
             return
@@ -325,6 +351,28 @@ class SchedulerHalf:
         tracked.stored = stop
         return store
 
+    def _learn(self, tracked: _Tracked, stop: int, output: SchedulerOutput) -> Learn | None:
+        """Passages whose last token this step computes."""
+        stop = min(stop, tracked.request.num_prompt_tokens)
+        if tracked.passages is None or stop <= tracked.learned:
+            return None
+        start, tracked.learned = tracked.learned, stop
+        block_ids = _without_null(self._block_ids(output, tracked.request.request_id))
+        return Learn(tracked.request.request_id, tracked.tokens(stop), block_ids, start, tracked.passages, tracked.tags)
+
+    def _unshare(self, tracked: _Tracked, exact: int) -> None:
+        """Give the blocks behind ``exact`` tokens hashes that no other request has.
+
+        vLLM's prefix cache enters a request's blocks under the hashes of its tokens as soon as they are allocated; what
+        is hashed later is chained to these. Blended KV would be taken for that of the tokens.
+        """
+        if tracked.unshared is not None and tracked.unshared <= exact:
+            return
+        tracked.unshared = exact
+        hashes = tracked.request.block_hashes
+        first = exact // self.hash_tokens if self.hash_tokens else 0
+        hashes[first:] = [os.urandom(len(each)) for each in hashes[first:]]
+
     @staticmethod
     def _block_ids(output: SchedulerOutput, request_id: str) -> BlockIds:
         state = output.kv_connector_block_state
@@ -337,7 +385,7 @@ def _without_null(block_ids: BlockIds) -> BlockIds:
     return tuple([block if block > 0 else -1 for block in ids] for ids in block_ids)
 
 
-def _tracked(request: Request) -> _Tracked:
+def _tracked(request: Request, blend: BlendConfig | None = None) -> _Tracked:
     """Everything of a request that changes its KV, each input in a field of its own."""
     tags: dict[str, str] = {}
     if request.lora_request is not None:
@@ -363,4 +411,6 @@ def _tracked(request: Request) -> _Tracked:
     # vLLM names an item by a hash of its content, by a counter when its caches are off, or as the client likes.
     known = known and all(CONTENT_HASH.search(item.identifier) for item in request.mm_features)
     readable = known and not request.skip_reading_prefix_cache
-    return _Tracked(request, tags, placeholders, readable=readable, writable=known)
+    # The models that can be blended see tokens only, and are run as they are.
+    passages = passages_of(params, blend) if not placeholders and request.lora_request is None else None
+    return _Tracked(request, tags, placeholders, readable=readable, writable=known, passages=passages)

@@ -20,6 +20,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from lmcache.blend.models import adapt
+from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
 from lmcache.connector.lookup import LookupClient, socket_path
@@ -28,13 +30,14 @@ from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
-from lmcache.errors import UnsupportedLayoutError
+from lmcache.errors import ConfigError, UnsupportedLayoutError
 from lmcache.kernels.codecs import RAW
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -70,6 +73,11 @@ def make_scheduler(
     unit = vllm_format.block_unit(kv_cache_config)
     chunk_tokens = chunk_size(config.chunk_tokens, unit)
     workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if config.blend and workers > 1:
+        raise ConfigError(
+            f"blend: one worker only, this engine has {workers} (tensor_parallel_size {parallel.tensor_parallel_size}, "
+            f"pipeline_parallel_size {parallel.pipeline_parallel_size}): leave blend out, and prefixes are reused"
+        )
     client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
@@ -112,7 +120,11 @@ def make_worker(
     )
     parallel = vllm_config.parallel_config
     rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache)
+    blended = None
+    if config.blend:
+        model = adapt(find_model(vllm_config.compilation_config.static_forward_context))
+        blended = model, model.kv_layers, vllm_config.model_config.max_model_len
+    worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache, blended)
     logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
     return worker
 
@@ -140,6 +152,9 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def _planner(self) -> SchedulerHalf:
         assert self._scheduler is not None, "a scheduler-side method was called on the worker's connector"
         return self._scheduler
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._planner.hash_tokens = gpu_block_pool.hash_block_size
 
     def on_new_request(self, request: Request) -> None:
         self._planner.on_new_request(request)

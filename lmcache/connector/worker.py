@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lmcache import metrics
+from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
-from lmcache.connector.lookup import LookupServer
-from lmcache.connector.metadata import Load, StepMetadata, Store
-from lmcache.engine.engine import CacheEngine, Lookup
+from lmcache.connector.blending import Blending
+from lmcache.connector.lookup import Held, LookupServer
+from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
+from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
 from lmcache.errors import LeaseExpiredError
 from lmcache.keys import KVFormat
@@ -25,11 +27,26 @@ TAINTED_STEPS = 3
 
 
 class WorkerHalf:
-    """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM."""
+    """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM.
 
-    def __init__(self, config: LMCacheConfig, address: str, format: KVFormat, cache: PagedCache) -> None:
+    blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
+    """
+
+    def __init__(
+        self,
+        config: LMCacheConfig,
+        address: str,
+        format: KVFormat,
+        cache: PagedCache,
+        blended: tuple[BlendModel, Sequence[str], int] | None = None,
+    ) -> None:
         self.engine = CacheEngine(config, format, cache)
-        self._server = LookupServer(self.engine, address)
+        try:
+            self.blending = Blending(config.blend, self.engine, *blended) if config.blend and blended else None
+            self._server = LookupServer(self.engine, address, self.blending)
+        except BaseException:
+            self.engine.close()
+            raise
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -41,17 +58,17 @@ class WorkerHalf:
         """Do the step's loads; what fails is remembered for ``take_results`` and ``take_failed_blocks``."""
         self._tainted_blocks.append(set())
         for load in meta.loads:
-            lookup = self._server.take(load.lookup_id)
+            held = self._server.take(load.lookup_id)
             try:
-                self._load(load, lookup)
+                self._load(load, held)
             # Whatever went wrong, these pages must not be used: vLLM recomputes or fails the request.
             except Exception:
                 metrics.LOAD_FAILURES.inc()
                 logger.exception("lmcache: a load of %d tokens failed; vLLM is told", load.stop - load.start)
                 self._load_failed(load)
             finally:
-                if lookup is not None:
-                    lookup.close()
+                if held is not None:
+                    held.close()
             if load.whole_request:
                 self._received.add(load.request_id)
 
@@ -73,6 +90,16 @@ class WorkerHalf:
             except Exception:
                 metrics.STORE_FAILURES.inc()
                 logger.exception("lmcache: a store failed; its tokens will be computed again")
+        for learn in meta.learns:
+            if self.blending is None or self._is_tainted(learn):
+                continue
+            try:
+                tables = self.engine.tables(learn.block_ids)
+                self.blending.learn(learn.tokens, learn.passages, tables, learn.start, learn.tags)
+            # As above.
+            except Exception:
+                metrics.STORE_FAILURES.inc()
+                logger.exception("lmcache: passages could not be kept; their tokens will be computed again")
 
     def take_results(self, finished_request_ids: set[str]) -> tuple[set[str], set[str]]:
         """(received, failed) whole-request loads since the last call."""
@@ -92,10 +119,17 @@ class WorkerHalf:
         self._server.close()
         self.engine.close()
 
-    def _load(self, load: Load, lookup: Lookup | None) -> None:
-        if lookup is None:
+    def _load(self, load: Load, held: Held | None) -> None:
+        if held is None or held.lookup is None:
             raise LeaseExpiredError(f"lookup {load.lookup_id} is not held by this worker")
-        self.engine.retrieve(lookup, load.block_ids, start=load.start, stop=load.stop)
+        if not load.blended:
+            self.engine.retrieve(held.lookup, load.block_ids, start=load.start, stop=load.stop)
+            return
+        if self.blending is None or held.found is None:
+            raise LeaseExpiredError(f"lookup {load.lookup_id} holds no passages")
+        if load.exact > load.start:
+            self.engine.retrieve(held.lookup, load.block_ids, start=load.start, stop=load.exact)
+        self.blending.fill(held.found, self.engine.tables(load.block_ids), max(load.start, load.exact), load.stop)
 
     def _load_failed(self, load: Load) -> None:
         self._tainted_requests.add(load.request_id)
@@ -113,7 +147,7 @@ class WorkerHalf:
             blocks.update(load.block_ids[plane.group][first:last])
         return blocks - {-1}
 
-    def _is_tainted(self, store: Store) -> bool:
+    def _is_tainted(self, store: Store | Learn) -> bool:
         if store.request_id in self._tainted_requests:
             return True
         tainted = set().union(*self._tainted_blocks)

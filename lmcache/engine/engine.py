@@ -225,6 +225,10 @@ class CacheEngine:
         metrics.RETRIEVED_TOKENS.inc(max(0, stop - start))
         return max(0, stop - start)
 
+    def tables(self, block_ids: Sequence[Sequence[int]]) -> BlockTables:
+        """Block ids of every group as int64 tensors on the device."""
+        return self._mover.tables(block_ids)
+
     def store(
         self,
         tokens: TokenIds,

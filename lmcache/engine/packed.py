@@ -21,10 +21,10 @@ import xxhash
 
 from lmcache.engine.gpu_connector import BlockTables
 from lmcache.engine.layout import PagedCache, Plane
+from lmcache.engine.token_pages import TokenPages, is_plain
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
-from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
+from lmcache.kernels import gather_tokens, scatter_tokens
 from lmcache.kernels.codecs import Codec
-from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
 from lmcache.kernels.quantiser import FLOATS
 from lmcache.kernels.sides import Packed
 from lmcache.storage.base import Buffer
@@ -35,15 +35,6 @@ _CHECKSUM = struct.Struct("<Q")
 _FIXED = _FIELDS.size + _CHECKSUM.size
 _ALIGN = 64
 MAX_SINK_TOKENS = 0xFFFF  # of the header's field
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """Tokens one by one: pages and slots in them. rows: their memory `[L, T, H, C]` where it is not the engine's."""
-
-    pages: PagedLayers
-    slots: torch.Tensor
-    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,7 @@ class PackedMover:
     def __init__(self, cache: PagedCache, codec: Codec) -> None:
         self.cache = cache
         self.codec = codec
+        self._pages = TokenPages(cache)
         if len(codec.id.encode()) > 216:
             raise ConfigError(f"the codec's parameters are too long for a chunk's header: {codec.id}")
         if not 0 <= codec.sink_tokens <= MAX_SINK_TOKENS:
@@ -91,7 +83,7 @@ class PackedMover:
                     f"codec {codec.name}: layer {plane.names[0]} keeps KV as {plane.pages.dtype}, which is packed "
                     "already; use raw, or have the engine keep bfloat16, float16 or float32"
                 )
-            if cache.opaque and not self._is_plain(plane) and cache.cpu_isa is None:
+            if cache.opaque and not is_plain(plane) and cache.cpu_isa is None:
                 raise ConfigError(f"codec {codec.name}: the order of this processor's KV blocks is not known; use raw")
             try:
                 bound = codec.bind(plane.sides, plane.layer_numbers, plane.first_head, cache.device)
@@ -109,7 +101,7 @@ class PackedMover:
                 for fewer in range(self.cache.unit, tokens, self.cache.unit):
                     bound.max_bytes(fewer)
                 ids = torch.full((tokens // plane.block_tokens,), -1, dtype=torch.int64, device=self.cache.device)
-                view = self._view(plane, ids)
+                view = self._pages.view(plane, ids)
                 sides = [side.of(view.pages) for side in plane.sides]
                 packed = bound.pack(sides, view.slots)
                 parts = [part[: int(n)] for part, n in zip(packed.parts, packed.used, strict=True)]
@@ -134,7 +126,7 @@ class PackedMover:
         sinks, planes = self._sinks(start, stop), []
         for plane, bound in zip(self.cache.planes, self._planes, strict=True):
             size = plane.block_tokens
-            view = self._read(plane, tables[plane.group][start // size : stop // size])
+            view = self._pages.read(plane, tables[plane.group][start // size : stop // size])
             kept = torch.zeros(self._sink_shape(plane, sinks), dtype=view.pages.dtype, device=view.slots.device)
             gather_tokens(view.pages, view.slots[:sinks], kept)
             packed = bound.pack([side.of(view.pages) for side in plane.sides], _without(view.slots, sinks))
@@ -176,14 +168,14 @@ class PackedMover:
             if len(ids) != (last - first) // size:
                 raise KernelArgumentError(f"a table of {len(tables[plane.group])} blocks ends before token {last}")
             table = torch.nn.functional.pad(ids, ((first - start) // size, (stop - last) // size), value=-1)
-            view = self._view(plane, table)
+            view = self._pages.view(plane, table)
             whole = bound.unpack([side.of(view.pages) for side in plane.sides], _without(view.slots, sinks), parts)
             if whole is not None:
                 found.append(whole)
             if sinks:
                 rows = kept.view(plane.pages.dtype).view(self._sink_shape(plane, sinks))
                 scatter_tokens(view.pages, view.slots[:sinks], rows)
-            self._write_back(plane, view, table)
+            self._pages.write_back(plane, view, table)
         return found
 
     def _finished(self, packing: Packing, numbers: Iterator[int]) -> PackedChunk | None:
@@ -238,49 +230,6 @@ class PackedMover:
             yield range(kept, kept + 1)
             for most in bound.max_bytes(tokens):
                 yield range(most if bound.fixed else 0, most + 1)
-
-    def _view(self, plane: Plane, ids: torch.Tensor) -> TokenView:
-        """The tokens of blocks ``ids``; where the engine's blocks are opaque, in plain memory yet to be filled."""
-        if not self.cache.opaque:
-            return TokenView(plane.pages, plane.slots(ids), plane.pages.layers[0][:0])
-        tokens = len(ids) * plane.block_tokens
-        pages = plane.pages
-        rows = torch.zeros(pages.num_layers, tokens, pages.heads, pages.content, dtype=pages.dtype)
-        slots = torch.where(ids.repeat_interleave(plane.block_tokens) < 0, -1, torch.arange(tokens))
-        return TokenView(PagedLayers([layer[None].transpose(1, 2) for layer in rows]), slots, rows)
-
-    def _read(self, plane: Plane, ids: torch.Tensor) -> TokenView:
-        view = self._view(plane, ids)
-        if self.cache.opaque:
-            blocks = torch.zeros(plane.pages.num_layers, len(ids), plane.pages.page_bytes, dtype=torch.uint8)
-            gather_pages(plane.pages, ids, blocks)
-            if self._is_plain(plane):
-                view.rows.copy_(blocks.view(plane.pages.dtype).view(view.rows.shape))
-            else:
-                unpack_cpu_blocks(self._split(plane, blocks), plane.sides[0].width, self._isa, view.rows)
-        return view
-
-    def _write_back(self, plane: Plane, view: TokenView, ids: torch.Tensor) -> None:
-        if not self.cache.opaque:
-            return
-        blocks = torch.empty(plane.pages.num_layers, len(ids), plane.pages.page_bytes, dtype=torch.uint8)
-        if self._is_plain(plane):
-            blocks.view(plane.pages.dtype).view(view.rows.shape).copy_(view.rows)
-        else:
-            pack_cpu_blocks(view.rows, plane.sides[0].width, self._isa, self._split(plane, blocks))
-        scatter_pages(plane.pages, ids, blocks)
-
-    def _split(self, plane: Plane, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks as the attention sees them: vLLM may have split each into smaller ones."""
-        return blocks.view(len(blocks), blocks.shape[1] * (plane.block_tokens // plane.kernel_tokens), -1)
-
-    @property
-    def _isa(self) -> str:
-        return self.cache.cpu_isa or ""
-
-    @staticmethod
-    def _is_plain(plane: Plane) -> bool:
-        return len(plane.sides) == 1
 
     def _sinks(self, start: int, stop: int) -> int:
         return min(self.codec.sink_tokens, stop) if start == 0 else 0

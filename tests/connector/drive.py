@@ -2,13 +2,15 @@
 
     echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/drive.py
 
-Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts"), {"reset": "vllm" | "all"},
+Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts", and "kv": the
+kv_transfer_params of each), {"reset": "vllm" | "all"},
 {"abort": [token ids], "after": scheduler steps}, {"break_loads": n} (the next n loads raise),
 {"garble_loads": true} (every load
 writes other bytes than were stored),
 {"say": text} (a line on stdout, for whoever wants to send a signal then), {"used": true}, {"preemptions": true},
 {"check_pages": true} (from now on every load is read back from the pages and compared), {"checked": true}
-(how many were).
+(how many were), {"share_blended": true} (blended blocks keep the hashes of their tokens), {"lose_passages": n} (the
+passages of the next n loads are gone, and so is what storage has of them).
 """
 
 from __future__ import annotations
@@ -69,18 +71,26 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return check_pages()
     if "checked" in each:
         return len(CHECKED)
+    if "share_blended" in each:
+        return share_blended()
+    if "lose_passages" in each:
+        return lose_passages(each["lose_passages"])
     if "used" in each:
         return used_memory()
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=each.get("max_tokens", 8),
-        logprobs=each.get("logprobs"),
-        detokenize=False,
-        ignore_eos=True,
-    )
+
+    def sampling(kv: Any = None) -> SamplingParams:
+        return SamplingParams(
+            temperature=0,
+            max_tokens=each.get("max_tokens", 8),
+            logprobs=each.get("logprobs"),
+            detokenize=False,
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": kv} if kv is not None else None,
+        )
+
     if "abort" in each:
         engine = llm.llm_engine
-        engine.add_request("victim", TokensPrompt(prompt_token_ids=each["abort"]), params)
+        engine.add_request("victim", TokensPrompt(prompt_token_ids=each["abort"]), sampling())
         for _ in range(each.get("after", 1)):
             engine.step()
         engine.abort_request(["victim"])
@@ -92,6 +102,7 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         TokensPrompt(prompt_token_ids=ids, **({"cache_salt": salt} if salt else {}))
         for ids, salt in zip(each["generate"], salts, strict=True)
     ]
+    params = [sampling(kv) for kv in each.get("kv") or [None] * len(prompts)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
         {
@@ -160,6 +171,29 @@ def check_pages() -> None:
         return count
 
     CacheEngine.retrieve = checked  # type: ignore[method-assign]
+
+
+def share_blended() -> None:
+    """The error that "blended blocks are nobody else's" is about."""
+    from lmcache.connector.scheduler import SchedulerHalf
+
+    SchedulerHalf._unshare = lambda *args: None  # type: ignore[method-assign]
+
+
+def lose_passages(count: int) -> None:
+    """As when a lease ran out and memory was needed for something else."""
+    from lmcache.connector.blending import Blending
+
+    fill, left = Blending.fill, [count]
+
+    def losing(self: Blending, found: Any, *args: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            found.close()
+            self.clear()
+        return fill(self, found, *args)
+
+    Blending.fill = losing  # type: ignore[method-assign]
 
 
 def used_memory() -> dict[str, int]:

@@ -50,14 +50,15 @@ def test_a_lookup_is_held_until_it_is_taken_or_released(
     engine: CacheEngine, server: LookupServer, client: LookupClient
 ) -> None:
     first = client.acquire(TOKENS, {}, ())
-    assert client.answer(first, 10) == 64
-    lookup = server.take(first)
-    assert lookup is not None
-    assert lookup.tokens == 64
-    lookup.close()
+    assert client.answer(first, 10) == (64, 0)
+    held = server.take(first)
+    assert held is not None
+    assert held.lookup is not None
+    assert held.lookup.tokens == 64
+    held.close()
     assert server.take(first) is None
     second = client.acquire(TOKENS, {}, ())
-    assert client.answer(second, 10) == 64
+    assert client.answer(second, 10) == (64, 0)
     client.release(second)
     assert client.clear(10) is True  # answered after the release was handled: one socket keeps its order
     assert server.take(second) is None
@@ -65,7 +66,7 @@ def test_a_lookup_is_held_until_it_is_taken_or_released(
 
 
 def test_tags_reach_the_keys(client: LookupClient) -> None:
-    assert client.answer(client.acquire(TOKENS, {"cache_salt": "x"}, ()), 10) == 0
+    assert client.answer(client.acquire(TOKENS, {"cache_salt": "x"}, ()), 10) == (0, 0)
 
 
 def test_several_workers_answer_with_what_all_of_them_hold(
@@ -76,7 +77,7 @@ def test_several_workers_answer_with_what_all_of_them_hold(
         other.store(TOKENS[: 4 * 32], [[1, 2]])
         second = LookupServer(other, f"ipc://{tmp_path}/t")
         client = LookupClient([f"ipc://{tmp_path}/s", f"ipc://{tmp_path}/t"])
-        assert client.answer(client.acquire(TOKENS, {}, ()), 10) == 32
+        assert client.answer(client.acquire(TOKENS, {}, ()), 10) == (32, 0)
         client.close()
         second.close()
 
@@ -89,7 +90,7 @@ def test_nobody_there_is_no_answer_within_the_wait(tmp_path: Path) -> None:
     assert client.clear(0.1) is False
     assert time.monotonic() - start < 2
     client.release(lookup)
-    assert client.answer(lookup) == 0
+    assert client.answer(lookup) == (0, 0)
     client.close()
 
 
@@ -103,10 +104,10 @@ def test_garbage_does_not_stop_the_server(
         socket.send(body)
     socket.send(msgspec.msgpack.encode({"type": "Acquire", "lookup_id": 7, "tokens": 5, "tags": {}}))
     assert socket.poll(10_000)
-    assert msgspec.msgpack.decode(socket.recv()) == {"lookup_id": 7, "tokens": -1}
+    assert msgspec.msgpack.decode(socket.recv()) == {"lookup_id": 7, "tokens": -1, "reach": 0}
     socket.close(0)
     context.term()
-    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == 64
+    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == (64, 0)
     assert "counts as a miss" in caplog.text
 
 
@@ -117,7 +118,7 @@ def test_a_failing_engine_is_a_miss(
         raise OSError("broken")
 
     monkeypatch.setattr(engine, "lookup", fail)
-    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == -1
+    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == (-1, 0)
     assert "broken" in caplog.text
 
 
@@ -133,7 +134,7 @@ def test_answers_that_end_on_other_threads_arrive(engine: CacheEngine, client: L
     lookup_id = client.acquire(TOKENS, {}, ())
     assert client.answer(lookup_id, 0.05) is None
     waiting.set()
-    assert client.answer(lookup_id, 10) == 64
+    assert client.answer(lookup_id, 10) == (64, 0)
     client.release(lookup_id)
 
 

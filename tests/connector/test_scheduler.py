@@ -10,26 +10,38 @@ import numpy as np
 import pytest
 
 import lmcache
+from lmcache.connector.lookup import Answer
+from lmcache.connector.passages import Passages
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.keys import PlaceholderSpan
 
 CHUNK = 32
+BLOCK = 16
 
 
 class Client:
-    """Answers like workers would: ``held`` tokens, or None for not yet."""
+    """Answers like workers would: ``held`` tokens and passages up to ``reach``, or None for not yet."""
 
     def __init__(self) -> None:
         self.held: int | None = 0
+        self.reach = 0
+        self.passages: list[Passages | None] = []
         self.asked: list[tuple[bytes, dict[str, str], Sequence[PlaceholderSpan]]] = []
         self.released: list[int] = []
 
-    def acquire(self, tokens: bytes, tags: dict[str, str], placeholders: Sequence[PlaceholderSpan]) -> int:
+    def acquire(
+        self,
+        tokens: bytes,
+        tags: dict[str, str],
+        placeholders: Sequence[PlaceholderSpan],
+        passages: Passages | None = None,
+    ) -> int:
+        self.passages.append(passages)
         self.asked.append((tokens, tags, placeholders))
         return len(self.asked)
 
-    def answer(self, lookup_id: int, wait_s: float = 0.0) -> int | None:
-        return self.held
+    def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
+        return None if self.held is None else Answer(self.held, self.reach)
 
     def release(self, lookup_id: int) -> None:
         self.released.append(lookup_id)
@@ -50,6 +62,7 @@ def request(count: int = 100, **fields: Any) -> Any:
         "kv_transfer_params": None,
         "mm_features": [],
         "skip_reading_prefix_cache": False,
+        "block_hashes": [bytes([i]) * 32 for i in range(count // BLOCK)],
         **fields,
     }
     return SimpleNamespace(**values)
@@ -245,7 +258,7 @@ def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatc
     scheduler.on_new_request(other)
     now[0] += 5  # an old miss: another request may have stored it meanwhile
     client.held = 64
-    monkeypatch.setattr(client, "answer", lambda i, wait_s=0.0: 0 if i == 3 else 64)
+    monkeypatch.setattr(client, "answer", lambda i, wait_s=0.0: Answer(0 if i == 3 else 64))
     assert scheduler.get_num_new_matched_tokens(other, 0) == (64, False)
 
 
@@ -350,3 +363,130 @@ def test_workers_that_never_answer_are_left_alone(client: Client, monkeypatch: p
     now[0] += 60
     client.held = 64
     assert scheduler.get_num_new_matched_tokens(request(request_id="later"), 0) == (64, False)
+
+
+def blending(client: Client, **options: Any) -> SchedulerHalf:
+    scheduler = half(client, blend=options)
+    scheduler.hash_tokens = BLOCK
+    return scheduler
+
+
+def test_a_blended_request_shares_no_block_behind_its_exact_tokens(client: Client) -> None:
+    client.held, client.reach = 32, 90
+    scheduler, live = blending(client), request()
+    before = list(live.block_hashes)
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (90, False)
+    assert live.block_hashes[:2] == before[:2]
+    assert not set(live.block_hashes[2:]) & set(before)
+    assert len({*live.block_hashes}) == len(before)
+    once = list(live.block_hashes)
+    assert scheduler.get_num_new_matched_tokens(live, 32) == (58, False)
+    assert live.block_hashes == once
+    scheduler.update_state_after_alloc(live, ([1, 2, 3, 4, 5, 6, 7],), 58)
+    meta = scheduler.build_connector_meta(step({"r": 10}, new={"r": 90}))
+    (load,) = meta.loads
+    assert (load.start, load.stop, load.exact, load.blended) == (32, 90, 32, True)
+    # Neither this step nor a later one stores or teaches what lies on top of it.
+    for computed in range(100, 200):
+        live.all_token_ids.append(computed)
+        live.num_tokens = computed + 1
+        later = scheduler.build_connector_meta(step({"r": 1}, cached={"r": computed}))
+        assert (meta.stores, meta.learns, later.stores, later.learns) == ([], [], [], [])
+
+
+@pytest.mark.parametrize(("local", "reach"), [(96, 90), (0, 0), (0, 32)])
+def test_a_request_that_needs_no_passage_is_exact(client: Client, local: int, reach: int) -> None:
+    client.held, client.reach = 32, reach
+    scheduler, live = blending(client), request()
+    before = list(live.block_hashes)
+    count, _ = scheduler.get_num_new_matched_tokens(live, local)
+    assert count == max(0, 32 - local)
+    assert live.block_hashes == before
+    scheduler.update_state_after_alloc(live, ([1, 2, 3, 4, 5, 6, 7],), count)
+    meta = scheduler.build_connector_meta(step({"r": 4 if local else 68}, new={"r": local or 32}))
+    assert [load.blended for load in meta.loads] == [False] * bool(count)
+    assert len(meta.stores) == len(meta.learns) == 1
+
+
+def test_where_hashes_are_of_unknown_width_none_is_shared(client: Client) -> None:
+    client.held, client.reach = 64, 90
+    scheduler, live = half(client, blend={}), request()
+    before = set(live.block_hashes)
+    scheduler.get_num_new_matched_tokens(live, 64)
+    assert not before & set(live.block_hashes)
+
+
+@pytest.mark.parametrize(
+    ("options", "params", "passages"),
+    [
+        ({}, None, Passages()),
+        ({}, {"lmcache.blend": False}, None),
+        ({"find": "request"}, None, None),
+        ({"find": "request"}, {"lmcache.blend": True}, Passages()),
+        ({"find": "request"}, {"lmcache.blend": {"spans": [[3, 40], [40, 90]]}}, Passages(spans=((3, 40), (40, 90)))),
+        ({"find": "separator", "separator": [5, 6]}, None, Passages(separator=(5, 6))),
+        ({"find": "separator", "separator": [5, 6]}, {"lmcache.blend": True}, Passages()),
+        ({}, {"lmcache.blend": {"separator": [7]}}, Passages(separator=(7,))),
+    ],
+)
+def test_passages_are_found_as_configured_or_as_the_request_says(
+    client: Client, options: dict[str, Any], params: dict[str, Any] | None, passages: Passages | None
+) -> None:
+    scheduler = blending(client, **options)
+    scheduler.on_new_request(request(kv_transfer_params=params))
+    assert client.passages == [passages]
+    learns = scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).learns
+    assert [(learn.passages, learn.start, len(learn.tokens) // 4) for learn in learns] == (
+        [(passages, 0, 100)] if passages else []
+    )
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        "yes",
+        1,
+        {},
+        {"spans": []},
+        {"spans": [[1, 2, 3]]},
+        {"spans": [["1", 2]]},
+        {"separator": [-1]},
+        {"span": [[1, 2]]},
+    ],
+)
+def test_a_request_that_names_its_passages_wrongly_goes_on_without_the_cache(client: Client, wanted: Any) -> None:
+    client.held = 64
+    scheduler = blending(client)
+    live = request(kv_transfer_params={"lmcache.blend": wanted})
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
+    meta = scheduler.build_connector_meta(step({"r": 100}, new={"r": 0}))
+    assert (meta.stores, meta.learns, client.asked) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_request": SimpleNamespace(lora_name="l", lora_path="/p")},
+        {
+            "mm_features": [
+                SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=SimpleNamespace(offset=3, length=4))
+            ]
+        },
+    ],
+)
+def test_adapters_and_images_are_reused_exactly_only(client: Client, fields: dict[str, Any]) -> None:
+    scheduler = blending(client)
+    scheduler.on_new_request(request(**fields))
+    assert client.passages == [None]
+    meta = scheduler.build_connector_meta(step({"r": 100}, new={"r": 0}))
+    assert (len(meta.stores), meta.learns) == (1, [])
+
+
+def test_a_prompt_in_pieces_teaches_each_passage_once(client: Client) -> None:
+    scheduler = blending(client)
+    scheduler.on_new_request(request())
+    learns = []
+    for computed, scheduled in [(0, 40), (40, 20), (60, 40)]:
+        where = {"new": {"r": 0}} if computed == 0 else {"cached": {"r": computed}}
+        learns += scheduler.build_connector_meta(step({"r": scheduled}, **where)).learns
+    assert [(learn.start, len(learn.tokens) // 4) for learn in learns] == [(0, 40), (40, 60), (60, 100)]

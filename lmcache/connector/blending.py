@@ -1,0 +1,236 @@
+"""CacheBlend in vLLM's worker: a prompt's passages found, fused over its pages, and learned from what vLLM computes.
+
+    lookup   prompt ── passages in memory, leased ──> tokens that need not be computed by vLLM, and how many are exact
+    load     exact chunks ─> pages ─┐
+             passages ──────────────┴─ fusion ─> pages; vLLM goes on behind the last passage
+    step     what vLLM computed in full ── passages ──> storage
+
+Blended KV is in pages of its own request only: it is neither stored, nor learned from, nor found by vLLM's own prefix
+cache (the scheduler half sees to that).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lmcache.blend.blender import Blender
+from lmcache.blend.forward import KV
+from lmcache.blend.layout import SegmentFormat
+from lmcache.blend.models.base import BlendModel
+from lmcache.blend.reuse import Segment
+from lmcache.blend.segments import ContentIndex, Match, Tokens, as_tokens
+from lmcache.blend.store import SegmentStore
+from lmcache.blend.stored import StoredKV
+from lmcache.config import BlendConfig
+from lmcache.connector.passages import Passages
+from lmcache.engine.engine import CacheEngine
+from lmcache.engine.gpu_connector import BlockTables
+from lmcache.engine.layout import Plane
+from lmcache.engine.token_pages import TokenPages
+from lmcache.errors import BlendError, CorruptChunkError, LeaseExpiredError
+from lmcache.kernels import PagedLayers
+
+logger = logging.getLogger(__name__)
+
+_INDEXES = 64  # tenants, adapters, ... whose passages are known by content
+
+
+@dataclass(frozen=True)
+class Found:
+    """Passages of a prompt that are held in memory. reach: where the last ends, with a token of the prompt behind."""
+
+    tokens: Tokens
+    segments: Sequence[Segment]
+    kv: StoredKV
+    tags: Mapping[str, str]
+
+    @property
+    def reach(self) -> int:
+        return min(self.kv.segments[-1].stop, len(self.tokens) - 1)
+
+    def close(self) -> None:
+        self.kv.close()
+
+
+class Blending:
+    """Fuses and learns for one worker. ``find`` may be called from any thread, the rest from that of the model.
+
+    layers: vLLM's name of each layer's KV, in the model's order. positions: the longest prompt.
+    Raises BlendError where the engine's pages cannot be read token by token, ConfigError for a selector or codec that
+    does not fit.
+    """
+
+    def __init__(
+        self, config: BlendConfig, engine: CacheEngine, model: BlendModel, layers: Sequence[str], positions: int
+    ) -> None:
+        self.config = config
+        self.blender = Blender(model, config.selector)
+        self._engine = engine
+        self._pages = TokenPages(engine.cache)
+        self._layers = [self._plane(name) for name in layers]
+        tables = [model.table(index, positions) for index in range(model.num_layers)]
+        format = SegmentFormat(
+            model=engine.format.model,
+            dtype=model.kv.dtype,
+            heads=model.kv.heads,
+            head_dim=model.kv.size,
+            tables=tuple(tables),
+            device=model.kv.device,
+            extras=engine.format.extras,
+        )
+        self.store = SegmentStore(engine.storage, format, codec=engine.config.codec)
+        self._indexes: OrderedDict[tuple[tuple[str, str], ...], ContentIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(
+        self, tokens: bytes, passages: Passages, exact: int, tags: Mapping[str, str], timeout_s: float
+    ) -> Found | None:
+        """The passages of a prompt behind its first ``exact`` tokens, in memory; None where it is not worth it."""
+        array = as_tokens(tokens)
+        index = self._index(tags)
+        segments = index.find(array) if passages.by_content else passages.segments(array)
+        # A match is of a known passage, any part of it; what a request names is one as a whole.
+        wanted = [each for each in segments if each.stop > exact and each.stop - each.start >= self.config.min_tokens]
+        if not wanted:
+            return None
+        kv = self.store.retrieve(array, wanted, timeout_s=timeout_s, tags=tags)
+        there = {segment.start for segment in kv.segments}
+        for each in wanted:
+            if isinstance(each, Match) and each.start not in there:
+                index.discard(each.passage)  # to be learned again
+        if sum(each.stop - max(each.start, exact) for each in kv.segments) < self.config.min_tokens:
+            kv.close()
+            return None
+        return Found(array, wanted, kv, tags)
+
+    def fill(self, found: Found, tables: BlockTables, exact: int, stop: int) -> list[int]:
+        """Fuse ``[exact, stop)`` of the prompt into pages; ``exact`` (whole blocks) tokens are in them already.
+
+        Returns how many tokens each layer computed. Passages that are lost on the way are computed.
+        """
+        prefix = self._prefix(tables, exact)
+        ids = torch.as_tensor(found.tokens.astype("int64"), device=self._engine.cache.device)
+        for attempt in (found.segments, found.segments, ()):
+            held = found.kv if attempt is found.segments and not found.kv.closed else None
+            kv = held or self.store.retrieve(found.tokens, attempt, tags=found.tags)
+            try:
+                blended = self.blender.blend(ids, kv.behind(prefix), stop=stop)
+                self._write(tables, blended.layers, exact, stop)
+                return blended.report.computed
+            except (LeaseExpiredError, CorruptChunkError) as error:
+                logger.warning("lmcache: a passage was lost while a prompt was blended, which begins again: %s", error)
+            finally:
+                kv.close()
+        raise BlendError("the prompt cannot be blended even without passages")
+
+    def learn(
+        self, tokens: bytes, passages: Passages, tables: BlockTables, start: int, tags: Mapping[str, str]
+    ) -> None:
+        """Keep the passages of a prompt that end behind ``start``; the pages hold its tokens as a prefill made them."""
+        array = as_tokens(tokens)
+        index = self._index(tags)
+        segments = self._pieces(array, index) if passages.by_content else passages.segments(array)
+        for segment in segments:
+            own = array[segment.start : segment.stop]
+            if segment.stop <= start or len(own) < self.config.min_tokens:
+                continue
+            held = self.store.holds(own, tags=tags)
+            if not held and (layers := self._read(tables, segment)):
+                held = self.store.put(own, segment.start, layers, tags=tags)
+            if held:
+                index.add(own)
+
+    def clear(self) -> int:
+        """Forget all passages; how many chunks they had."""
+        with self._lock:
+            self._indexes.clear()
+        return self._engine.storage.clear(self.store.format.kv_format().fingerprint())
+
+    def _plane(self, name: str) -> Plane:
+        """That layer alone, as a plane."""
+        for plane in self._engine.cache.planes:
+            if name in plane.names:
+                if not self._pages.can_read(plane):
+                    raise BlendError(f"layer {name}: the order of tokens in this engine's pages is not known")
+                layer = plane.pages.layers[plane.names.index(name)]
+                return replace(plane, names=(name,), pages=PagedLayers([layer]))
+        raise BlendError(f"layer {name} has no KV of its own in this engine")
+
+    def _index(self, tags: Mapping[str, str]) -> ContentIndex:
+        """Of what was read with the same tags: nobody finds another's passages."""
+        key = tuple(sorted(tags.items()))
+        with self._lock:
+            index = self._indexes.setdefault(key, ContentIndex(self.config.min_tokens))
+            self._indexes.move_to_end(key)
+            if len(self._indexes) > _INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _pieces(self, tokens: Tokens, index: ContentIndex) -> list[Segment]:
+        """What is not known yet, in pieces."""
+        known = index.find(tokens)
+        edges = [0, *(edge for match in known for edge in (match.start, match.stop)), len(tokens)]
+        size = self.config.piece_tokens
+        return [
+            Segment(at, min(at + size, stop))
+            for start, stop in zip(edges[::2], edges[1::2], strict=True)
+            for at in range(start, stop, size)
+        ]
+
+    def _prefix(self, tables: BlockTables, tokens: int) -> _PagedPrefix | None:
+        """What the pages hold of the first tokens; None where a window has given up what layers still look at."""
+        for plane in self._layers:
+            first = max(0, tokens - plane.window) if plane.window else 0
+            ids = tables[plane.group][first // plane.block_tokens : tokens // plane.block_tokens]
+            if bool((ids < 0).any()):
+                return None  # computed once more
+        return _PagedPrefix(self._pages, self._layers, tables, tokens) if tokens else None
+
+    def _read(self, tables: BlockTables, segment: Segment) -> list[KV] | None:
+        """Keys and values of every layer, or None where pages are gone."""
+        layers = []
+        for plane in self._layers:
+            first, last = segment.start // plane.block_tokens, -(-segment.stop // plane.block_tokens)
+            ids = tables[plane.group][first:last]
+            if len(ids) < last - first or bool((ids < 0).any()):
+                return None
+            rows = self._pages.rows(plane, ids)[0, segment.start - first * plane.block_tokens :]
+            layers.append(_sides(plane, rows[: segment.stop - segment.start]))
+        return layers
+
+    def _write(self, tables: BlockTables, layers: Sequence[KV], start: int, stop: int) -> None:
+        """Rows ``[start, stop)`` of every layer to pages; the last page is written whole, and vLLM goes on in it."""
+        for plane, (keys, values) in zip(self._layers, layers, strict=True):
+            first, last = start // plane.block_tokens, -(-stop // plane.block_tokens)
+            pages = plane.pages
+            shape = (1, (last - first) * plane.block_tokens, pages.heads, pages.content)
+            rows = torch.zeros(shape, dtype=pages.dtype, device=keys.device)
+            into_keys, into_values = _sides(plane, rows[0, : stop - start])
+            into_keys.copy_(keys[start:stop])
+            into_values.copy_(values[start:stop])
+            self._pages.write(plane, tables[plane.group][first:last], rows)
+
+
+class _PagedPrefix:
+    """PrefixKV over an engine's pages."""
+
+    def __init__(self, pages: TokenPages, layers: Sequence[Plane], tables: BlockTables, tokens: int) -> None:
+        self._pages, self._layers, self._tables = pages, layers, tables
+        self.tokens = tokens
+
+    def layer(self, index: int) -> KV:
+        plane = self._layers[index]
+        ids = self._tables[plane.group][: self.tokens // plane.block_tokens]
+        return _sides(plane, self._pages.rows(plane, ids)[0])
+
+
+def _sides(plane: Plane, rows: torch.Tensor) -> KV:
+    """Keys and values in `[T, H, C]`."""
+    key, value = ((side.start, side.start + side.width) for side in plane.sides)
+    return rows[..., slice(*key)], rows[..., slice(*value)]
