@@ -3,7 +3,7 @@
     prefix      prefix | passage                                       what BlendEngine.learn does
     alone       passage
     reordered   prefix | the later half of the passages | passage      cut out of a prompt with the same passages
-    prompt      prefix | passages about another article | passage      cut out of a prompt with other passages
+    prompt      prefix | passages of another article | passage         cut out of a prompt with other passages
 
 The last two cost an engine nothing: it has them from prompts that it had to prefill anyway. Keys are moved, and what
 else is measured is as in blend_quality.
@@ -25,7 +25,7 @@ from experiments.blend_session import BlendSession, open_session
 from experiments.config import ExperimentConfig
 from experiments.report import Outcome, Results
 from lmcache.blend.engine import BlendEngine
-from lmcache.errors import BlendError
+from lmcache.errors import BlendError, ConfigError
 
 Learned = Literal["prefix", "alone", "reordered", "prompt"]
 OURS, THEIRS = "question", "cacheblend"
@@ -51,8 +51,8 @@ def run(config: Config, results: Results) -> Outcome:
     with open_session(config) as session:
         caption = session.caption
         asked = prompts(session, scale, config.seed)
-        for place, prompt in enumerate(tqdm(asked, unit="prompt")):
-            other = asked[(place + 2 * scale.prompts) % len(asked)]  # of the same kind, about the next article
+        for prompt in tqdm(asked, unit="prompt"):
+            other = unrelated(prompt, asked, session)
             for row in measure(session, prompt, other, config.learned, config.selectors, ratio):
                 results.write({"learned": row.learned, **dataclasses.asdict(row.scored)})
                 rows.append(row)
@@ -72,6 +72,7 @@ def measure(
 ) -> list[Row]:
     """A prompt whose passages were learned each way, blended each way."""
     expected = full_prefill(session, prompt)
+    asking = session.engine(prompt, {"type": REUSE})
     rows = []
     for way in learned:
         session.manager.clear()
@@ -81,10 +82,20 @@ def measure(
             engine = BlendEngine(session.adapted, session.manager, model_id=session.name, prefix=prefix)
             if not engine.learn([passage]):
                 raise BlendError(f"{prompt.key}: storage did not take passage {place}; is it too small?")
-        rows.append(Row(way, blend(session, prompt, expected, REUSE, 0.0, {"type": "none"})))
+        rows.append(Row(way, blend(session, asking, prompt, expected, REUSE, 0.0, {"type": "none"})))
         for name, options in selectors.items():
-            rows.append(Row(way, blend(session, prompt, expected, name, ratio, {**options, "ratio": ratio})))
+            rows.append(Row(way, blend(session, asking, prompt, expected, name, ratio, {**options, "ratio": ratio})))
     return rows
+
+
+def unrelated(prompt: Prompt, asked: Sequence[Prompt], session: BlendSession) -> Prompt:
+    """Passages of an article that the prompt has nothing of."""
+    titles = {tuple(passage[:8]) for passage in prompt.passages}
+    of_wiki = [other for other in asked if other.data == "wiki" and other.article != prompt.article]
+    for other in of_wiki:
+        if tuple(session.encode(session.texts[other.article])[:8]) not in titles:
+            return other
+    raise ConfigError(f"{prompt.key} has something of each of {len(of_wiki)} articles; it takes more articles")
 
 
 def before(prompt: Prompt, place: int, other: Prompt, learned: Learned) -> list[int]:
@@ -97,7 +108,8 @@ def before(prompt: Prompt, place: int, other: Prompt, learned: Learned) -> list[
         order = [*range(half, len(prompt.passages)), *range(half)]
         behind = [prompt.passages[i] for i in order[: order.index(place)]]
     if learned == "prompt":
-        behind = other.passages[: place or 2]
+        # Not as many as in the prompt itself, which would tell a passage its place among the others.
+        behind = other.passages[: (place + 2) % len(prompt.passages) or 3]
     return [*prompt.prefix, *(token for passage in behind for token in passage)]
 
 

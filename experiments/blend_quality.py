@@ -25,7 +25,8 @@ from experiments.blend_session import BlendSession, open_session
 from experiments.config import ExperimentConfig, read, typed
 from experiments.paired import Interval
 from experiments.report import Outcome, Results
-from lmcache.blend.blender import Blended
+from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.engine import BlendEngine
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 
@@ -179,9 +180,10 @@ def measure(
 ) -> list[Scored]:
     """A prompt blended every way."""
     session.manager.clear()
-    session.learn(session.engine(prompt, {"type": "none"}), prompt)
+    engine = session.engine(prompt, {"type": "none"})
+    session.learn(engine, prompt)
     expected = full_prefill(session, prompt)
-    return [blend(session, prompt, expected, *method) for method in methods(selectors, ratios)]
+    return [blend(session, engine, prompt, expected, *method) for method in methods(selectors, ratios)]
 
 
 @torch.no_grad()
@@ -195,16 +197,25 @@ def full_prefill(session: BlendSession, prompt: Prompt) -> torch.Tensor:
 
 @torch.no_grad()
 def blend(
-    session: BlendSession, prompt: Prompt, expected: torch.Tensor, name: str, ratio: float, options: Mapping[str, Any]
+    session: BlendSession,
+    engine: BlendEngine,
+    prompt: Prompt,
+    expected: torch.Tensor,
+    name: str,
+    ratio: float,
+    options: Mapping[str, Any],
 ) -> Scored:
-    """A prompt whose passages are stored, blended one way and compared with its full prefill."""
-    engine = session.engine(prompt, options)
-    blended = engine.blend(prompt.asked, prompt.segments, all_logits=True)
+    """A prompt whose passages are stored, blended one way and compared with its full prefill.
+
+    The model itself goes on behind the passages' KV: it reads question and answer, as an engine would.
+    """
+    engine.blender = Blender(session.adapted, options)
+    blended = engine.blend(prompt.asked, prompt.segments)
     check_reused(prompt, blended)
-    cache = engine.blender.cache(blended, len(prompt.asked))
-    behind = session.model(torch.tensor([prompt.answer[:-1]]), past_key_values=cache).logits[0]
-    logits = torch.cat([blended.logits[-len(prompt.question) :], behind]).double().log_softmax(-1)
-    return score(prompt, name, ratio, expected, logits)
+    cache = engine.blender.cache(blended, len(prompt.asked) - len(prompt.question))
+    behind = torch.tensor([[*prompt.question, *prompt.answer[:-1]]])
+    found = session.model(behind, past_key_values=cache).logits[0]
+    return score(prompt, name, ratio, expected, found.double().log_softmax(-1))
 
 
 def check_reused(prompt: Prompt, blended: Blended) -> None:
