@@ -153,14 +153,13 @@ def resumed(config: Config) -> dict[str, list[Scored]]:
     free: Any = {"resume": True, "name": True, "results": True, "engine": {"threads"}, "judge": True}
     try:
         before = typed(Config, read(folder / "config.yaml"), str(folder))
-        lines = (folder / "results.jsonl").read_text().splitlines()
-    except OSError as error:
+        found = [Scored(**json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"resume={folder}: {error}") from error
     if before.model_dump(exclude=free) != config.model_dump(exclude=free):
         raise ConfigError(f"resume={folder}: that run had other options; begin anew")
     rows: dict[str, list[Scored]] = {}
-    for line in lines:
-        row = Scored(**json.loads(line))
+    for row in found:
         rows.setdefault(row.key, []).append(row)
     wanted = [(name, ratio) for name, ratio, _ in methods(config.selectors, config.scales[config.scale].ratios)]
     return {key: of for key, of in rows.items() if [(row.selector, row.ratio) for row in of] == wanted}

