@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from experiments import blend_learned, blend_quality, blend_ttft, plots
+from experiments import blend_figures, blend_learned, blend_quality, blend_ttft, plots
 from experiments.blend_prompts import Prompt
 from experiments.blend_quality import JudgeConfig, ScaleConfig, Scored
 from experiments.blend_session import BlendSession
@@ -283,3 +283,20 @@ def test_blend_ttft_is_measured_tabled_and_drawn(session: BlendSession, tmp_path
     assert len(blend_ttft.table(found).splitlines()) == 2 + 7
     plots.blend_ttft_figure(found, "title", "caption", tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 1000
+
+
+def test_blend_figures_show_what_was_computed(session: BlendSession, tmp_path: Path) -> None:
+    session.learn(session.engine(PROMPT, {"type": "none"}), PROMPT)
+    masks = {name: blend_figures.computed(session, PROMPT, name, 0.25) for name in ("epic", "question")}
+    first, second = PROMPT.segments
+    for mask in masks.values():
+        assert mask.shape == (4, len(PROMPT.asked))
+        assert not mask[:, : len(PROMPT.prefix)].any()  # exact
+        assert mask[:, second.stop :].all()  # the question
+        assert mask[-1, first.start : second.stop].sum() == 22
+    assert masks["epic"][0, first.start : first.start + 11].all()
+    assert masks["question"][0, first.start :].all()
+    blend_figures.life(tmp_path / "life.png")
+    named = dataclasses.replace(session, texts={"a": "Title\nText"})
+    blend_figures.tokens(named, PROMPT, ("epic", "question"), 0.25, tmp_path / "tokens.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("life.png", "tokens.png"))
