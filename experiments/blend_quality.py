@@ -150,19 +150,24 @@ def prompts(session: BlendSession, scale: ScaleConfig, seed: int) -> list[Prompt
 def resumed(config: Config) -> dict[str, list[Scored]]:
     """The rows of each prompt that ``config.resume`` has all rows of. Raises ConfigError for a run of other options."""
     folder = Path(config.resume or "")
-    free: Any = {"resume": True, "name": True, "results": True, "engine": {"threads"}, "judge": True}
     try:
         before = typed(Config, read(folder / "config.yaml"), str(folder))
         found = [Scored(**json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"resume={folder}: {error}") from error
-    if before.model_dump(exclude=free) != config.model_dump(exclude=free):
+    if _measured_by(before) != _measured_by(config):
         raise ConfigError(f"resume={folder}: that run had other options; begin anew")
     rows: dict[str, list[Scored]] = {}
     for row in found:
         rows.setdefault(row.key, []).append(row)
     wanted = [(name, ratio) for name, ratio, _ in methods(config.selectors, config.scales[config.scale].ratios)]
     return {key: of for key, of in rows.items() if [(row.selector, row.ratio) for row in of] == wanted}
+
+
+def _measured_by(config: Config) -> dict[str, Any]:
+    """The options that change rows."""
+    free: Any = {"resume": True, "name": True, "results": True, "engine": {"threads"}, "judge": True, "scales": True}
+    return {**config.model_dump(exclude=free), "scales": config.scales[config.scale]}
 
 
 def methods(
