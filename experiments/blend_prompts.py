@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from lmcache.blend.reuse import Segment
 from lmcache.errors import ConfigError
 
-PREFIX = "<|im_start|>system\nYou answer questions about the passages that follow.<|im_end|>\n<|im_start|>user\n"
+TASK = "You answer questions about the passages that follow."
+PREFIX = f"<|im_start|>system\n{TASK}<|im_end|>\n<|im_start|>user\n"
 NOTE = (
     "Registry note. The registry keeps a file on the subject of the article above. The survey officer for the subject "
     "of the article above is {officer}. The file has number {number} and was last read in {month}. Whoever wants to "
@@ -63,7 +64,15 @@ class Prompt:
 
 
 def wiki(
-    texts: Mapping[str, str], encode: Encode, *, prompts: int, context: int, seed: int, question: int, answer: int
+    texts: Mapping[str, str],
+    encode: Encode,
+    *,
+    prompts: int,
+    context: int,
+    seed: int,
+    question: int,
+    answer: int,
+    prefix: str = PREFIX,
 ) -> list[Prompt]:
     """`prompts` of each article, of `context` tokens in 6, 5 or 4 passages of one length, and what comes behind them.
 
@@ -83,11 +92,13 @@ def wiki(
             passages = [tokens[a:b] for a, b in itertools.pairwise(bounds)]
             random.Random(f"{seed} {article} {number}").shuffle(passages)
             asking, answered = tokens[asks : asks + question], tokens[asks + question : asks + question + answer]
-            made.append(Prompt("wiki", article, number, encode(PREFIX), passages, asking, answered))
+            made.append(Prompt("wiki", article, number, encode(prefix), passages, asking, answered))
     return made
 
 
-def bind(texts: Mapping[str, str], encode: Encode, *, prompts: int, context: int, seed: int) -> list[Prompt]:
+def bind(
+    texts: Mapping[str, str], encode: Encode, *, prompts: int, context: int, seed: int, prefix: str = PREFIX
+) -> list[Prompt]:
     """`prompts` about each article: the beginnings of three, each followed by its note, `context` tokens in all."""
     made = []
     for article in texts:
@@ -104,7 +115,7 @@ def bind(texts: Mapping[str, str], encode: Encode, *, prompts: int, context: int
             title = texts[article].partition("\n")[0]
             question = encode(QUESTION.format(title=title))
             answer = encode(f" {officers[subjects.index(article)]}.")
-            made.append(Prompt("bind", article, number, encode(PREFIX), passages, question, answer))
+            made.append(Prompt("bind", article, number, encode(prefix), passages, question, answer))
     return made
 
 

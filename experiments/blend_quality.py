@@ -9,8 +9,10 @@ Prompts about one article share text, so intervals are bootstrapped over article
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,10 +22,11 @@ from tqdm import tqdm
 from experiments import paired, plots
 from experiments.blend_prompts import Prompt, bind, wiki
 from experiments.blend_session import BlendSession, open_session
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, read, typed
 from experiments.paired import Interval
 from experiments.report import Outcome, Results
-from lmcache.blend.blender import Blended
+from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.engine import BlendEngine
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 
@@ -60,6 +63,9 @@ class Config(ExperimentConfig):
     scales: dict[str, ScaleConfig] = Field(description="how much each scale measures")
     selectors: dict[str, dict[str, Any]] = Field(description="name in the table: the selector's type and options")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
+    resume: Path | None = Field(
+        None, description="results folder of a run that was cut off: prompts it has measured are taken from there"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +108,12 @@ def run(config: Config, results: Results) -> Outcome:
     if config.scale not in config.scales:
         raise ConfigError(f"scale={config.scale}: scales has {', '.join(config.scales)}")
     scale = config.scales[config.scale]
+    kept = resumed(config) if config.resume else {}
     rows: list[Scored] = []
     with open_session(config) as session:
         caption = session.caption
         for prompt in tqdm(prompts(session, scale, config.seed), unit="prompt"):
-            for row in measure(session, prompt, config.selectors, scale.ratios):
+            for row in kept.get(prompt.key) or measure(session, prompt, config.selectors, scale.ratios):
                 results.write(dataclasses.asdict(row))
                 rows.append(row)
     found = summary(rows)
@@ -134,12 +141,33 @@ def prompts(session: BlendSession, scale: ScaleConfig, seed: int) -> list[Prompt
     if scale.articles > len(session.texts):
         raise ConfigError(f"articles={scale.articles}: the corpus has {len(session.texts)}")
     texts = dict(list(session.texts.items())[: scale.articles])
-    count, context = scale.prompts, scale.context
-    first = wiki(
-        texts, session.encode, prompts=count, context=context, seed=seed, question=scale.question, answer=scale.answer
-    )
-    second = bind(texts, session.encode, prompts=count, context=context, seed=seed)
+    common = {"prompts": scale.prompts, "context": scale.context, "seed": seed}
+    first = wiki(texts, session.encode, question=scale.question, answer=scale.answer, prefix=session.prefix, **common)
+    second = bind(texts, session.encode, prefix=session.prefix, **common)
     return [prompt for pair in zip(first, second, strict=True) for prompt in pair]
+
+
+def resumed(config: Config) -> dict[str, list[Scored]]:
+    """The rows of each prompt that ``config.resume`` has all rows of. Raises ConfigError for a run of other options."""
+    folder = Path(config.resume or "")
+    try:
+        before = typed(Config, read(folder / "config.yaml"), str(folder))
+        found = [Scored(**json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"resume={folder}: {error}") from error
+    if _measured_by(before) != _measured_by(config):
+        raise ConfigError(f"resume={folder}: that run had other options; begin anew")
+    rows: dict[str, list[Scored]] = {}
+    for row in found:
+        rows.setdefault(row.key, []).append(row)
+    wanted = [(name, ratio) for name, ratio, _ in methods(config.selectors, config.scales[config.scale].ratios)]
+    return {key: of for key, of in rows.items() if [(row.selector, row.ratio) for row in of] == wanted}
+
+
+def _measured_by(config: Config) -> dict[str, Any]:
+    """The options that change rows."""
+    free: Any = {"resume": True, "name": True, "results": True, "engine": {"threads"}, "judge": True, "scales": True}
+    return {**config.model_dump(exclude=free), "scales": config.scales[config.scale]}
 
 
 def methods(
@@ -151,27 +179,47 @@ def methods(
     return [(REUSE, 0.0, {"type": "none"}), *some, (FULL, 1.0, {"type": "all"})]
 
 
-@torch.no_grad()
 def measure(
     session: BlendSession, prompt: Prompt, selectors: Mapping[str, Mapping[str, Any]], ratios: Sequence[float]
 ) -> list[Scored]:
     """A prompt blended every way."""
     session.manager.clear()
-    session.learn(session.engine(prompt, {"type": "none"}), prompt)
-    asked, answer = prompt.asked, torch.tensor(prompt.answer)
-    ids = torch.tensor([*asked, *prompt.answer])
-    scored = len(prompt.question) + len(answer)
-    expected = session.model(ids[None], logits_to_keep=scored).logits[0, :-1].double().log_softmax(-1)
-    rows = []
-    for name, ratio, options in methods(selectors, ratios):
-        engine = session.engine(prompt, options)
-        blended = engine.blend(asked, prompt.segments, all_logits=True)
-        cache = engine.blender.cache(blended, len(asked))
-        behind = session.model(answer[None, :-1], past_key_values=cache).logits[0]
-        logits = torch.cat([blended.logits[-len(prompt.question) :], behind]).double().log_softmax(-1)
-        check_reused(prompt, blended)
-        rows.append(score(prompt, name, ratio, expected, logits))
-    return rows
+    engine = session.engine(prompt, {"type": "none"})
+    session.learn(engine, prompt)
+    expected = full_prefill(session, prompt)
+    return [blend(session, engine, prompt, expected, *method) for method in methods(selectors, ratios)]
+
+
+@torch.no_grad()
+def full_prefill(session: BlendSession, prompt: Prompt) -> torch.Tensor:
+    """Log-probabilities `[question + answer - 1, vocabulary]` of what follows each token but the last."""
+    ids = torch.tensor([[*prompt.asked, *prompt.answer]])
+    scored = len(prompt.question) + len(prompt.answer)
+    logits: torch.Tensor = session.model(ids, logits_to_keep=scored).logits[0, :-1]
+    return logits.double().log_softmax(-1)
+
+
+@torch.no_grad()
+def blend(
+    session: BlendSession,
+    engine: BlendEngine,
+    prompt: Prompt,
+    expected: torch.Tensor,
+    name: str,
+    ratio: float,
+    options: Mapping[str, Any],
+) -> Scored:
+    """A prompt whose passages are stored, blended one way and compared with its full prefill.
+
+    The model itself goes on behind the passages' KV: it reads question and answer, as an engine would.
+    """
+    engine.blender = Blender(session.adapted, options)
+    blended = engine.blend(prompt.asked, prompt.segments)
+    check_reused(prompt, blended)
+    cache = engine.blender.cache(blended, len(prompt.asked) - len(prompt.question))
+    behind = torch.tensor([[*prompt.question, *prompt.answer[:-1]]])
+    found = session.model(behind, past_key_values=cache).logits[0]
+    return score(prompt, name, ratio, expected, found.double().log_softmax(-1))
 
 
 def check_reused(prompt: Prompt, blended: Blended) -> None:

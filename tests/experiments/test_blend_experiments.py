@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from experiments import blend_quality, blend_ttft, plots
+from experiments import blend_figures, blend_learned, blend_quality, blend_ttft, plots
 from experiments.blend_prompts import Prompt
 from experiments.blend_quality import JudgeConfig, ScaleConfig, Scored
 from experiments.blend_session import BlendSession
@@ -23,6 +25,7 @@ from lmcache.storage.manager import StorageManager
 CONFIGS = ROOT / "experiments" / "configs"
 SELECTORS = {name: {"type": name} for name in ("random", "epic", "cacheblend", "question")}
 SCALE = ScaleConfig(prompts=1, context=960, ratios=(0.15,), min_prompts=8, min_tokens=1000)
+WAYS: tuple[blend_learned.Learned, ...] = ("prefix", "alone", "reordered", "prompt")
 KL = {"none": 0.040, "random": 0.038, "epic": 0.028, "cacheblend": 0.020, "question": 0.012, "all": 1e-8}
 
 
@@ -54,6 +57,13 @@ def session() -> Iterator[BlendSession]:
     yield BlendSession("tiny", model, adapt(model), lambda t: [ord(c) % 97 for c in t], texts, manager, "tiny")
     manager.clear()
     manager.close()
+
+
+@pytest.mark.parametrize("scale", ["ci", "full"])
+def test_passages_are_learned_at_the_judged_ratio(scale: str) -> None:
+    _, config = load(str(CONFIGS / "blend_learned.yaml"), [f"scale={scale}"])
+    assert config.scales[scale].ratios == (0.15,)
+    assert config.learned == ("prefix", "alone", "reordered", "prompt")
 
 
 @pytest.mark.parametrize("name", ["blend_quality", "blend_ttft"])
@@ -170,6 +180,71 @@ def test_quality_is_tabled_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
+def test_runs_that_were_cut_off_are_resumed(tmp_path: Path) -> None:
+    config = load(str(CONFIGS / "blend_quality.yaml"), ["seed=3"])[1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    rows = [row for row in good_rows() if row.data == "wiki"]  # selectors in the order in which they are run
+    rows.sort(key=lambda row: row.key)
+    lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+    (tmp_path / "results.jsonl").write_text("".join(lines[:-1]))
+    again = config.model_copy(update={"resume": tmp_path, "name": "again"})
+    kept = blend_quality.resumed(again)
+    assert list(kept) == [f"wiki/article{n}#0" for n in range(7)]  # all but the prompt that has not all its rows
+    assert [row for of in kept.values() for row in of] == rows[: -len(KL)]
+    with pytest.raises(ConfigError, match="other options"):
+        blend_quality.resumed(again.model_copy(update={"seed": 4}))
+    (tmp_path / "results.jsonl").write_text("".join(lines)[:-9])
+    with pytest.raises(ConfigError, match="resume="):
+        blend_quality.resumed(again)
+    with pytest.raises(ConfigError, match="nowhere"):
+        blend_quality.resumed(again.model_copy(update={"resume": tmp_path / "nowhere"}))
+
+
+def test_where_passages_are_learned(session: BlendSession) -> None:
+    other = dataclasses.replace(PROMPT, passages=[tokens(30, 6), tokens(31, 7), tokens(32, 8)])
+    first, second = PROMPT.passages
+    behind = {way: [blend_learned.before(PROMPT, place, other, way) for place in (0, 1)] for way in WAYS}
+    assert behind["alone"] == [[], []]
+    assert behind["prefix"] == [PROMPT.prefix] * 2
+    assert behind["prompt"] == [
+        PROMPT.prefix + [token for passage in other.passages for token in passage],
+        PROMPT.prefix + other.passages[0],
+    ]
+    four = dataclasses.replace(PROMPT, passages=[first, second, tokens(20, 6), tokens(20, 7)])
+    reordered = [blend_learned.before(four, place, other, "reordered") for place in range(4)]
+    assert reordered[2] == PROMPT.prefix
+    assert reordered[1] == PROMPT.prefix + four.passages[2] + four.passages[3] + first
+
+    rows = blend_learned.measure(session, PROMPT, other, WAYS, {"question": {"type": "question"}}, 0.5)
+    kl = {(row.learned, row.scored.selector): row.scored.kl for row in rows}
+    assert len(kl) == len(rows) == 2 * len(WAYS)
+    assert len({round(kl[way, "none"], 9) for way in WAYS}) >= 3  # KV differs by what it was learned behind
+    assert all(kl[way, "question"] < kl[way, "none"] for way in WAYS)
+
+
+def test_a_passage_that_was_learned_in_the_same_place_is_exact(session: BlendSession) -> None:
+    """Behind all that precedes it in the prompt, KV is that of the prompt itself."""
+    alone = dataclasses.replace(PROMPT, passages=PROMPT.passages[:1])
+    (row,) = blend_learned.measure(session, alone, PROMPT, ["prefix"], {}, 0.5)
+    assert row.scored.kl < 1e-6
+
+
+def learned_rows(**changed: float) -> list[blend_learned.Row]:
+    rows = [row for row in good_rows(**changed) if row.selector in ("none", "cacheblend", "question")]
+    return [blend_learned.Row(way, row) for way in ("prefix", "prompt") for row in rows]
+
+
+def test_learned_runs_are_judged_and_tabled() -> None:
+    assert blend_learned.judge(learned_rows()) == []
+    lines = blend_learned.table(learned_rows()).splitlines()
+    assert len(lines) == 2 + 2 * 2 * 3
+    assert any(line.startswith("| bind | prompt | question | 0.0162 [") and "1.0000 [" in line for line in lines)
+    assert len(blend_learned.judge(learned_rows(question=0.021))) == 4
+    assert len(blend_learned.judge(learned_rows(none=0.019))) == 4
+    assert blend_learned.judge(learned_rows()[1:])[0].endswith("not measured on the same prompts; it must be below 0")
+    assert blend_learned.judge([]) == ["nothing was measured"]
+
+
 def timed(**seconds: float) -> list[blend_ttft.Timed]:
     times = {"full": 3.3, "cacheblend": 1.0, "question": 1.0, **seconds}
     ratios = {"full": 1.0}
@@ -208,3 +283,20 @@ def test_blend_ttft_is_measured_tabled_and_drawn(session: BlendSession, tmp_path
     assert len(blend_ttft.table(found).splitlines()) == 2 + 7
     plots.blend_ttft_figure(found, "title", "caption", tmp_path / "ttft.png")
     assert (tmp_path / "ttft.png").stat().st_size > 1000
+
+
+def test_blend_figures_show_what_was_computed(session: BlendSession, tmp_path: Path) -> None:
+    session.learn(session.engine(PROMPT, {"type": "none"}), PROMPT)
+    masks = {name: blend_figures.computed(session, PROMPT, name, 0.25) for name in ("epic", "question")}
+    first, second = PROMPT.segments
+    for mask in masks.values():
+        assert mask.shape == (4, len(PROMPT.asked))
+        assert not mask[:, : len(PROMPT.prefix)].any()  # exact
+        assert mask[:, second.stop :].all()  # the question
+        assert mask[-1, first.start : second.stop].sum() == 22
+    assert masks["epic"][0, first.start : first.start + 11].all()
+    assert masks["question"][0, first.start :].all()
+    blend_figures.life(tmp_path / "life.png")
+    named = dataclasses.replace(session, texts={"a": "Title\nText"})
+    blend_figures.tokens(named, PROMPT, ("epic", "question"), 0.25, tmp_path / "tokens.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("life.png", "tokens.png"))
