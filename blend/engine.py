@@ -10,6 +10,7 @@ would take the place of what attention sinks into. The prefix itself is computed
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -56,6 +57,7 @@ class BlendEngine:
 
     model_id: the identity of the weights, part of every key. prefix: tokens that prompts begin with.
     selector, options: as of Blender. min_tokens: the shortest run of a known passage that is worth reusing.
+    chunk_bytes: as of SegmentStore; the smaller, the fewer layers come at a time.
     Thread-safe. The manager is the caller's, who closes it after this.
     """
 
@@ -68,6 +70,7 @@ class BlendEngine:
         prefix: TokenIds = (),
         selector: str | Mapping[str, Any] | TokenSelector[Any] = "cacheblend",
         min_tokens: int = 32,
+        chunk_bytes: int = 1 << 20,
         **options: Any,
     ) -> None:
         if not model_id:
@@ -76,6 +79,7 @@ class BlendEngine:
         self.index = ContentIndex(min_tokens)
         self._model, self._manager, self._model_id = self.blender.model, manager, model_id
         self._all = Blender(self._model, "all")
+        self._chunk_bytes = chunk_bytes
         self._stores: dict[tuple[bytes, ...], SegmentStore] = {}
         self._prefix_ids = [int(token) for token in as_tokens(prefix)]
         self._prefixes: dict[SegmentStore, _Prefix] = {}
@@ -108,8 +112,10 @@ class BlendEngine:
         """The prompt's KV and logits, as Blender.blend has them.
 
         segments: where passages are in the prompt, each as it was learned; None: found by content, at any alignment.
-        What storage does not give, or not in time, is computed. When a segment gets lost while layers are computed, the
-        blend is begun again with what there is, and at last without any: an answer is never made of half of one.
+        Layers are loaded while those before them compute, unless the selector needs all of them first.
+        What storage does not give within timeout_s (read_timeout_s of its configuration) is computed. When a segment
+        gets lost while layers are computed, the blend is begun again with what there is by then, and at last without
+        any: an answer is never made of half of one.
         Raises what Blender.blend raises.
         """
         array = as_tokens(tokens)
@@ -117,8 +123,11 @@ class BlendEngine:
         store = self._store(len(ids))
         prefix = self._prefix_of(store) if self._begins_with_prefix(array.tolist()) else None
         wanted = self.index.find(array) if segments is None else segments
-        for attempt in (wanted, wanted, ()):
-            with store.retrieve(array, attempt, prefix=prefix, timeout_s=timeout_s) as reused:
+        ends_at = time.monotonic() + (self._manager.read_timeout_s if timeout_s is None else timeout_s)
+        layer_by_layer = not self.blender.selector.needs_all_layers
+        for attempt, pipelined in ((wanted, layer_by_layer), (wanted, False), ((), False)):
+            left_s = ends_at - time.monotonic()
+            with store.retrieve(array, attempt, prefix=prefix, timeout_s=left_s, pipelined=pipelined) as reused:
                 try:
                     return self.blender.blend(ids, reused, always=always, all_logits=all_logits)
                 except (LeaseExpiredError, CorruptChunkError) as error:
@@ -187,5 +196,5 @@ class BlendEngine:
             tables=tuple(tables[attention.rope] for attention in self._model.attention),
             device=kv.device,
         )
-        self._stores[known] = SegmentStore(self._manager, format)
+        self._stores[known] = SegmentStore(self._manager, format, chunk_bytes=self._chunk_bytes)
         return self._stores[known]

@@ -150,11 +150,13 @@ ConfigT = TypeVar("ConfigT", bound=SelectorConfig)
 class TokenSelector(ABC, Generic[ConfigT]):
     """Chooses which tokens are computed. Stateless: one serves any number of prompts at a time.
 
-    check_layers: layers on which `narrow` is asked, ascending.
+    check_layers: layers on which `narrow` is asked, ascending. needs_all_layers: it looks at reused KV of layers that
+    are not computed yet, so loading them one by one hides nothing.
     """
 
     Config: ClassVar[type[SelectorConfig]] = SelectorConfig
     check_layers: Sequence[int] = ()
+    needs_all_layers: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -243,6 +245,7 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
     """
 
     Config = QuestionConfig
+    needs_all_layers = True
 
     def __init__(self, config: QuestionConfig) -> None:
         super().__init__(config)
@@ -264,6 +267,7 @@ class Oracle(TokenSelector[OracleConfig]):
     """As QuestionAttention, with the attention and the values of every layer of a full prefill."""
 
     Config = OracleConfig
+    needs_all_layers = True
 
     def start(self, prompt: Prompt) -> torch.Tensor:
         return highest(prompt, prompt.truth(self.config.question_tokens), self.config)

@@ -130,8 +130,8 @@ class SegmentStore:
         segments: of the prompt, sorted and disjoint; a ``Match`` stands for part of a longer stored passage.
         prefix: the exact KV of the first tokens, which goes before that of segments.
         timeout_s: when it returns at the latest (``read_timeout_s`` of the configuration).
-        pipelined: return when the first layers are there; ``layer`` waits for the others, which are read in order, for
-            as long as ``read_timeout_s`` allows. It raises when one does not come: what was computed with these is void
+        pipelined: return when the first layers are there; ``layer`` waits for the others, which are read in order,
+            until the same time. It raises when one does not come: what was computed with these is void
             then, and the caller retrieves again, without ``pipelined``, what can be had.
         placeholders: of the prompt. A ``Match`` that one lies in is a miss, for a passage is known by its tokens alone.
         A segment that is missing, incomplete, late or not what it should be is not covered: a miss, counted in
@@ -196,7 +196,7 @@ class SegmentStore:
             self._manager.acquire(
                 [there[n].keys[i] for n, i in places],
                 [there[n].layout.sizes[i] for n, i in places],
-                timeout_s=max(self._manager.read_timeout_s, ends_at - time.monotonic()),
+                timeout_s=max(1e-3, ends_at - time.monotonic()),
             )
         )
         parts = []

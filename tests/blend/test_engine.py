@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_families as tiny
 import torch
+from pydantic import ByteSize
 
 from lmcache.blend.engine import BlendEngine
 from lmcache.blend.reuse import Segment
 from lmcache.blend.stored import StoredKV
 from lmcache.config import load_config
 from lmcache.errors import ConfigError, CorruptChunkError, LeaseExpiredError
+from lmcache.keys import ChunkKey
+from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.base import Buffer
 from lmcache.storage.manager import StorageManager
 
 PREFIX = tiny.prompt(5, seed=9)
@@ -125,3 +131,54 @@ def test_generation_goes_on_from_a_blend(manager: StorageManager) -> None:
 def test_a_model_without_a_name_is_refused(manager: StorageManager) -> None:
     with pytest.raises(ConfigError, match="model_id is empty"):
         BlendEngine(tiny.model("llama"), manager, model_id="")
+
+
+class Gate(DiskBackend):
+    """Lets so many reads of one chunk through; after that it is broken, or damages what it reads."""
+
+    def __init__(self, config: DiskConfig, fault: str) -> None:
+        super().__init__(config)
+        self.left, self.fault = 0, fault
+
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        self.left -= len(keys)
+        if self.left < 0 and self.fault == "dead":
+            raise OSError("the tier was killed")
+        read = super().get(keys, into)
+        if self.left < 0:
+            for buffer in into[:read]:
+                buffer.view[0] ^= 1
+        return read
+
+
+@pytest.mark.parametrize("fault", ["dead", "corrupt"])
+@pytest.mark.parametrize("selector", ["none", "cacheblend", "question"])
+def test_a_tier_that_fails_midway_leaves_the_blend_of_what_came(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str, selector: str
+) -> None:
+    """The first segment is in memory, the others come from a disk that fails behind their first layers."""
+    gate = Gate(DiskConfig(path=tmp_path, capacity=ByteSize(64 << 20)), fault)
+    options = {"memory": {"capacity": 64 << 20, "huge_pages": False}, "read_batch": 1, "read_threads": 1}
+    made = StorageManager(load_config(overrides=options), tiers=[gate])
+    blending = BlendEngine(
+        tiny.model("llama"), made, model_id="llama", prefix=PREFIX, selector=selector, min_tokens=8, chunk_bytes=1
+    )
+    assert blending.learn(PASSAGES) == len(PASSAGES)
+    spans = [Segment(match.start, match.stop) for match in blending.index.find(PROMPT.numpy())]
+    smaller = blending.blend(PROMPT, spans[:1])
+    assert made.flush(20)
+    made.clear(tier="memory")
+    gate.left = 4
+    assert torch.equal(blending.blend(PROMPT, spans[:1]).logits, smaller.logits)  # brings the first into memory
+    gate.left = 3
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        blended = blending.blend(PROMPT, spans, timeout_s=5)
+    assert ("begins again" in caplog.text) == (selector != "question"), "layer by layer, but for who needs all"
+    assert time.monotonic() - begun < 10
+    assert blended.report.candidates == smaller.report.candidates == len(PASSAGES[2])
+    assert torch.equal(blended.logits, smaller.logits)
+    assert made.stats()["leases"] == 0
+    made.clear()
+    made.close()
+    assert made.pool.used_bytes == 0, "a buffer leaked"
