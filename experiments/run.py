@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "replay": "experiments.replay",
     "blend_quality": "experiments.blend_quality",
     "blend_ttft": "experiments.blend_ttft",
+    "blend_vllm": "experiments.blend_vllm",
     "blend_learned": "experiments.blend_learned",
 }
 
