@@ -83,7 +83,7 @@ def measure(
         reach = prompt.segments[-1].stop
         for (name, _), engine in engines.items():
             if name != FULL:
-                list(engine.run(Step(LEARN, learning(prompt), reset="all" if prompt is prompts[0] else "vllm")))
+                list(engine.run(Step(LEARN, learning(prompt), reset="vllm")))
         for repeat in range(-1, repeats):  # the first warms up
             order = list(engines)
             random.Random(f"{config.seed} {length} {repeat}").shuffle(order)
