@@ -126,6 +126,8 @@ class _Blend:
         self.feed = LayerFeed(self.model, reused, len(tokens), executor)
         self.rotation = Rotation(self.model, len(tokens))
         self.watch = Stopwatch()
+        self.planned: torch.Tensor | None = None
+        self.plan: dict[object, Any] = {}
         self.exact_last = bool(reused.exact[-1])
         self.bounds = torch.tensor([0, len(tokens)], device=tokens.device)
 
@@ -203,10 +205,17 @@ class _Blend:
                 scale=attention.scale,
                 window=attention.window,
                 max_kv=len(keys),
+                plan=self._plan(rows),
                 provider=self.provider,
             )
         with self.watch("mlp"):
             return self.model.finish(index, hidden, attended)
+
+    def _plan(self, rows: torch.Tensor) -> dict[object, Any]:
+        """That of attention, for as long as the rows are the same."""
+        if self.planned is not rows:
+            self.planned, self.plan = rows, {}
+        return self.plan
 
     def _attention(self, question: int, start: float, stop: float) -> torch.Tensor:
         """Prompt.attention."""
