@@ -142,13 +142,25 @@ def question_mass(
             unseen = ~visible(rows, key_positions, attention.window)
             mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
             masks[attention.window] = mask.masked_fill_(unseen, -torch.inf)
-        attended, mass = _attend_and_weigh(
-            q, (keys, values), masks[attention.window], question if index >= first else 0, attention.scale
-        )
-        if index >= first:
+        mask = masks[attention.window]
+        if index < first:
+            attended = _attend(q, (keys, values), mask, attention.scale)
+        else:
+            attended, mass = _attend_and_weigh(q, (keys, values), mask, question, attention.scale)
             yield mass
         if index + 1 < model.num_layers:
             hidden = model.finish(index, hidden, attended)
+
+
+def _attend(q: torch.Tensor, kv: KV, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention's output `[N, H_q, D]`; mask: `[N, T]`, added to the logits."""
+    k, v = (side.transpose(0, 1)[None] for side in kv)  # [1, H_kv, T, D]
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
+    group = grouped.shape[2]  # whose heads are rows of one: each head's keys are packed once
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped.transpose(0, 1).flatten(1, 2)[None], k, v, attn_mask=mask.repeat_interleave(group, 0), scale=scale
+    )
+    return out.view(k.shape[1], len(q), group, -1).transpose(0, 1).flatten(1, 2)
 
 
 def _attend_and_weigh(
