@@ -8,6 +8,8 @@ call, which is also why slabs should not be small.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -15,31 +17,57 @@ from lmcache.kernels.sparse_prefill import AttentionProblem, PackedKV, requests,
 
 _SLAB_ROWS = 128
 _SLAB_SCORES = 1 << 24  # scores held at once, over all heads
+_PLAN_SCORES = 1 << 25  # of the masks that a plan keeps
+
+
+class _Slab(NamedTuple):
+    """Some queries of a request, and the keys that they see: those of `span` that the mask leaves."""
+
+    rows: slice
+    span: slice
+    mask: torch.Tensor | None  # added to the logits, [T G, L]; None: all are seen
+    blind: torch.Tensor | None  # bool [T], queries that see no key; None: none of them
 
 
 def attend(problem: AttentionProblem) -> None:
     """The provider "torch". Waits for the stream: it needs the lengths of the requests."""
+    group = problem.q.shape[1] // problem.kv_heads
+    plan = {} if problem.plan is None else problem.plan
     for rows, keys, values, places in requests(problem):
-        slab = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(keys) * problem.q.shape[1])))
-        for first in range(rows.start, rows.stop, slab):
-            _attend_slab(problem, slice(first, min(first + slab, rows.stop)), keys, values, places)
+        key = ("torch", rows.start, problem.window, group, problem.q.dtype)
+        slabs = plan.get(key)
+        if slabs is None:
+            slabs = _slabs(problem, rows, places, group)
+            if problem.plan is not None and group * len(places) * (rows.stop - rows.start) <= _PLAN_SCORES:
+                slabs = plan[key] = list(slabs)
+        for slab in slabs:
+            _attend_slab(problem, slab, keys, values)
 
 
-def _attend_slab(
-    problem: AttentionProblem, rows: slice, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor
-) -> None:
-    first, last, blind = _bounds(problem, problem.q_positions[rows], places)
-    if first >= last:
+def _slabs(problem: AttentionProblem, rows: slice, places: torch.Tensor, group: int) -> Iterator[_Slab]:
+    """Of one request."""
+    size = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(places) * problem.q.shape[1])))
+    for start in range(rows.start, rows.stop, size):
+        part = slice(start, min(start + size, rows.stop))
+        queries = problem.q_positions[part]
+        first, last, blind = _bounds(problem, queries, places)
+        span, mask = slice(first, max(first, last)), None
+        seen = visible(queries, places[span], problem.window)  # [T, L]
+        if not bool(seen.all()):
+            mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+            mask = mask.repeat_interleave(group, 0)
+        yield _Slab(part, span, mask, blind if bool(blind.any()) else None)
+
+
+def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, values: torch.Tensor) -> None:
+    rows, span, mask, blind = slab
+    if span.start == span.stop:
         problem.out[rows] = 0
         if problem.lse is not None:
             problem.lse[rows] = -math.inf
         return
-    span = slice(first, last)
-    seen = visible(problem.q_positions[rows], places[span], problem.window)  # [T, L]
     tokens, q_heads, size = problem.q[rows].shape
     group = q_heads // problem.kv_heads
-    mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
-    mask = mask[:, None].expand(-1, group, -1).flatten(0, 1)  # [T G, L]
     q = problem.q[rows].view(tokens, -1, group, size).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
     k, v = (side[span].transpose(0, 1)[None] for side in (keys, values))  # [1, H_kv, L, D]
     if problem.lse is None and problem.soft_cap is None:
@@ -49,7 +77,7 @@ def _attend_slab(
         if problem.lse is not None:
             problem.lse[rows] = total.view(-1, tokens, group).transpose(0, 1).flatten(1)
     out = out.view(problem.kv_heads, tokens, group, -1).transpose(0, 1).flatten(1, 2)  # [T, H_q, V]
-    problem.out[rows] = out.masked_fill(blind[:, None, None], 0.0) if bool(blind.any()) else out
+    problem.out[rows] = out if blind is None else out.masked_fill(blind[:, None, None], 0.0)
 
 
 def _bounds(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tensor) -> tuple[int, int, torch.Tensor]:
@@ -68,13 +96,14 @@ def _bounds(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tens
 
 
 def _attend_in_full(
-    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out `[1, H_kv, T G, V]` and log-sum-exp `[1, H_kv, T G]` in fp32, where torch's own attention lacks something."""
     logits = (q.float() @ k.float().transpose(2, 3)).mul_(problem.scale)
     if problem.soft_cap is not None:
         logits.div_(problem.soft_cap).tanh_().mul_(problem.soft_cap)
-    logits.add_(mask)
+    if mask is not None:
+        logits.add_(mask)
     total = logits.logsumexp(3)
     weights = logits.sub_(total.clamp_min(torch.finfo(torch.float32).min)[..., None]).exp_()
     return weights @ v.float(), total
