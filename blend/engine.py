@@ -103,7 +103,7 @@ class BlendEngine:
         for passage in passages:
             tokens = [int(token) for token in as_tokens(passage)]
             whole = [*self._prefix_ids, *tokens]
-            store = self._store(len(whole))
+            store = self.store_for(len(whole))
             if not store.holds(tokens):
                 first = len(self._prefix_ids)
                 layers = self._prefilled(whole, store)
@@ -133,7 +133,7 @@ class BlendEngine:
         """
         array = as_tokens(tokens)
         ids = torch.as_tensor(array.astype("int64"), device=self._model.kv.device)
-        store = self._store(len(ids))
+        store = self.store_for(len(ids))
         prefix = self._prefix_of(store) if self._begins_with_prefix(array.tolist()) else None
         wanted = self.index.find(array) if segments is None else segments
         ends_at = time.monotonic() + (self._manager.read_timeout_s if timeout_s is None else timeout_s)
@@ -198,7 +198,7 @@ class BlendEngine:
         row = torch.zeros(1, kv.heads, kv.size, dtype=kv.dtype, device=kv.device).expand(tokens, -1, -1)
         return [(row, row)] * self._model.num_layers
 
-    def _store(self, length: int) -> SegmentStore:
+    def store_for(self, length: int) -> SegmentStore:
         """Of the ropes that the model uses for a prompt so long: "dynamic" and "longrope" have more than one."""
         tables: dict[object, RotaryTable] = {}
         inverses = []

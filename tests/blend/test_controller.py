@@ -167,7 +167,7 @@ def test_a_slow_tier_leaves_time_to_compute_more_and_memory_none(
         blended = made.blend(PROMPT)
         shares.append(share(blended.report))
         fixed = made.blender.at_ratio(shares[-1])
-        with made._store(len(PROMPT)).retrieve(PROMPT.numpy(), made.index.find(PROMPT.numpy())) as reused:
+        with made.store_for(len(PROMPT)).retrieve(PROMPT.numpy(), made.index.find(PROMPT.numpy())) as reused:
             again = fixed.blend(PROMPT, reused)
         # Without the prefix there, its tokens are computed: the same KV, up to rounding.
         assert tiny.distance(blended.logits, again.logits) < 1e-3
