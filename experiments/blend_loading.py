@@ -300,8 +300,8 @@ def judge(found: Sequence[Found], limits: JudgeConfig) -> list[str]:
     if not judged(found):
         failures.append("nothing was measured where loading and computing take about as long")
     failures += [
-        f"{f.bytes_per_s / 1e6:.0f} MB/s: at the controller's {f.ratio:.0%} a blend takes {f.share:.2f} of the sequential "
-        f"time at {limits.ratio:.0%}; {limits.max_chosen:g} is allowed"
+        f"{f.bytes_per_s / 1e6:.0f} MB/s: at the controller's {f.ratio:.0%} a blend takes {f.share:.2f} of the "
+        f"sequential time at {limits.ratio:.0%}; {limits.max_chosen:g} is allowed"
         for f in found
         if f.chosen and not f.share <= limits.max_chosen
     ]

@@ -116,7 +116,8 @@ PREFIX = tiny.prompt(5, seed=9)
 PASSAGES = [tiny.prompt(length, seed=length) for length in (40, 33, 47)]
 QUESTION = tiny.prompt(11, seed=4)
 PROMPT = torch.cat([PREFIX, *PASSAGES[::-1], QUESTION])
-SLOW = 400_000  # bytes a second: 0.3 s for the 120 KiB of the passages, 0.08 s a layer
+SLOW = 250_000  # bytes a second: 0.5 s for the passages, 0.12 s a layer
+NBYTES = 4 * 2 * sum(map(len, PASSAGES)) * 2 * 16 * 4  # layers, keys and values, tokens, heads, size, fp32
 
 
 @pytest.fixture
@@ -155,16 +156,24 @@ def share(report: Any) -> float:
     return (report.computed[2] - fresh) / report.candidates
 
 
+def assert_measured(controller: LoadingController, blends: list[float]) -> None:
+    """The throttle's rate, within a factor of 2; less if the machine was too busy to read as fast."""
+    assert controller.throughput is not None
+    assert min(SLOW / 2, NBYTES / max(blends)) < controller.throughput < SLOW * 2
+
+
 def test_a_slow_tier_leaves_time_to_compute_more_and_memory_none(
     throttled: Callable[..., tuple[BlendEngine, StorageManager]],
 ) -> None:
     controller = LoadingController(max_ratio=0.9)
     made, manager = throttled(selector="cacheblend", controller=controller)
     logits, true = tiny.prefill(tiny.model("llama"), PROMPT)
-    shares, distances = [], []
-    for _ in range(3):
+    shares, distances, seconds = [], [], []
+    for _ in range(2):
         manager.clear(tier="memory")
+        begun = time.monotonic()
         blended = made.blend(PROMPT)
+        seconds.append(time.monotonic() - begun)
         shares.append(share(blended.report))
         fixed = made.blender.at_ratio(shares[-1])
         with made.store_for(len(PROMPT)).retrieve(PROMPT.numpy(), made.index.find(PROMPT.numpy())) as reused:
@@ -173,28 +182,29 @@ def test_a_slow_tier_leaves_time_to_compute_more_and_memory_none(
         assert tiny.distance(blended.logits, again.logits) < 1e-3
         distances.append(tiny.distance(blended.logits, logits[-1:]))
         assert tiny.distance(blended.layers[0][0], true[0][0]) < 1e-3
-    assert controller.throughput is not None
-    assert SLOW / 2 < controller.throughput < SLOW * 2
+    assert_measured(controller, seconds)
     assert shares[0] == pytest.approx(0.15, abs=0.01), "nothing is known yet"
-    assert shares[1:] == [pytest.approx(0.9, abs=0.01)] * 2, "80 ms a layer hide all that is allowed"
-    assert distances[2] < distances[0]
+    assert shares[1] == pytest.approx(0.9, abs=0.01), "0.12 s a layer hide all that is allowed"
+    assert distances[1] < distances[0]
+    measured = controller.throughput
     in_memory = made.blend(PROMPT)
     assert share(in_memory.report) == shares[0]
+    assert controller.throughput == measured, "nothing was read"
 
 
-def test_with_a_controller_a_blend_is_not_slower_than_loading(
+def test_what_is_loaded_whole_is_measured_and_leaves_no_time(
     throttled: Callable[..., tuple[BlendEngine, StorageManager]],
 ) -> None:
-    made, manager = throttled(selector="cacheblend", controller=LoadingController())
-    made.blend(PROMPT)
+    controller = LoadingController()
+    made, manager = throttled(selector="question", controller=controller)
+    seconds = []
     for _ in range(2):
         manager.clear(tier="memory")
         begun = time.monotonic()
-        made.blend(PROMPT)
-        whole = time.monotonic() - begun
-    assert made._controller is not None
-    load_s = 4 * 2 * 120 * 2 * 16 * 4 / SLOW
-    assert load_s * 0.8 < whole < load_s * 3
+        blended = made.blend(PROMPT)
+        seconds.append(time.monotonic() - begun)
+        assert share(blended.report) == pytest.approx(0.15, abs=0.01)
+    assert_measured(controller, seconds)
 
 
 @pytest.mark.parametrize(
