@@ -145,8 +145,9 @@ def run(config: Config, results: Results) -> Outcome:
         caption = f"{session.caption}; {scale.length} tokens, medians of {scale.repeats}"
         texts = list(session.texts.values())
         prompt = filled(texts, session.encode, length=scale.length, passage=config.passage, question=config.question)
+        balance = balanced_rate(session, config, prompt, Path(folder))
         for load in tqdm(scale.loads, unit="rate"):
-            rows, ratio = measure(session, config, scale, prompt, load, Path(folder))
+            rows, ratio = measure(session, config, scale, prompt, load, balance / load, Path(folder))
             for row in rows:
                 results.write(dataclasses.asdict(row))
             found += summary(rows, ratio)
@@ -203,13 +204,23 @@ def opened(
         manager.close()
 
 
+def balanced_rate(session: BlendSession, config: Config, prompt: Prompt, folder: Path) -> float:
+    """Bytes a second at which loading takes as long as computing at the ratio that quality needs."""
+    with opened(session, config, prompt, folder, None) as bench:
+        compute_s = median(timed(lambda: bench.blend(config.judge.ratio, pipelined=False)) for _ in range(9))
+        return bench.nbytes / compute_s
+
+
 def measure(
-    session: BlendSession, config: Config, scale: ScaleConfig, prompt: Prompt, load: float, folder: Path
+    session: BlendSession,
+    config: Config,
+    scale: ScaleConfig,
+    prompt: Prompt,
+    load: float,
+    bytes_per_s: float,
+    folder: Path,
 ) -> tuple[list[Timed], float]:
     """All methods at one rate, and the ratio that the controller has come to."""
-    with opened(session, config, prompt, folder, None) as bench:
-        compute_s = median(timed(lambda: bench.blend(config.judge.ratio, pipelined=False)) for _ in range(4))
-        bytes_per_s = bench.nbytes / (load * compute_s)
     rows: list[Timed] = []
 
     def add(method: str, ratio: float, repeat: int, call: Callable[[], object], *, evict: bool = True) -> None:

@@ -83,7 +83,10 @@ def test_all_is_measured_tabled_and_drawn(session: BlendSession, tmp_path: Path)
     _, config = load(CONFIG, [*TINY, "scales.ci.repeats=1"])
     scale = config.scales["ci"]
     prompt = filled(list(session.texts.values()), session.encode, length=256, passage=48, question=16)
-    rows, chosen = blend_loading.measure(session, config, scale, prompt, 2.0, tmp_path / "tier")
+    rate = blend_loading.balanced_rate(session, config, prompt, tmp_path / "tier")
+    assert 1e5 < rate < 1e9
+    rows, chosen = blend_loading.measure(session, config, scale, prompt, 2.0, rate / 2, tmp_path / "tier")
+    assert {each.bytes_per_s for each in rows} == {rate / 2}
     assert {each.method for each in rows} == {"load", "compute", "sequential", "pipelined", "chosen"}
     assert len(rows) == 1 + 3 * len(scale.ratios) + 1
     assert config.judge.ratio - 0.01 <= chosen <= 1
