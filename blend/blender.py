@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_m
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV, Segment
-from lmcache.blend.selection import TokenSelector, build_selector, check_layers, describe
+from lmcache.blend.selection import TokenSelector, at_ratio, build_selector, check_layers, describe
 from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels.deviation import kv_deviation
 from lmcache.kernels.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill
@@ -106,6 +107,12 @@ class Blender:
             raise BlendError(f"stop is {stop}; it must lie within the {len(ids)} tokens, and there are no logits then")
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
             return _Blend(self, ids, reused, executor).run(always, all_logits, stop)
+
+    def at_ratio(self, ratio: float) -> Blender:
+        """The same with another ratio. ConfigError where the selector has none that decides."""
+        other = copy(self)
+        other.selector = at_ratio(self.selector, ratio)
+        return other
 
     def cache(self, blended: Blended, tokens: int | None = None) -> object:
         """The first `tokens` of the KV as a transformers DynamicCache, copied; by default all but the last token's.

@@ -81,6 +81,11 @@ class RatioConfig(SelectorConfig):
         0.0, ge=0, le=1, description="candidates below this share of the highest score are not computed again"
     )
 
+    @property
+    def ratio_counts(self) -> bool:
+        """Whether no other option takes the place of the ratio."""
+        return True
+
 
 class RandomConfig(RatioConfig):
     """Options of `random`."""
@@ -94,6 +99,10 @@ class EpicConfig(RatioConfig):
     segment_tokens: int | None = Field(
         None, ge=0, description="first tokens of each segment that are computed again; null: what the ratio gives"
     )
+
+    @property
+    def ratio_counts(self) -> bool:
+        return self.segment_tokens is None
 
 
 class CacheBlendConfig(RatioConfig):
@@ -116,6 +125,10 @@ class CacheBlendConfig(RatioConfig):
         if not all(0 <= ratio <= 1 for ratio in ratios):
             raise ValueError(f"ratios is {ratios}; each must be 0 .. 1")
         return self
+
+    @property
+    def ratio_counts(self) -> bool:
+        return self.ratios is None
 
     @property
     def layer_ratios(self) -> tuple[float, ...]:
@@ -307,6 +320,17 @@ def build_selector(options: str | Mapping[str, Any], where: str = "selector") ->
     name, rest = split_type({"type": options} if isinstance(options, str) else options, where)
     selector = TOKEN_SELECTORS.get(name)
     return selector(build(selector.Config, rest, f"{where} ({name})"))
+
+
+def at_ratio(selector: TokenSelector[Any], ratio: float) -> TokenSelector[Any]:
+    """The selector with another ratio and all else as it is. ConfigError where the ratio decides nothing."""
+    config = selector.config
+    if not isinstance(config, RatioConfig) or not config.ratio_counts:
+        raise ConfigError(
+            f"the ratio of {type(selector).__name__} ({config}) decides nothing; a controller needs a selector with a "
+            "ratio, without ratios or segment_tokens beside it"
+        )
+    return type(selector)(build(type(config), {**config.model_dump(), "ratio": ratio}, "selector"))
 
 
 def describe(
