@@ -66,7 +66,7 @@ def test_passages_are_learned_at_the_judged_ratio(scale: str) -> None:
     assert config.learned == ("prefix", "alone", "reordered", "prompt")
 
 
-@pytest.mark.parametrize("name", ["blend_quality", "blend_ttft"])
+@pytest.mark.parametrize("name", ["blend_quality", "blend_quality_gemma", "blend_ttft"])
 @pytest.mark.parametrize("scale", ["ci", "full"])
 def test_shipped_configs_have_both_scales(name: str, scale: str) -> None:
     _, config = load(str(CONFIGS / f"{name}.yaml"), [f"scale={scale}"])
