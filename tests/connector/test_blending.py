@@ -24,7 +24,7 @@ from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.engine.token_pages import TokenPages
-from lmcache.errors import BlendError
+from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels import PagedLayers
 from lmcache.kernels.sides import Side
 
@@ -48,11 +48,14 @@ def paged(family: str, *, opaque: str | None = None, window: int = 0) -> PagedCa
 
 
 class Rig:
-    def __init__(self, family: str, selector: str = "none", *, opaque: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, family: str, selector: str = "none", *, opaque: str | None = None, codec: str = "raw", **options: Any
+    ) -> None:
         config = lmcache.load_config(
             overrides={
                 "memory.capacity": "16MiB",
                 "chunk_tokens": BLOCK,
+                "codec": codec,
                 "blend": {"selector": {"type": selector}, "min_tokens": 8, **options},
             }
         )
@@ -229,6 +232,19 @@ def test_content_is_found_whatever_taught_it(rig: Any) -> None:
 def test_pages_of_an_unknown_order_are_refused(rig: Any) -> None:
     with pytest.raises(BlendError, match=r"layer\.0: the order of tokens"):
         Rig("llama", opaque="neon")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"selector": {"type": "best"}}, "best"), ({"selector": {"ratio": 0.1}}, "type")]
+)
+def test_selectors_are_checked_at_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Rig("llama", **options)
+
+
+def test_segments_are_kept_raw() -> None:
+    with pytest.raises(ConfigError, match="codec"):
+        Rig("llama", codec="int8")
 
 
 def test_separators_belong_to_no_passage_and_the_question_is_none() -> None:
