@@ -211,6 +211,16 @@ def test_all_queries_of_any_layout(places: str, window: int | None, device: torc
     check(World(prompts=((130, 130), (7, 7)), places=places), device, window=window)
 
 
+@pytest.mark.parametrize("places", ["risen", "mixed"])
+def test_queries_in_the_order_of_their_keys(places: str, device: torch.device) -> None:
+    batch = World(prompts=((130, 130),), places=places).build(device)
+    assert isinstance(batch.kv, PackedKV)
+    assert batch.kv.positions is not None
+    given = (batch.q, batch.kv, batch.kv.positions, batch.cu_q)
+    got, want = sparse_prefill(*given, provider="torch"), sparse_prefill_torch(*given)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=6e-3)
+
+
 @pytest.mark.parametrize("prompts", [((130, 130), (7, 7)), ((40, 90), (2, 21))])
 def test_a_plan_serves_layers_with_other_options(prompts: tuple[tuple[int, int], ...], device: torch.device) -> None:
     batch = World(prompts=prompts).build(device)
