@@ -18,14 +18,19 @@ from lmcache.kernels.sparse_prefill import AttentionProblem, PackedKV, requests,
 
 _SLAB_ROWS = 128
 _SLAB_SCORES = 1 << 24  # scores held at once, over all heads
+_SHARED_KEYS = 1536  # that all queries of a slab see, for which a call of their own pays
 _PLAN_SCORES = 1 << 25  # of the masks that a plan keeps
 
 
 class _Slab(NamedTuple):
-    """Some queries of a request, and the keys that they see: those of `span` that the mask leaves."""
+    """Some queries of a request, and the keys that they see: those of `span` that the mask leaves.
+
+    shared: of the span's keys, how many first ones all queries see, and one more.
+    """
 
     rows: slice
     span: slice
+    shared: int
     mask: torch.Tensor | None  # added to the logits, [T G, L]; None: all are seen
     blind: torch.Tensor | None  # bool [T], queries that see no key; None: none of them
     causal: bool = False  # query i sees the keys .. i of the span
@@ -49,19 +54,20 @@ def attend(problem: AttentionProblem) -> None:
 def _slabs(problem: AttentionProblem, rows: slice, places: torch.Tensor, group: int) -> Iterator[_Slab]:
     """Of one request."""
     if _is_causal(problem, problem.q_positions[rows], places):
-        yield _Slab(rows, slice(0, len(places)), None, None, causal=True)
+        yield _Slab(rows, slice(0, len(places)), 0, None, None, causal=True)
         return
     size = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(places) * problem.q.shape[1])))
     for start in range(rows.start, rows.stop, size):
         part = slice(start, min(start + size, rows.stop))
         queries = problem.q_positions[part]
         first, last, blind = _bounds(problem, queries, places)
-        span, mask = slice(first, max(first, last)), None
+        span, shared, mask = slice(first, max(first, last)), 0, None
         seen = visible(queries, places[span], problem.window)  # [T, L]
         if not bool(seen.all()):
             mask = torch.zeros(seen.shape, dtype=problem.q.dtype, device=seen.device).masked_fill_(~seen, -math.inf)
             mask = mask.repeat_interleave(group, 0)
-        yield _Slab(part, span, mask, blind if bool(blind.any()) else None)
+            shared = max(0, int(seen.all(0).logical_not().nonzero()[0]) - 1)
+        yield _Slab(part, span, shared, mask, blind if bool(blind.any()) else None)
 
 
 def _fused(problem: AttentionProblem) -> bool:
@@ -79,7 +85,7 @@ def _is_causal(problem: AttentionProblem, queries: torch.Tensor, places: torch.T
 
 
 def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, values: torch.Tensor) -> None:
-    rows, span, mask, blind, causal = slab
+    rows, span, shared, mask, blind, causal = slab
     if span.start == span.stop:
         problem.out[rows] = 0
         if problem.lse is not None:
@@ -96,13 +102,27 @@ def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, val
     q = problem.q[rows].view(tokens, -1, group, size).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
     k, v = (side[span].transpose(0, 1)[None] for side in (keys, values))  # [1, H_kv, L, D]
     if _fused(problem):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
+        if mask is not None and shared >= _SHARED_KEYS and q.device.type == "cpu" and q.shape[3] == v.shape[3]:
+            out = _attend_in_two(q, k, v, shared, mask[:, shared:], problem.scale)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
     else:
         out, total = _attend_in_full(problem, q, k, v, mask)
         if problem.lse is not None:
             problem.lse[rows] = total.view(-1, tokens, group).transpose(0, 1).flatten(1)
     out = out.view(problem.kv_heads, tokens, group, -1).transpose(0, 1).flatten(1, 2)  # [T, H_q, V]
     problem.out[rows] = out if blind is None else out.masked_fill(blind[:, None, None], 0.0)
+
+
+def _attend_in_two(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: int, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The first keys without a mask, and the others, of which each query sees one at least."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, total = attend(q, k[:, :, :shared], v[:, :, :shared], scale=scale)
+    rest, rest_total = attend(q, k[:, :, shared:], v[:, :, shared:], attn_mask=mask, scale=scale)
+    weight = torch.sigmoid(rest_total - total)[..., None]
+    return torch.lerp(out, rest, weight.to(out.dtype))
 
 
 def _bounds(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tensor) -> tuple[int, int, torch.Tensor]:

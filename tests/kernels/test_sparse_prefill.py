@@ -255,6 +255,26 @@ def test_provider_torch(layout: str, device: torch.device, monkeypatch: pytest.M
         result.check(batch.expected(window=50))
 
 
+@pytest.mark.parametrize("shared", [1, 60, 1 << 30])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_plan_serves_one_layer_after_the_other(
+    window: int | None, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: the same places, other queries, keys and values, in one call for a slab or in two."""
+    monkeypatch.setattr(sparse_prefill_host, "_SLAB_ROWS", 16)
+    monkeypatch.setattr(sparse_prefill_host, "_SHARED_KEYS", shared)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.tensor([0, 1, 2, 5, 70, *range(80, 100), *range(101, 130, 3), 199])
+    cu_q, cu_kv = torch.tensor([0, len(positions)]), torch.tensor([0, 200])
+    plan: dict[object, Any] = {}
+    for _ in range(3):
+        q = torch.randn(len(positions), 6, 32, generator=generator)
+        kv = PackedKV(*torch.randn(2, 200, 2, 32, generator=generator), cu_kv)
+        found = sparse_prefill(q, kv, positions, cu_q, window=window, provider="torch", plan=plan)
+        torch.testing.assert_close(found, sparse_prefill_torch(q, kv, positions, cu_q, window=window))
+        assert len(plan) == 1
+
+
 def test_unknown_provider_names_the_known_ones() -> None:
     batch = SMALL.build(torch.device("cpu"))
     assert PROVIDERS.names() == ["flashinfer", "torch", "triton"]
