@@ -2,7 +2,8 @@
 
 Each request's queries go in slabs, so that the mask stays small and a slab reads no key that none of its queries sees.
 Within a slab the query heads that share a KV head are rows of one: torch packs keys and values once for each head and
-call, which is also why slabs should not be small.
+call, which is also why slabs should not be small. A request that computes all of its tokens needs no mask: torch skips
+what a causal attention does not see.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class _Slab(NamedTuple):
     shared: int
     mask: torch.Tensor | None  # added to the logits, [T G, L]; None: all are seen
     blind: torch.Tensor | None  # bool [T], queries that see no key; None: none of them
+    causal: bool = False  # query i sees the keys .. i of the span
 
 
 def attend(problem: AttentionProblem) -> None:
@@ -39,7 +41,7 @@ def attend(problem: AttentionProblem) -> None:
     group = problem.q.shape[1] // problem.kv_heads
     plan = {} if problem.plan is None else problem.plan
     for rows, keys, values, places in requests(problem):
-        key = ("torch", rows.start, problem.window, group, problem.q.dtype)
+        key = ("torch", rows.start, problem.window, group, problem.q.dtype, _fused(problem))
         slabs = plan.get(key)
         if slabs is None:
             slabs = _slabs(problem, rows, places, group)
@@ -51,6 +53,9 @@ def attend(problem: AttentionProblem) -> None:
 
 def _slabs(problem: AttentionProblem, rows: slice, places: torch.Tensor, group: int) -> Iterator[_Slab]:
     """Of one request."""
+    if _is_causal(problem, problem.q_positions[rows], places):
+        yield _Slab(rows, slice(0, len(places)), 0, None, None, causal=True)
+        return
     size = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(places) * problem.q.shape[1])))
     for start in range(rows.start, rows.stop, size):
         part = slice(start, min(start + size, rows.stop))
@@ -65,8 +70,22 @@ def _slabs(problem: AttentionProblem, rows: slice, places: torch.Tensor, group: 
         yield _Slab(part, span, shared, mask, blind if bool(blind.any()) else None)
 
 
+def _fused(problem: AttentionProblem) -> bool:
+    """Whether torch's own attention does all that is asked for."""
+    return problem.lse is None and problem.soft_cap is None
+
+
+def _is_causal(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tensor) -> bool:
+    """Whether query i sees the keys .. i; asked only where torch would not hold the scores of them all."""
+    if not _fused(problem) or problem.kv.keys.shape[-1] != problem.kv.values.shape[-1] or len(queries) != len(places):
+        return False
+    if problem.window is not None and int(places[-1] - places[0]) >= problem.window:
+        return False
+    return torch.equal(queries, places) and bool((places.diff() > 0).all())
+
+
 def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, values: torch.Tensor) -> None:
-    rows, span, shared, mask, blind = slab
+    rows, span, shared, mask, blind, causal = slab
     if span.start == span.stop:
         problem.out[rows] = 0
         if problem.lse is not None:
@@ -74,9 +93,15 @@ def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, val
         return
     tokens, q_heads, size = problem.q[rows].shape
     group = q_heads // problem.kv_heads
+    if causal:
+        k, v = (side[span].transpose(0, 1).repeat_interleave(group, 0)[None] for side in (keys, values))
+        q = problem.q[rows].transpose(0, 1)[None]  # [1, H_q, T, D]
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=problem.scale)
+        problem.out[rows] = out[0].transpose(0, 1)
+        return
     q = problem.q[rows].view(tokens, -1, group, size).transpose(0, 1).flatten(1, 2)[None]  # [1, H_kv, T G, D]
     k, v = (side[span].transpose(0, 1)[None] for side in (keys, values))  # [1, H_kv, L, D]
-    if problem.lse is None and problem.soft_cap is None:
+    if _fused(problem):
         if mask is not None and shared >= _SHARED_KEYS and q.device.type == "cpu" and q.shape[3] == v.shape[3]:
             out = _attend_in_two(q, k, v, shared, mask[:, shared:], problem.scale)
         else:

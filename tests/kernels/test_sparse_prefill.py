@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import types
@@ -202,6 +203,37 @@ def test_all_queries_are_causal_attention(dtype: torch.dtype, device: torch.devi
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     tolerance = {"rtol": 2**-7, "atol": 6e-3} if dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(got.float(), want[0].transpose(0, 1), **tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 129, 130])
+@pytest.mark.parametrize("places", ["ordinary", "risen", "mixed", "hidden"])
+def test_all_queries_of_any_layout(places: str, window: int | None, device: torch.device) -> None:
+    check(World(prompts=((130, 130), (7, 7)), places=places), device, window=window)
+
+
+@pytest.mark.parametrize("places", ["risen", "mixed"])
+def test_queries_in_the_order_of_their_keys(places: str, device: torch.device) -> None:
+    batch = World(prompts=((130, 130),), places=places).build(device)
+    assert isinstance(batch.kv, PackedKV)
+    assert batch.kv.positions is not None
+    given = (batch.q, batch.kv, batch.kv.positions, batch.cu_q)
+    got, want = sparse_prefill(*given, provider="torch"), sparse_prefill_torch(*given)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=6e-3)
+
+
+@pytest.mark.parametrize("prompts", [((130, 130), (7, 7)), ((40, 90), (2, 21))])
+def test_a_plan_serves_layers_with_other_options(prompts: tuple[tuple[int, int], ...], device: torch.device) -> None:
+    batch = World(prompts=prompts).build(device)
+    given = (batch.q, batch.kv, batch.positions, batch.cu_q)
+    plan: dict[object, Any] = {}
+    options = ({}, {"window": 20}, {"soft_cap": 3.0}, {"window": 20, "soft_cap": 3.0})
+    for option, with_lse in 2 * list(itertools.product(options, (False, True))):
+        result = Result.of(batch)
+        sparse_prefill_torch(*given, lse=result.lse, **option)
+        lse = result.lse if with_lse else None
+        sparse_prefill(*given, out=result.out, lse=lse, plan=plan, provider="torch", **option)
+        result.check(batch.expected(**option))
+    assert plan
 
 
 def test_nothing_to_do(device: torch.device) -> None:
