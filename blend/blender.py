@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_m
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV, Segment
-from lmcache.blend.selection import TokenSelector, build_selector, check_layers, describe
+from lmcache.blend.selection import TokenSelector, at_ratio, build_selector, check_layers, describe
 from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels.deviation import kv_deviation
 from lmcache.kernels.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill
@@ -107,6 +108,12 @@ class Blender:
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
             return _Blend(self, ids, reused, executor).run(always, all_logits, stop)
 
+    def at_ratio(self, ratio: float) -> Blender:
+        """The same with another ratio. ConfigError where the selector has none that decides."""
+        other = copy(self)
+        other.selector = at_ratio(self.selector, ratio)
+        return other
+
     def cache(self, blended: Blended, tokens: int | None = None) -> object:
         """The first `tokens` of the KV as a transformers DynamicCache, copied; by default all but the last token's.
 
@@ -126,6 +133,9 @@ class _Blend:
         self.feed = LayerFeed(self.model, reused, len(tokens), executor)
         self.rotation = Rotation(self.model, len(tokens))
         self.watch = Stopwatch()
+        self.planned: torch.Tensor | None = None
+        self.plan: dict[object, Any] = {}
+        self.asked: dict[tuple[int, float, float], torch.Tensor] = {}
         self.exact_last = bool(reused.exact[-1])
         self.bounds = torch.tensor([0, len(tokens)], device=tokens.device)
 
@@ -203,21 +213,31 @@ class _Blend:
                 scale=attention.scale,
                 window=attention.window,
                 max_kv=len(keys),
+                plan=self._plan(rows),
                 provider=self.provider,
             )
         with self.watch("mlp"):
             return self.model.finish(index, hidden, attended)
 
+    def _plan(self, rows: torch.Tensor) -> dict[object, Any]:
+        """That of attention, for as long as the rows are the same."""
+        if self.planned is not rows:
+            self.planned, self.plan = rows, {}
+        return self.plan
+
     def _attention(self, question: int, start: float, stop: float) -> torch.Tensor:
         """Prompt.attention."""
-        layers = range(int(start * self.model.num_layers), math.ceil(stop * self.model.num_layers))
-        rows, asking = self._question(question)
-        known = self.reused.covered
-        masses = question_mass(
-            self.model, self.rotation, self.feed.layer, self.tokens, rows, asking, known, self.exact_last
-        )
-        with self.watch("dry run"):
-            return torch.stack(list(islice(masses, layers.start, layers.stop))).mean(0)
+        asked = (question, start, stop)
+        if asked not in self.asked:
+            layers = range(int(start * self.model.num_layers), math.ceil(stop * self.model.num_layers))
+            rows, asking = self._question(question)
+            known, first = self.reused.covered, layers.start
+            masses = question_mass(
+                self.model, self.rotation, self.feed.layer, self.tokens, rows, asking, known, self.exact_last, first
+            )
+            with self.watch("dry run"):
+                self.asked[asked] = torch.stack(list(islice(masses, len(layers)))).mean(0)
+        return self.asked[asked]
 
     def _question(self, limit: int) -> tuple[torch.Tensor, int]:
         """Rows of a dry run, and how many of them, the last, ask: the tail that is computed in any case.

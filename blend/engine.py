@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.controller import LoadingController
 from lmcache.blend.forward import KV
 from lmcache.blend.layout import SegmentFormat
 from lmcache.blend.models.base import BlendModel
@@ -25,12 +26,15 @@ from lmcache.blend.reuse import GivenKV, Segment
 from lmcache.blend.segments import ContentIndex, as_tokens
 from lmcache.blend.selection import TokenSelector
 from lmcache.blend.store import SegmentStore
+from lmcache.blend.stored import StoredKV
 from lmcache.engine.engine import TokenIds
 from lmcache.errors import BlendError, ConfigError, CorruptChunkError, LeaseExpiredError
 from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
 from lmcache.storage.manager import StorageManager
 
 logger = logging.getLogger(__name__)
+
+_BESIDE_LAYERS = ("load", "select", "dry run", "logits")  # stages of a blend that are not the layers' own work
 
 
 class _Prefix:
@@ -58,7 +62,8 @@ class BlendEngine:
     model_id: the identity of the weights, part of every key. prefix: tokens that prompts begin with.
     selector, options: as of Blender. min_tokens: the shortest run of a known passage that is worth reusing.
     chunk_bytes: as of SegmentStore; the smaller, the fewer layers come at a time.
-    Thread-safe. The manager is the caller's, who closes it after this.
+    controller: sets each prompt's ratio by what loading leaves time for; None: the selector's own ratio.
+    Thread-safe. The manager is the caller's, who closes it after this. Raises ConfigError for options that do not fit.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class BlendEngine:
         selector: str | Mapping[str, Any] | TokenSelector[Any] = "cacheblend",
         min_tokens: int = 32,
         chunk_bytes: int = 1 << 20,
+        controller: LoadingController | None = None,
         **options: Any,
     ) -> None:
         if not model_id:
@@ -80,6 +86,13 @@ class BlendEngine:
         self._model, self._manager, self._model_id = self.blender.model, manager, model_id
         self._all = Blender(self._model, "all")
         self._chunk_bytes = chunk_bytes
+        self._controller = controller
+        if controller is not None:
+            self.blender.at_ratio(controller.min_ratio)
+            if self._model.kv.device.type != "cpu":
+                raise ConfigError(
+                    f"the model is on {self._model.kv.device}; a controller goes by seconds of the host: leave it out"
+                )
         self._stores: dict[tuple[bytes, ...], SegmentStore] = {}
         self._prefix_ids = [int(token) for token in as_tokens(prefix)]
         self._prefixes: dict[SegmentStore, _Prefix] = {}
@@ -90,7 +103,7 @@ class BlendEngine:
         for passage in passages:
             tokens = [int(token) for token in as_tokens(passage)]
             whole = [*self._prefix_ids, *tokens]
-            store = self._store(len(whole))
+            store = self.store_for(len(whole))
             if not store.holds(tokens):
                 first = len(self._prefix_ids)
                 layers = self._prefilled(whole, store)
@@ -120,7 +133,7 @@ class BlendEngine:
         """
         array = as_tokens(tokens)
         ids = torch.as_tensor(array.astype("int64"), device=self._model.kv.device)
-        store = self._store(len(ids))
+        store = self.store_for(len(ids))
         prefix = self._prefix_of(store) if self._begins_with_prefix(array.tolist()) else None
         wanted = self.index.find(array) if segments is None else segments
         ends_at = time.monotonic() + (self._manager.read_timeout_s if timeout_s is None else timeout_s)
@@ -129,7 +142,7 @@ class BlendEngine:
             left_s = ends_at - time.monotonic()
             with store.retrieve(array, attempt, prefix=prefix, timeout_s=left_s, pipelined=pipelined) as reused:
                 try:
-                    return self.blender.blend(ids, reused, always=always, all_logits=all_logits)
+                    return self._blended(ids, reused, always, all_logits)
                 except (LeaseExpiredError, CorruptChunkError) as error:
                     logger.warning("a segment was lost while a prompt was blended, which begins again: %s", error)
         raise BlendError("the prompt cannot be blended even without segments")
@@ -144,6 +157,22 @@ class BlendEngine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _blended(self, ids: torch.Tensor, reused: StoredKV, always: Sequence[Segment], all_logits: bool) -> Blended:
+        """At the ratio that the controller chooses, which is told what it took."""
+        if self._controller is None:
+            return self.blender.blend(ids, reused, always=always, all_logits=all_logits)
+        layers = self._model.num_layers
+        ratio = self._controller.ratio(
+            int((reused.covered & ~reused.exact).sum()),
+            reused.pending_bytes / layers,
+            always=int((~reused.covered).sum()),
+            complete=max(self.blender.selector.check_layers, default=0) / layers,
+        )
+        blended = self.blender.at_ratio(ratio).blend(ids, reused, always=always, all_logits=all_logits)
+        took = [seconds for stage, seconds in blended.report.seconds.items() if stage not in _BESIDE_LAYERS]
+        self._controller.computed(blended.report.computed, sum(took))
+        return blended
 
     def _begins_with_prefix(self, tokens: Sequence[int]) -> bool:
         count = len(self._prefix_ids)
@@ -169,7 +198,7 @@ class BlendEngine:
         row = torch.zeros(1, kv.heads, kv.size, dtype=kv.dtype, device=kv.device).expand(tokens, -1, -1)
         return [(row, row)] * self._model.num_layers
 
-    def _store(self, length: int) -> SegmentStore:
+    def store_for(self, length: int) -> SegmentStore:
         """Of the ropes that the model uses for a prompt so long: "dynamic" and "longrope" have more than one."""
         tables: dict[object, RotaryTable] = {}
         inverses = []
@@ -196,5 +225,6 @@ class BlendEngine:
             tables=tuple(tables[attention.rope] for attention in self._model.attention),
             device=kv.device,
         )
-        self._stores[known] = SegmentStore(self._manager, format, chunk_bytes=self._chunk_bytes)
+        on_read = self._controller.read if self._controller else None
+        self._stores[known] = SegmentStore(self._manager, format, chunk_bytes=self._chunk_bytes, on_read=on_read)
         return self._stores[known]

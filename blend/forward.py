@@ -116,16 +116,18 @@ def question_mass(
     question: int,
     known: torch.Tensor,
     exact_last: bool,
+    first: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Runs `rows` over the KV and yields, layer by layer, the attention of their last `question` tokens, fp32 `[T]`.
+    """Runs `rows` over the KV and yields, from layer `first` on, what their last `question` tokens attend to.
 
-    Summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`. `known`: bool `[T]`,
-    tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax is needed itself.
+    fp32 `[T]`: summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`. `known`:
+    bool `[T]`, tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax is needed.
     """
     key_positions = torch.arange(len(tokens), device=tokens.device)
     seen = known.clone()
     seen[rows] = True
     key_positions = key_positions.where(seen, len(tokens))  # behind every query
+    masks: dict[int | None, torch.Tensor] = {}
     hidden = model.embed(tokens[rows])
     written = len(rows) - exact_last
     for index in range(model.num_layers):
@@ -134,26 +136,40 @@ def question_mass(
         k, v = model.key_value(index, x)
         keys[rows[:written]] = rotation(index, k, rows)[:written]
         values[rows[:written]] = v[:written]
-        q = rotation(index, model.query(index, x), rows)
         attention = model.attention[index]
-        attended, mass = _attend_and_weigh(
-            q, (keys, values), rows, key_positions, question, attention.scale, attention.window
-        )
-        yield mass
+        q = rotation(index, model.query(index, x), rows)
+        if attention.window not in masks:
+            unseen = ~visible(rows, key_positions, attention.window)
+            mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
+            masks[attention.window] = mask.masked_fill_(unseen, -torch.inf)
+        mask = masks[attention.window]
+        if index < first:
+            attended = _attend(q, (keys, values), mask, attention.scale)
+        else:
+            attended, mass = _attend_and_weigh(q, (keys, values), mask, question, attention.scale)
+            yield mass
         if index + 1 < model.num_layers:
             hidden = model.finish(index, hidden, attended)
 
 
+def _attend(q: torch.Tensor, kv: KV, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention's output `[N, H_q, D]`; mask: `[N, T]`, added to the logits."""
+    k, v = (side.transpose(0, 1)[None] for side in kv)  # [1, H_kv, T, D]
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
+    group = grouped.shape[2]  # whose heads are rows of one: each head's keys are packed once
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped.transpose(0, 1).flatten(1, 2)[None], k, v, attn_mask=mask.repeat_interleave(group, 0), scale=scale
+    )
+    return out.view(k.shape[1], len(q), group, -1).transpose(0, 1).flatten(1, 2)
+
+
 def _attend_and_weigh(
-    q: torch.Tensor,
-    kv: KV,
-    rows: torch.Tensor,
-    key_positions: torch.Tensor,
-    question: int,
-    scale: float,
-    window: int | None,
+    q: torch.Tensor, kv: KV, mask: torch.Tensor, question: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention's output `[N, H_q, D]`, and the weights of the last `question` rows summed, `[T]`."""
+    """Attention's output `[N, H_q, D]`, and the weights of the last `question` rows summed, `[T]`.
+
+    mask: `[N, T]`, added to the logits.
+    """
     keys, values = kv
     total, q_heads, size = q.shape
     k, v = keys.permute(1, 2, 0), values.transpose(0, 1)  # [H_kv, D, T], [H_kv, T, D]
@@ -162,12 +178,11 @@ def _attend_and_weigh(
     slab = max(1, _SLAB_SCORES // (len(keys) * q_heads))
     for first in range(0, total, slab):
         part = q[first : first + slab]
-        grouped = part.view(len(part), len(k), -1, size).permute(1, 2, 0, 3)  # [H_kv, G, n, D]
-        logits = torch.matmul(grouped.flatten(1, 2), k).view(*grouped.shape[:3], -1).float()
-        unseen = ~visible(rows[first : first + slab], key_positions, window)  # [n, T]
-        weights = logits.mul_(scale).masked_fill_(unseen, -torch.inf).softmax(-1)  # [H_kv, G, n, T]
+        grouped = (part * scale).view(len(part), len(k), -1, size).permute(1, 2, 0, 3)  # [H_kv, G, n, D]
+        logits = torch.matmul(grouped.flatten(1, 2), k).view(*grouped.shape[:3], -1)
+        weights = logits.add_(mask[first : first + slab]).softmax(-1)  # [H_kv, G, n, T]
         asking = max(total - question - first, 0)
-        mass += weights[:, :, asking:].sum((0, 1, 2)) / q_heads
-        attended = torch.matmul(weights.flatten(1, 2).to(v.dtype), v).view(grouped.shape)
+        mass += weights[:, :, asking:].sum((0, 1, 2), dtype=torch.float32) / q_heads
+        attended = torch.matmul(weights.flatten(1, 2), v).view(grouped.shape)
         out[first : first + slab] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return out, mass

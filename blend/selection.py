@@ -13,6 +13,7 @@ token and what the caller or `sinks` and `last_tokens` name are computed in any 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,11 @@ class RatioConfig(SelectorConfig):
         0.0, ge=0, le=1, description="candidates below this share of the highest score are not computed again"
     )
 
+    @property
+    def ratio_counts(self) -> bool:
+        """Whether no other option takes the place of the ratio."""
+        return True
+
 
 class RandomConfig(RatioConfig):
     """Options of `random`."""
@@ -93,6 +99,10 @@ class EpicConfig(RatioConfig):
     segment_tokens: int | None = Field(
         None, ge=0, description="first tokens of each segment that are computed again; null: what the ratio gives"
     )
+
+    @property
+    def ratio_counts(self) -> bool:
+        return self.segment_tokens is None
 
 
 class CacheBlendConfig(RatioConfig):
@@ -117,6 +127,10 @@ class CacheBlendConfig(RatioConfig):
         return self
 
     @property
+    def ratio_counts(self) -> bool:
+        return self.ratios is None
+
+    @property
     def layer_ratios(self) -> tuple[float, ...]:
         return self.ratios or (self.ratio,) * len(self.check_layers)
 
@@ -129,6 +143,12 @@ class QuestionConfig(RatioConfig):
     depth: tuple[float, float] = Field(
         (1 / 3, 2 / 3),
         description="span of the model, 0 .. 1, whose attention counts; deeper layers are not run",
+    )
+    compared: float = Field(
+        3.0,
+        ge=1,
+        description="of the candidates, how many times what is computed again go through the layers up to check_layer "
+        "and are compared: those with the most attention",
     )
 
     @model_validator(mode="after")
@@ -241,7 +261,8 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
 
     An error in a token's value reaches the answer with the weight that the question's tokens attend to it with. That
     weight comes from a dry run of the question over the reused KV. Layers of the middle tell as much as all of them: on
-    SmolLM2 (30 layers, 16 prompts of 6 passages, 15%) KL is 0.019 with the middle third and 0.020 with all.
+    SmolLM2 (30 layers, 16 prompts of 6 passages, 15%) KL is 0.019 with the middle third and 0.020 with all. Tokens that
+    get little attention are not compared: whatever their values, others come before them.
     """
 
     Config = QuestionConfig
@@ -250,17 +271,23 @@ class QuestionAttention(TokenSelector[QuestionConfig]):
     def __init__(self, config: QuestionConfig) -> None:
         super().__init__(config)
         self.check_layers = (config.check_layer,)
+        ratio, least = min(1.0, config.ratio * config.compared), math.ceil(config.min_tokens * config.compared)
+        self.compared = RatioConfig(ratio=ratio, min_tokens=least)
 
     def start(self, prompt: Prompt) -> torch.Tensor:
-        return prompt.everything
+        if not prompt.num_candidates or self.compared.ratio == 1:  # nothing to choose, so nothing to ask
+            return prompt.everything
+        return highest(prompt, self._attention(prompt), self.compared)
 
     def narrow(
         self, prompt: Prompt, layer: int, rows: torch.Tensor, k_dev: torch.Tensor, v_dev: torch.Tensor
     ) -> torch.Tensor:
-        if not prompt.num_candidates:  # nothing to choose, so nothing to ask
+        if not prompt.num_candidates:
             return highest(prompt, v_dev, self.config, rows=rows)
-        scores = prompt.attention(self.config.question_tokens, *self.config.depth)[rows] * v_dev.sqrt()
-        return highest(prompt, scores, self.config, rows=rows)
+        return highest(prompt, self._attention(prompt)[rows] * v_dev.sqrt(), self.config, rows=rows)
+
+    def _attention(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.attention(self.config.question_tokens, *self.config.depth)
 
 
 class Oracle(TokenSelector[OracleConfig]):
@@ -293,6 +320,17 @@ def build_selector(options: str | Mapping[str, Any], where: str = "selector") ->
     name, rest = split_type({"type": options} if isinstance(options, str) else options, where)
     selector = TOKEN_SELECTORS.get(name)
     return selector(build(selector.Config, rest, f"{where} ({name})"))
+
+
+def at_ratio(selector: TokenSelector[Any], ratio: float) -> TokenSelector[Any]:
+    """The selector with another ratio and all else as it is. ConfigError where the ratio decides nothing."""
+    config = selector.config
+    if not isinstance(config, RatioConfig) or not config.ratio_counts:
+        raise ConfigError(
+            f"the ratio of {type(selector).__name__} ({config}) decides nothing; a controller needs a selector with a "
+            "ratio, without ratios or segment_tokens beside it"
+        )
+    return type(selector)(build(type(config), {**config.model_dump(), "ratio": ratio}, "selector"))
 
 
 def describe(

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import logging
 import struct
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ class SegmentStore:
 
     chunk_bytes: about how long a chunk is; part of the keys, as it says what a chunk holds.
     codec: of the configuration. Only raw is supported; ConfigError for any other.
+    on_read: called for each retrieval with the bytes that came from below memory and the seconds from asking for them
+        until the last was there, whether anybody waited for it or not; by any thread, so it must not block.
 
     Keys: ``namespace(fingerprint of format.kv_format(), tags + lmcache.kind=segment)`` and the digest of the tokens and
     the layers; neither the fingerprint, nor the tags, nor what is digested is ever that of an exact prefix chunk.
@@ -57,6 +61,7 @@ class SegmentStore:
         *,
         chunk_bytes: int = 1 << 20,
         codec: str | Mapping[str, Any] = RAW,
+        on_read: Callable[[int, float], None] | None = None,
     ) -> None:
         if codec not in (RAW, {"type": RAW}):
             raise ConfigError(f"codec is {codec!r}: segments are kept raw; set codec to raw where segments are reused")
@@ -65,6 +70,7 @@ class SegmentStore:
         self.format = format
         self._manager = manager
         self._chunk_bytes = chunk_bytes
+        self._on_read = on_read
         self._fingerprint = format.kv_format().fingerprint()
 
     def keys(
@@ -163,10 +169,8 @@ class SegmentStore:
         """Each segment under a lease of its own, so that one that is missing costs no other; what all came of."""
         parts: list[Part] = []
         lost: dict[str, int] = {}
-        left = max(1e-3, ends_at - time.monotonic())
-        leases = [
-            held.enter_context(self._manager.acquire(each.keys, each.layout.sizes, timeout_s=left)) for each in wanted
-        ]
+        with _Reads(self._manager, self._on_read, ends_at) as reads:
+            leases = [held.enter_context(reads.acquire(each.keys, each.layout.sizes)) for each in wanted]
         for each, lease in zip(wanted, leases, strict=True):
             outcome = self._arrived(each, lease, ends_at)
             if isinstance(outcome, Record):
@@ -192,13 +196,9 @@ class SegmentStore:
             return None
         chunks = [(group.first, n, i) for n, each in enumerate(there) for i, group in enumerate(each.layout.groups)]
         places = {chunk[1:]: place for place, chunk in enumerate(sorted(chunks))}
-        lease = held.enter_context(
-            self._manager.acquire(
-                [there[n].keys[i] for n, i in places],
-                [there[n].layout.sizes[i] for n, i in places],
-                timeout_s=max(1e-3, ends_at - time.monotonic()),
-            )
-        )
+        keys, sizes = zip(*((there[n].keys[i], there[n].layout.sizes[i]) for n, i in places), strict=True)
+        with _Reads(self._manager, self._on_read, ends_at) as reads:
+            lease = held.enter_context(reads.acquire(keys, sizes))
         parts = []
         if lease.wait_ready(len(there), max(0.0, ends_at - time.monotonic())):
             buffers = lease.share()
@@ -333,6 +333,42 @@ class SegmentStore:
         if not self._has_positions(count):
             raise KernelArgumentError(f"{count} tokens; the ropes' tables have {self.format.positions} positions")
         explicit_spans([(segment.start, segment.stop) for segment in segments], count)
+
+
+class _Reads:
+    """The leases of one retrieval, and how long what they read took, until the last of them is done."""
+
+    def __init__(self, manager: StorageManager, report: Callable[[int, float], None] | None, ends_at: float) -> None:
+        self._manager, self._report, self._ends_at = manager, report, ends_at
+        self._lock = threading.Lock()
+        self._open = 1  # who asks, and each lease
+        self._bytes = 0
+
+    def acquire(self, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> Lease:
+        with self._lock:
+            self._open += 1
+        left_s = max(1e-3, self._ends_at - time.monotonic())
+        lease = self._manager.acquire(keys, sizes, lambda done: self._close(sum(sizes[: done.ready])), left_s)
+        # In memory already; a tier that has brought something by now is as good as memory.
+        held = sum(sizes[: lease.ready])
+        with self._lock:
+            self._bytes -= held
+        return lease
+
+    def __enter__(self) -> _Reads:
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close(0)
+
+    def _close(self, nbytes: int) -> None:
+        with self._lock:
+            self._open -= 1
+            self._bytes += nbytes
+            ended = not self._open
+        if ended and self._bytes > 0 and self._report is not None:
+            self._report(self._bytes, time.monotonic() - self._began)
 
 
 def _packed(tokens: Tokens) -> bytes:

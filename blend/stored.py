@@ -106,6 +106,16 @@ class StoredKV:
             values[:count] = exact_values[:count]
         return keys, values
 
+    @property
+    def pending_bytes(self) -> int:
+        """What has not come into memory yet of the segments' chunks (``pipelined``)."""
+        return sum(
+            size
+            for part in self._parts
+            for place, size in zip(part.places, part.wanted.layout.sizes, strict=True)
+            if place >= part.lease.ready
+        )
+
     def close(self) -> None:
         """Let go of the segments. Idempotent."""
         self.closed = True

@@ -18,13 +18,13 @@ def main(messages: Iterator[dict[str, Any]], tell: Callable[[dict[str, Any]], No
     job = next(messages)
     started = time.perf_counter()
     llm = start(job)
-    ask(llm, job, WARM_UP, max_tokens=4)
+    ask(llm, job, {"user": WARM_UP}, max_tokens=4)
     tell({"started": time.perf_counter() - started, **describe()})
     for step in messages:
         for request in step["requests"]:
             if step["reset"] != "none":
                 llm.reset_prefix_cache(reset_connector=step["reset"] == "all")
-            answer = ask(llm, job, request["user"], job["max_tokens"])
+            answer = ask(llm, job, request, job["max_tokens"])
             about = {"phase": step["phase"], "document": request["document"], "question": request["question"]}
             tell({**about, "run": job["run"], **answer})
     llm.llm_engine.engine_core.shutdown()  # a connector writes what it still holds
@@ -48,18 +48,23 @@ def start(job: dict[str, Any]) -> Any:
     return LLM(model=job["model"], seed=job["seed"], disable_log_stats=False, max_num_seqs=8, **options)
 
 
-def ask(llm: Any, job: dict[str, Any], user: str, max_tokens: int) -> dict[str, Any]:
+def ask(llm: Any, job: dict[str, Any], request: dict[str, Any], max_tokens: int) -> dict[str, Any]:
     """One request, greedily, alone in the engine."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     tokenizer = llm.get_tokenizer()
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = TokensPrompt(prompt_token_ids=tokenizer.encode(text, add_special_tokens=False))
+    ids = request.get("tokens")
+    if ids is None:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": request["user"]}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    prompt = TokensPrompt(prompt_token_ids=ids)
+    kv = request.get("kv_transfer_params")
+    extra = {"kv_transfer_params": kv} if kv is not None else None
     began = time.perf_counter()
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, seed=job["seed"])
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, seed=job["seed"], extra_args=extra)
     (out,) = llm.generate([prompt], params, use_tqdm=False)
     return {
         "prompt_tokens": len(out.prompt_token_ids),

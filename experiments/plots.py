@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from experiments.engine import Row
 
 if TYPE_CHECKING:
+    from experiments.blend_loading import Found as Loaded
     from experiments.blend_quality import Found as Blended
     from experiments.blend_ttft import Found as Timed
     from experiments.codec_quality import Found
@@ -197,6 +198,44 @@ def blend_ttft_figure(found: Sequence[Timed], title: str, caption: str, path: Pa
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
+    figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
+    figure.tight_layout(rect=(0, 0.04, 1, 0.99))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def blend_loading_figure(found: Sequence[Loaded], title: str, caption: str, path: Path) -> None:
+    """Medians of loading, computing, both in turn and both at once against the ratio, a panel a rate of the tier.
+
+    Written to ``path``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    loads = sorted({f.load for f in found})
+    figure, grid = plt.subplots(1, len(loads), figsize=(1 + 3.6 * len(loads), 4.8), dpi=140, squeeze=False, sharey=True)
+    for load, axes in zip(loads, grid[0], strict=True):
+        line = [f for f in found if f.load == load and not f.chosen]
+        x = [f.ratio for f in line]
+        axes.plot(x, [f.load_s for f in line], color=FADED, ls=":", label="load alone")
+        axes.plot(x, [f.compute_s for f in line], color=FADED, ls="--", label="compute alone")
+        axes.plot(x, [f.sequential_s for f in line], color="#e0a458", marker="o", ms=4, label="load, then compute")
+        axes.plot(x, [f.pipelined_s for f in line], color="#3d6fb4", marker="o", ms=4, label="layer by layer")
+        for f in found:
+            if f.load == load and f.chosen:
+                axes.plot(f.ratio, f.pipelined_s, "*", ms=15, color="#c8553d", label="controller's choice")
+                axes.set_title(f"{f.bytes_per_s / 1e6:.0f} MB/s", loc="left", color=INK)
+        axes.set_xlim(0, 1.03)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.set_xlabel("reused tokens computed again", color=FADED)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("seconds to the first token (median)", color=FADED)
+    grid[0][0].set_ylim(0, 1.05 * max(f.sequential_s for f in found))  # shared by all
+    grid[0][0].legend(frameon=False, fontsize=8.5, loc="upper left")
     figure.suptitle(title, fontsize=16, fontweight="bold", color=INK, x=0.02, ha="left")
     figure.text(0.02, 0.015, caption, fontsize=9.5, color=FADED, ha="left")
     figure.tight_layout(rect=(0, 0.04, 1, 0.99))

@@ -21,8 +21,10 @@ EXPERIMENTS = {
     "codec_quality": "experiments.codec_quality",
     "codec_answers": "experiments.codec_answers",
     "replay": "experiments.replay",
+    "blend_loading": "experiments.blend_loading",
     "blend_quality": "experiments.blend_quality",
     "blend_ttft": "experiments.blend_ttft",
+    "blend_vllm": "experiments.blend_vllm",
     "blend_learned": "experiments.blend_learned",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.config import ROOT, WorkloadConfig
 from lmcache.errors import ConfigError
@@ -16,11 +17,16 @@ WARM_UP = "The ferry leaves the harbour at dawn and comes back when the lamps ar
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one document."""
+    """One question about one document.
+
+    tokens: the prompt itself, instead of what `user` says. kv_transfer_params: as vLLM hands them to the connector.
+    """
 
     document: str
     question: int
-    user: str
+    user: str = ""
+    tokens: list[int] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:

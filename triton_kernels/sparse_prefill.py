@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -78,6 +78,7 @@ class AttentionProblem:
     soft_cap: float | None
     max_kv: int  # no request has more keys
     num_splits: int | None
+    plan: dict[object, Any] | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -114,6 +115,7 @@ def sparse_prefill(
     lse: torch.Tensor | None = None,
     max_kv: int | None = None,
     num_splits: int | None = None,
+    plan: dict[object, Any] | None = None,
     provider: str = "triton",
 ) -> torch.Tensor:
     """Attention of the queries of B requests, each over the keys of its request at or before its position; into `out`.
@@ -124,7 +126,8 @@ def sparse_prefill(
     MAX_SIZE (of MLA: decompress first). `out`: `[T_q, H_q, V]` of q's dtype, V contiguous; allocated if None. `lse`:
     fp32 `[T_q, H_q]`, natural logarithms, written if given. `scale` is D ** -0.5 if None. `max_kv`: a bound on the keys
     of one request that is known to the host; only a hint. `num_splits`: over how many programs the keys of a tile are
-    spread; chosen if None.
+    spread; chosen if None. `plan`: a dict, empty at first, in which a provider keeps what it works out of positions and
+    lengths alone, for the next layer; it is good for one q_positions, cu_q and layout of the KV, unchanged.
 
     Raises KernelArgumentError for a tensor that does not fit, ConfigError for an unknown provider. Nothing is
     synchronised by "triton"; what cu_q, cu_kv, kv_lens and block_table say is believed, and checked only on a CPU.
@@ -132,7 +135,7 @@ def sparse_prefill(
     attend = PROVIDERS.get(provider)
     problem = _problem(q, kv, q_positions, cu_q, scale, window, soft_cap, out, lse, max_kv, num_splits)
     if q.numel():
-        attend(problem)
+        attend(dataclasses.replace(problem, plan=plan))
     return problem.out
 
 

@@ -52,7 +52,7 @@ class Found:
 
     @property
     def reach(self) -> int:
-        return min(self.kv.segments[-1].stop, len(self.tokens) - 1)
+        return min(max((each.stop for each in self.kv.segments), default=0), len(self.tokens) - 1)
 
     def close(self) -> None:
         self.kv.close()
@@ -104,10 +104,13 @@ class Blending:
         for each in wanted:
             if isinstance(each, Match) and each.start not in there:
                 index.discard(each.passage)  # to be learned again
-        if sum(each.stop - max(each.start, exact) for each in kv.segments) < self.config.min_tokens:
+        found = Found(array, wanted, kv, tags)
+        reused = sum(each.stop - max(each.start, exact) for each in kv.segments)
+        # Where most would be computed anyway, vLLM does it as fast, and exactly.
+        if reused < max(self.config.min_tokens, (found.reach - exact) / 2):
             kv.close()
             return None
-        return Found(array, wanted, kv, tags)
+        return found
 
     def fill(self, found: Found, tables: BlockTables, exact: int, stop: int) -> list[int]:
         """Fuse ``[exact, stop)`` of the prompt into pages; ``exact`` (whole blocks) tokens are in them already.

@@ -168,15 +168,16 @@ class SchedulerHalf:
         if num_external_tokens <= 0:
             self._client.release(pending.lookup_id)
             return
+        stop, exact = pending.local + num_external_tokens, pending.matched or 0
         load = Load(
             request_id=request.request_id,
             lookup_id=pending.lookup_id,
             block_ids=block_ids or (),
             start=pending.local,
-            stop=pending.local + num_external_tokens,
+            stop=stop,
             whole_request=self._whole_request,
-            blended=pending.local + num_external_tokens > pending.matched,
-            exact=pending.matched,
+            blended=stop > exact,
+            exact=exact,
         )
         # What is computed on top of KV that is nearly right is no better than that.
         tracked.blended = tracked.blended or load.blended

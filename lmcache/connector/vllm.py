@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -123,7 +123,8 @@ def make_worker(
     blended = None
     if config.blend:
         model = adapt(find_model(vllm_config.compilation_config.static_forward_context))
-        blended = model, model.kv_layers, vllm_config.model_config.max_model_len
+        names: Sequence[str] = getattr(model, "kv_layers", ())
+        blended = model, names, vllm_config.model_config.max_model_len
     worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache, blended)
     logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
     return worker

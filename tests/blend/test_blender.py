@@ -95,6 +95,25 @@ def test_recomputing_tokens_whose_kv_is_true_changes_nothing(family: str, select
     assert tiny.distance(blended.logits, logits[blended.positions]) < 1e-3
 
 
+@pytest.mark.parametrize("covered", [False, True])
+@pytest.mark.parametrize("selector", ["all", "none", "random", "epic", "cacheblend", "question", "oracle"])
+def test_stop_leaves_the_question_to_the_engine(selector: str, covered: bool) -> None:
+    """The KV before it is that of a blend that computes the question, too."""
+    model, tokens = tiny.model("llama"), tiny.prompt(LENGTH)
+    true, stop = tiny.prefill(model, tokens)[1], 60
+    spans = [(3, 30), (33, LENGTH if covered else 58)]
+    blender = Blender(model, selector, **({} if selector in ("all", "none") else {"ratio": 0.3}))
+    whole = blender.blend(tokens, given(tiny.noise(true), 0, spans), always=[Segment(stop, LENGTH)])
+    blended = blender.blend(tokens, given(tiny.noise(true), 0, spans), stop=stop)
+    assert blended.logits is None
+    assert blended.positions.tolist() == []
+    for ours, theirs in zip(blended.layers, whole.layers, strict=True):
+        for side in (0, 1):
+            assert len(ours[side]) == stop
+            assert tiny.distance(ours[side], theirs[side][:stop]) < 1e-4
+    assert blended.report.computed[-1] == whole.report.computed[-1] - (LENGTH - stop)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_none_equals_naive_reuse_with_shifted_keys(family: str) -> None:
     """The reference prefills each passage at its new position and has Hugging Face run the question over that."""

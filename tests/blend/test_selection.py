@@ -237,3 +237,13 @@ def test_wrong_options_are_refused() -> None:
         Blender(model, build_selector("none"), ratio=0.1)
     with pytest.raises(ConfigError, match="unknown attention provider"):
         Blender(model, "none", provider="nonesuch")
+
+
+def test_question_compares_only_what_it_attends_to() -> None:
+    attention = torch.linspace(0, 1, LENGTH)
+    given = prompt([(0, 70)], attention=attention)
+    start = build_selector({"type": "question", "ratio": 0.1, "compared": 2}).start
+    assert start(given).tolist() == list(range(56, 71))
+    assert start(prompt([(0, 70)], attention=-attention)).tolist() == [*range(14), 70]
+    everything = build_selector({"type": "question", "ratio": 0.5, "compared": 2}).start(given)
+    assert everything.tolist() == list(range(71))

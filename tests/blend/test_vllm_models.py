@@ -106,6 +106,7 @@ def test_the_loaded_model_predicts_and_keeps_what_vllm_does(family: str, vllm_pr
         assert message in said, path
 
 
+@pytest.mark.skipif("LMCACHE_SLOW_TESTS" not in os.environ, reason="compiles for a minute; LMCACHE_SLOW_TESTS=1")
 def test_models_that_vllm_has_compiled_can_be_called_module_by_module(vllm_prefill: Callable[..., Any]) -> None:
     result = vllm_prefill(config("llama"), enforce_eager=False)
     assert result["logprobs"] < 1e-3

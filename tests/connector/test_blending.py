@@ -24,7 +24,7 @@ from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.engine.token_pages import TokenPages
-from lmcache.errors import BlendError
+from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels import PagedLayers
 from lmcache.kernels.sides import Side
 
@@ -48,11 +48,14 @@ def paged(family: str, *, opaque: str | None = None, window: int = 0) -> PagedCa
 
 
 class Rig:
-    def __init__(self, family: str, selector: str = "none", *, opaque: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, family: str, selector: str = "none", *, opaque: str | None = None, codec: str = "raw", **options: Any
+    ) -> None:
         config = lmcache.load_config(
             overrides={
                 "memory.capacity": "16MiB",
                 "chunk_tokens": BLOCK,
+                "codec": codec,
                 "blend": {"selector": {"type": selector}, "min_tokens": 8, **options},
             }
         )
@@ -169,9 +172,9 @@ def test_a_window_that_gave_its_pages_back_is_computed_once_more(rig: Any) -> No
     assert tiny.distance(made.read(16, 98), both(oracle.layers, 98)[:, 16:]) < 1e-4
     # And what has no pages cannot be learned.
     made.blending.clear()
-    made.blending.learn(pack_tokens(PROMPT), Passages(spans=((0, 61), (61, 98))), made.engine.tables(table), 0, TAGS)
-    found = made.find(Passages(spans=((0, 61), (61, 98))))
-    assert [(s.start, s.stop) for s in found.kv.segments] == [(61, 98)]
+    made.blending.learn(pack_tokens(PROMPT), Passages(spans=((0, 31), (31, 98))), made.engine.tables(table), 0, TAGS)
+    found = made.find(Passages(spans=((0, 31), (31, 98))))
+    assert [(s.start, s.stop) for s in found.kv.segments] == [(31, 98)]
     found.close()
 
 
@@ -195,12 +198,13 @@ def test_what_is_not_worth_it_is_not_found(rig: Any) -> None:
     made = rig("llama")
     assert made.find() is None
     made.learn(A)
+    assert made.find() is None, "37 of 98 tokens"
     assert made.find(Passages(spans=((16, 61),))) is None
-    assert made.find(exact=96) is None, "two tokens"
-    assert made.find(tags={"cache_salt": "x"}) is None
-    found = made.find()
+    found = made.find(exact=48)
     assert [(s.start, s.stop) for s in found.kv.segments] == [(61, 98)]
     found.close()
+    assert made.find(exact=96) is None, "two tokens"
+    assert made.find(exact=48, tags={"cache_salt": "x"}) is None
     with pytest.raises(ValueError, match="tokens of the prompt"):
         made.find(Passages(spans=((0, 2000),)))
 
@@ -228,6 +232,19 @@ def test_content_is_found_whatever_taught_it(rig: Any) -> None:
 def test_pages_of_an_unknown_order_are_refused(rig: Any) -> None:
     with pytest.raises(BlendError, match=r"layer\.0: the order of tokens"):
         Rig("llama", opaque="neon")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"selector": {"type": "best"}}, "best"), ({"selector": {"ratio": 0.1}}, "type")]
+)
+def test_selectors_are_checked_at_start(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Rig("llama", **options)
+
+
+def test_segments_are_kept_raw() -> None:
+    with pytest.raises(ConfigError, match="codec"):
+        Rig("llama", codec="int8")
 
 
 def test_separators_belong_to_no_passage_and_the_question_is_none() -> None:

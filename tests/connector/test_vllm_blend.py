@@ -48,7 +48,7 @@ def plain(vllm_run: Run, tiny_model: Model) -> Callable[[str], list[dict[str, An
     return get
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_passages_that_are_all_computed_again_give_the_tokens_of_plain_vllm(
     family: str, vllm_run: Run, tiny_model: Model, plain: Run, tmp_path: Path
 ) -> None:
@@ -82,12 +82,11 @@ def test_the_test_above_sees_blocks_that_are_shared(vllm_run: Run, tiny_model: M
     assert not same(exact, plain("llama"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_passages_that_are_lost_midway_are_computed(family: str, vllm_run: Run, tiny_model: Model, plain: Run) -> None:
+def test_passages_that_are_lost_midway_are_computed(vllm_run: Run, tiny_model: Model, plain: Run) -> None:
     steps = [LEARN, {"lose_passages": 1}, BLENDED, BLENDED]
-    _, _, lost, missed = vllm_run(tiny_model(family), blending("none"), steps)
+    _, _, lost, missed = vllm_run(tiny_model("gemma3"), blending("none"), steps)
     for outputs in (lost, missed):
-        assert same(outputs, plain(family))
+        assert same(outputs, plain("gemma3"))
     assert cached(lost) == [REACH], "they were there when they were looked up"
     assert cached(missed) == [128]
 
@@ -105,51 +104,33 @@ def test_text_is_found_wherever_it_was_read(vllm_run: Run, tiny_model: Model) ->
     assert cached(unknown) == [0]
 
 
-def test_separators_end_passages(vllm_run: Run, tiny_model: Model, plain: Run) -> None:
+def test_separators_end_passages_and_salts_keep_them_apart(vllm_run: Run, tiny_model: Model) -> None:
     mark = [3, 4, 3]
     kv = connector(blend={"find": "separator", "separator": mark, "selector": {"type": "all"}})
     learn = {"generate": [SYSTEM + mark + passage + mark for passage in PASSAGES], "max_tokens": 1}
-    tokens = SYSTEM + mark + PASSAGES[1] + mark + PASSAGES[0] + mark + QUESTION
-    steps = [learn, {**ask(), "generate": [tokens], "kv": None}]
-    _, blended = vllm_run(tiny_model("llama"), kv, steps)
-    (expected,) = vllm_run(tiny_model("llama"), None, steps[1:], enable_prefix_caching=False)
-    assert same(blended, expected)
-    assert cached(blended) == [40 + 3 + 170 + 3 + 200]
-
-
-def test_salts_keep_passages_apart(vllm_run: Run, tiny_model: Model) -> None:
-    learn = {**LEARN, "salts": ["a", "a", "a"]}
-    _, others, own = vllm_run(
-        tiny_model("llama"), blending("none"), [learn, {**BLENDED, "salts": ["b"]}, {**BLENDED, "salts": ["a"]}]
-    )
+    asked = {**ask(), "generate": [SYSTEM + mark + PASSAGES[1] + mark + PASSAGES[0] + mark + QUESTION], "kv": None}
+    learn["salts"] = ["a"] * 3
+    steps = [learn, {**asked, "salts": ["b"]}, {**asked, "salts": ["a"]}]
+    _, others, own = vllm_run(tiny_model("llama"), kv, steps)
     assert cached(others) == [0]
-    assert cached(own) == [REACH]
+    assert same(own, others), "that is what vLLM computes itself"
+    assert cached(own) == [40 + 3 + 170 + 3 + 200]
 
 
-def test_many_blended_requests_share_one_engine(vllm_run: Run, tiny_model: Model, plain: Run) -> None:
+def test_many_blended_requests_share_one_engine(vllm_run: Run, tiny_model: Model) -> None:
     # Few blocks: some are preempted and blended again.
     mixed = {"generate": [MIXED] * 4, "max_tokens": 90, "logprobs": 5, "kv": [BLENDED["kv"][0]] * 4}
     options = {"num_gpu_blocks_override": 18, "max_num_seqs": 4, "max_model_len": 1024}
-    _, outputs, preemptions = vllm_run(
-        tiny_model("llama"), blending("all"), [LEARN, mixed, {"preemptions": True}], **options
+    exact = {**EXACT, "max_tokens": 90, "salts": ["other"]}
+    _, outputs, preemptions, expected = vllm_run(
+        tiny_model("llama"), blending("all"), [LEARN, mixed, {"preemptions": True}, exact], **options
     )
-    (expected,) = vllm_run(tiny_model("llama"), None, [{**ask(), "max_tokens": 90}], enable_prefix_caching=False)
+    assert cached(expected) == [0]
     assert preemptions > 0
     for output in outputs:
         assert same([output], expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "message"),
-    [
-        ("deepseek", {"blend": {}}, "DeepseekV2ForCausalLM"),
-        ("llama", {"blend": {"selector": {"type": "best"}}}, "best"),
-        ("llama", {"blend": {}, "codec": "int8"}, "codec"),
-    ],
-)
-def test_what_cannot_be_blended_is_refused_at_start(
-    family: str, options: dict[str, Any], message: str, vllm_run: Run, tiny_model: Model
-) -> None:
-    engine = {"attention_backend": "CPU_MLA"} if family == "deepseek" else {}
-    with pytest.raises(Failed, match=message):
-        vllm_run(tiny_model(family), connector(**options), [ask()], **engine)
+def test_what_cannot_be_blended_is_refused_at_start(vllm_run: Run, tiny_model: Model) -> None:
+    with pytest.raises(Failed, match="DeepseekV2ForCausalLM"):
+        vllm_run(tiny_model("deepseek"), connector(blend={}), [ask()], attention_backend="CPU_MLA")

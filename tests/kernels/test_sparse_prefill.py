@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import types
@@ -204,6 +205,37 @@ def test_all_queries_are_causal_attention(dtype: torch.dtype, device: torch.devi
     torch.testing.assert_close(got.float(), want[0].transpose(0, 1), **tolerance)
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 129, 130])
+@pytest.mark.parametrize("places", ["ordinary", "risen", "mixed", "hidden"])
+def test_all_queries_of_any_layout(places: str, window: int | None, device: torch.device) -> None:
+    check(World(prompts=((130, 130), (7, 7)), places=places), device, window=window)
+
+
+@pytest.mark.parametrize("places", ["risen", "mixed"])
+def test_queries_in_the_order_of_their_keys(places: str, device: torch.device) -> None:
+    batch = World(prompts=((130, 130),), places=places).build(device)
+    assert isinstance(batch.kv, PackedKV)
+    assert batch.kv.positions is not None
+    given = (batch.q, batch.kv, batch.kv.positions, batch.cu_q)
+    got, want = sparse_prefill(*given, provider="torch"), sparse_prefill_torch(*given)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=6e-3)
+
+
+@pytest.mark.parametrize("prompts", [((130, 130), (7, 7)), ((40, 90), (2, 21))])
+def test_a_plan_serves_layers_with_other_options(prompts: tuple[tuple[int, int], ...], device: torch.device) -> None:
+    batch = World(prompts=prompts).build(device)
+    given = (batch.q, batch.kv, batch.positions, batch.cu_q)
+    plan: dict[object, Any] = {}
+    options = ({}, {"window": 20}, {"soft_cap": 3.0}, {"window": 20, "soft_cap": 3.0})
+    for option, with_lse in 2 * list(itertools.product(options, (False, True))):
+        result = Result.of(batch)
+        sparse_prefill_torch(*given, lse=result.lse, **option)
+        lse = result.lse if with_lse else None
+        sparse_prefill(*given, out=result.out, lse=lse, plan=plan, provider="torch", **option)
+        result.check(batch.expected(**option))
+    assert plan
+
+
 def test_nothing_to_do(device: torch.device) -> None:
     batch = World(prompts=((0, 5), (0, 0))).build(device)
     assert sparse_prefill(batch.q, batch.kv, batch.positions, batch.cu_q).shape == (0, 4, 64)
@@ -221,6 +253,26 @@ def test_provider_torch(layout: str, device: torch.device, monkeypatch: pytest.M
         given = (batch.q, batch.kv, batch.positions, batch.cu_q)
         sparse_prefill(*given, out=result.out, lse=lse, window=50, provider="torch")
         result.check(batch.expected(window=50))
+
+
+@pytest.mark.parametrize("shared", [1, 60, 1 << 30])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_plan_serves_one_layer_after_the_other(
+    window: int | None, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: the same places, other queries, keys and values, in one call for a slab or in two."""
+    monkeypatch.setattr(sparse_prefill_host, "_SLAB_ROWS", 16)
+    monkeypatch.setattr(sparse_prefill_host, "_SHARED_KEYS", shared)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.tensor([0, 1, 2, 5, 70, *range(80, 100), *range(101, 130, 3), 199])
+    cu_q, cu_kv = torch.tensor([0, len(positions)]), torch.tensor([0, 200])
+    plan: dict[object, Any] = {}
+    for _ in range(3):
+        q = torch.randn(len(positions), 6, 32, generator=generator)
+        kv = PackedKV(*torch.randn(2, 200, 2, 32, generator=generator), cu_kv)
+        found = sparse_prefill(q, kv, positions, cu_q, window=window, provider="torch", plan=plan)
+        torch.testing.assert_close(found, sparse_prefill_torch(q, kv, positions, cu_q, window=window))
+        assert len(plan) == 1
 
 
 def test_unknown_provider_names_the_known_ones() -> None:
