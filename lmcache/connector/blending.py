@@ -123,8 +123,12 @@ class Blending:
             held = found.kv if attempt is found.segments and not found.kv.closed else None
             kv = held or self.store.retrieve(found.tokens, attempt, tags=found.tags)
             try:
-                blended = self.blender.blend(ids, kv.behind(prefix), stop=stop)
-                self._write(tables, blended.layers, exact, stop)
+                blended = self.blender.blend(
+                    ids,
+                    kv.behind(prefix),
+                    stop=stop,
+                    done=lambda layer, keys, values: self._write(tables, layer, keys, values, exact),
+                )
                 return blended.report.computed
             except (LeaseExpiredError, CorruptChunkError) as error:
                 logger.warning("lmcache: a passage was lost while a prompt was blended, which begins again: %s", error)
@@ -207,17 +211,18 @@ class Blending:
             layers.append(_sides(plane, rows[: segment.stop - segment.start]))
         return layers
 
-    def _write(self, tables: BlockTables, layers: Sequence[KV], start: int, stop: int) -> None:
-        """Rows ``[start, stop)`` of every layer to pages; the last page is written whole, and vLLM goes on in it."""
-        for plane, (keys, values) in zip(self._layers, layers, strict=True):
-            first, last = start // plane.block_tokens, -(-stop // plane.block_tokens)
-            pages = plane.pages
-            shape = (1, (last - first) * plane.block_tokens, pages.heads, pages.content)
-            rows = torch.zeros(shape, dtype=pages.dtype, device=keys.device)
-            into_keys, into_values = _sides(plane, rows[0, : stop - start])
-            into_keys.copy_(keys[start:stop])
-            into_values.copy_(values[start:stop])
-            self._pages.write(plane, tables[plane.group][first:last], rows)
+    def _write(self, tables: BlockTables, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Rows from ``start`` on of a layer to pages; the last page is written whole, and vLLM goes on in it."""
+        plane, stop = self._layers[layer], len(keys)
+        first, last = start // plane.block_tokens, -(-stop // plane.block_tokens)
+        pages = plane.pages
+        shape = (1, (last - first) * plane.block_tokens, pages.heads, pages.content)
+        rows = torch.empty(shape, dtype=pages.dtype, device=keys.device)
+        into_keys, into_values = _sides(plane, rows[0, : stop - start])
+        into_keys.copy_(keys[start:])
+        into_values.copy_(values[start:])
+        rows[0, stop - start :] = 0
+        self._pages.write(plane, tables[plane.group][first:last], rows)
 
 
 class _PagedPrefix:
