@@ -10,7 +10,7 @@ Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached K
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Blended:
     """logits: `[n, vocabulary]` of the tokens at `positions` (int64 `[n]`, ascending): the last, or all computed ones.
 
     layers: keys and values of each layer, `[T, H_kv, D]`; they are the caller's. With `stop`: of the tokens before
-    it, and no logits.
+    it, and no logits. With `done`: none.
     """
 
     logits: torch.Tensor | None
@@ -93,12 +93,14 @@ class Blender:
         always: Sequence[Segment] = (),
         all_logits: bool = False,
         stop: int | None = None,
+        done: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> Blended:
         """The KV of all `tokens` (`[T]`), and logits of the last one, or with all_logits of all computed ones.
 
         always: spans that are computed in any case, unless exact: the question, say. Exact tokens keep their KV's bits.
         stop: only the KV of the tokens before it is wanted. Those from it on are the question, which selectors may ask;
             whoever goes on with the KV computes them.
+        done: is given the number, keys and values of each layer when only later ones are left; they are not kept then.
         Raises BlendError for reused KV that does not fit the prompt or the model.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.kv.device)
@@ -106,7 +108,7 @@ class Blender:
         if stop is not None and (all_logits or not 0 < stop < len(ids)):
             raise BlendError(f"stop is {stop}; it must lie within the {len(ids)} tokens, and there are no logits then")
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
-            return _Blend(self, ids, reused, executor).run(always, all_logits, stop)
+            return _Blend(self, ids, reused, executor).run(always, all_logits, stop, done)
 
     def at_ratio(self, ratio: float) -> Blender:
         """The same with another ratio. ConfigError where the selector has none that decides."""
@@ -139,7 +141,13 @@ class _Blend:
         self.exact_last = bool(reused.exact[-1])
         self.bounds = torch.tensor([0, len(tokens)], device=tokens.device)
 
-    def run(self, always: Sequence[Segment], all_logits: bool, stop: int | None) -> Blended:
+    def run(
+        self,
+        always: Sequence[Segment],
+        all_logits: bool,
+        stop: int | None,
+        done: Callable[[int, torch.Tensor, torch.Tensor], None] | None,
+    ) -> Blended:
         model, end = self.model, len(self.tokens)
         if stop is not None:
             always = [*always, Segment(stop, end)]
@@ -150,13 +158,23 @@ class _Blend:
         if stop is not None and choosing < 0:
             rows = rows[rows < stop]
         hidden = model.embed(self.tokens[rows])
-        layers, computed = [], []
+        layers: list[KV] = []
+        computed: list[int] = []
+
+        def end_of(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            if done is None:
+                layers.append((keys[:stop], values[:stop]))
+            else:
+                with self.watch("done"):
+                    done(index, keys[:stop], values[:stop])
+                self.feed.forget(index)
+
         for index in range(model.num_layers):
             with self.watch("load"):
                 keys, values = self.feed.layer(index)
             if not len(rows):  # all is reused, and no logits are asked for
                 computed.append(0)
-                layers.append((keys, values))
+                end_of(index, keys, values)
                 continue
             with self.watch("project"):
                 x = model.norm(index, hidden)
@@ -170,21 +188,19 @@ class _Blend:
                         kept = kept[rows[kept] < stop]
                     rows, hidden, x, k, v = (t[kept] for t in (rows, hidden, x, k, v))
             computed.append(len(rows))
-            layers.append((keys, values))
-            written = len(rows) - (
-                self.exact_last and bool(rows[-1:] == end - 1)
-            )  # rows ascend: an exact last token is the last row
+            # Rows ascend: an exact last token is the last row.
+            written = len(rows) - (self.exact_last and bool(rows[-1:] == end - 1))
             with self.watch("write"):
                 keys[rows[:written]] = k[:written]
                 values[rows[:written]] = v[:written]
-            if stop is not None and (index + 1 == model.num_layers or not len(rows)):
-                continue
             if index + 1 == model.num_layers and not all_logits:
                 rows, hidden, x = rows[-1:], hidden[-1:], x[-1:]
-            hidden = self._finish(index, rows, hidden, x, keys, values)
+            if stop is None or (index + 1 < model.num_layers and len(rows)):
+                hidden = self._finish(index, rows, hidden, x, keys, values)
+            end_of(index, keys, values)
         logits = None
         if stop is not None:
-            rows, layers = rows[:0], [(keys[:stop], values[:stop]) for keys, values in layers]
+            rows = rows[:0]
         else:
             with self.watch("logits"):
                 logits = model.logits(hidden)

@@ -11,7 +11,7 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from time import perf_counter
 
 import torch
@@ -52,22 +52,35 @@ def use_one_core() -> None:
         ctypes.CDLL(None).omp_set_num_threads(1)
 
 
+_FORGOTTEN: Future[KV] = Future()
+
+
 class LayerFeed:
-    """Reused KV, fetched in another thread, one layer ahead of who asks; layers that were fetched are kept."""
+    """Reused KV, fetched in another thread, one layer ahead of who asks; layers that were fetched are kept.
+
+    On a GPU that thread works on the stream of who made this, in the order in which layers are asked for.
+    """
 
     def __init__(self, model: BlendModel, reused: ReusedKV, tokens: int, executor: Executor) -> None:
         self._reused, self._executor = reused, executor
         self._shape = (tokens, model.kv.heads, model.kv.size)
         self._like, self._num_layers = model.kv, model.num_layers
         self._futures: list[Future[KV]] = []
+        on_gpu = model.kv.device.type == "cuda"
+        self._stream = torch.cuda.current_stream(model.kv.device) if on_gpu else None
 
     def layer(self, index: int) -> KV:
         while len(self._futures) < min(index + 2, self._num_layers):
             self._futures.append(self._executor.submit(self._fetch, len(self._futures)))
         return self._futures[index].result()
 
+    def forget(self, index: int) -> None:
+        """That layer is not asked for again."""
+        self._futures[index] = _FORGOTTEN
+
     def _fetch(self, index: int) -> KV:
-        sides = self._reused.layer(index)
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            sides = self._reused.layer(index)
         for name, side in zip(("keys", "values"), sides, strict=True):
             if (side.shape, side.dtype, side.device) != (self._shape, self._like.dtype, self._like.device):
                 raise BlendError(
@@ -91,7 +104,9 @@ class Rotation:
         name = self._model.attention[layer].rope
         if name not in self._tables:
             table = self._model.table(layer, self._length)
-            cos, sin = (table.cos_sin * table.attention_factor).to(x.dtype)[:, :, None].unbind(1)  # [P, 1, D / 2]
+            cos, sin = (
+                (table.cos_sin[: self._length] * table.attention_factor).to(x.dtype)[:, :, None].unbind(1)
+            )  # [P, 1, D / 2]
             self._tables[name] = (cos, sin)
         if self._positions is not positions:  # mostly those of the layer before
             self._positions, self._picked = positions, {}

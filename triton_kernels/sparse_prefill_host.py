@@ -16,7 +16,7 @@ import torch
 
 from lmcache.kernels.sparse_prefill import AttentionProblem, PackedKV, requests, visible
 
-_SLAB_ROWS = 128
+_SLAB_ROWS = 192
 _SLAB_SCORES = 1 << 24  # scores held at once, over all heads
 _SHARED_KEYS = 1536  # that all queries of a slab see, for which a call of their own pays
 _PLAN_SCORES = 1 << 25  # of the masks that a plan keeps
@@ -56,7 +56,9 @@ def _slabs(problem: AttentionProblem, rows: slice, places: torch.Tensor, group: 
     if _is_causal(problem, problem.q_positions[rows], places):
         yield _Slab(rows, slice(0, len(places)), 0, None, None, causal=True)
         return
-    size = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(places) * problem.q.shape[1])))
+    total = rows.stop - rows.start
+    most = min(_SLAB_ROWS, max(16, _SLAB_SCORES // max(1, len(places) * problem.q.shape[1])))
+    size = max(1, -(-total // max(1, -(-total // most))))  # no more slabs than that takes, all alike
     for start in range(rows.start, rows.stop, size):
         part = slice(start, min(start + size, rows.stop))
         queries = problem.q_positions[part]

@@ -28,13 +28,14 @@ from lmcache.blend.segments import ContentIndex, Match, Tokens, as_tokens
 from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.config import BlendConfig
+from lmcache.connector.cpu_isa import write_cpu_tokens
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.gpu_connector import BlockTables
 from lmcache.engine.layout import Plane
 from lmcache.engine.token_pages import TokenPages
 from lmcache.errors import BlendError, CorruptChunkError, LeaseExpiredError
-from lmcache.kernels import PagedLayers
+from lmcache.kernels import PagedLayers, scatter_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,12 @@ class Blending:
             held = found.kv if attempt is found.segments and not found.kv.closed else None
             kv = held or self.store.retrieve(found.tokens, attempt, tags=found.tags)
             try:
-                blended = self.blender.blend(ids, kv.behind(prefix), stop=stop)
-                self._write(tables, blended.layers, exact, stop)
+                blended = self.blender.blend(
+                    ids,
+                    kv.behind(prefix),
+                    stop=stop,
+                    done=lambda layer, keys, values: self._write(tables, layer, keys, values, exact),
+                )
                 return blended.report.computed
             except (LeaseExpiredError, CorruptChunkError) as error:
                 logger.warning("lmcache: a passage was lost while a prompt was blended, which begins again: %s", error)
@@ -207,17 +212,17 @@ class Blending:
             layers.append(_sides(plane, rows[: segment.stop - segment.start]))
         return layers
 
-    def _write(self, tables: BlockTables, layers: Sequence[KV], start: int, stop: int) -> None:
-        """Rows ``[start, stop)`` of every layer to pages; the last page is written whole, and vLLM goes on in it."""
-        for plane, (keys, values) in zip(self._layers, layers, strict=True):
-            first, last = start // plane.block_tokens, -(-stop // plane.block_tokens)
-            pages = plane.pages
-            shape = (1, (last - first) * plane.block_tokens, pages.heads, pages.content)
-            rows = torch.zeros(shape, dtype=pages.dtype, device=keys.device)
-            into_keys, into_values = _sides(plane, rows[0, : stop - start])
-            into_keys.copy_(keys[start:stop])
-            into_values.copy_(values[start:stop])
-            self._pages.write(plane, tables[plane.group][first:last], rows)
+    def _write(self, tables: BlockTables, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Rows from ``start`` on of a layer to pages; what else the last page holds, vLLM has yet to compute."""
+        plane, stop = self._layers[layer], len(keys)
+        ids = tables[plane.group][start // plane.block_tokens : -(-stop // plane.block_tokens)]
+        slots = plane.slots(ids)[: stop - start]
+        if self._engine.cache.cpu_isa is not None:
+            pages, tokens = plane.pages.layers[0], plane.kernel_tokens
+            seen = pages.view(-1, pages.shape[1], tokens, pages.shape[3])
+            write_cpu_tokens(seen, keys[start:], values[start:], slots, self._engine.cache.cpu_isa)
+        else:
+            scatter_tokens(plane.pages, slots, torch.cat([keys[start:], values[start:]], 2)[None])
 
 
 class _PagedPrefix:

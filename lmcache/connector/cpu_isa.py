@@ -23,3 +23,21 @@ def cpu_isa(dtype: torch.dtype, block_size: int, head_size: int, kv_cache_dtype:
         return str(_get_attn_isa(dtype, block_size, head_size, kv_cache_dtype))
     except NotImplementedError as error:
         raise UnsupportedLayoutError(f"vLLM's CPU attention cannot run this model: {error}") from error
+
+
+def write_cpu_tokens(
+    pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str
+) -> None:
+    """Tokens into vLLM's CPU blocks, by vLLM's own operator, which packs several times as fast as numpy does.
+
+    ``pages``: ``[B, H, N, 2 D]`` as the attention sees them, written in place. ``keys``, ``values``: ``[T, H, D]``.
+    ``slots``: int64 ``[T]``, block * N + offset; negative: that token is not written. ``isa``: as ``cpu_isa`` names it.
+    """
+    from vllm import _custom_ops
+
+    there = slots >= 0
+    if not bool(there.all()):
+        keys, values, slots = keys[there], values[there], slots[there]
+    blocks, heads, tokens, content = pages.shape
+    key_cache, value_cache = pages.view(blocks, heads, 2 * tokens, content // 2).chunk(2, 2)
+    _custom_ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)

@@ -112,6 +112,15 @@ def test_stop_leaves_the_question_to_the_engine(selector: str, covered: bool) ->
             assert len(ours[side]) == stop
             assert tiny.distance(ours[side], theirs[side][:stop]) < 1e-4
     assert blended.report.computed[-1] == whole.report.computed[-1] - (LENGTH - stop)
+    # Given layer by layer, it is the same, and nothing is kept.
+    layers: tiny.KV = []
+    streamed = blender.blend(
+        tokens, given(tiny.noise(true), 0, spans), stop=stop, done=lambda _, k, v: layers.append((k.clone(), v.clone()))
+    )
+    assert streamed.layers == []
+    for ours, theirs in zip(layers, blended.layers, strict=True):
+        assert ours[0].equal(theirs[0])
+        assert ours[1].equal(theirs[1])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
