@@ -39,6 +39,7 @@ from lmcache.kernels import PagedLayers, scatter_tokens
 
 logger = logging.getLogger(__name__)
 
+_AGAIN_S = 0.5  # for passages that were lost: the step that computes waits for them
 _INDEXES = 64  # tenants, adapters, ... whose passages are known by content
 
 
@@ -122,7 +123,7 @@ class Blending:
         ids = torch.as_tensor(found.tokens.astype("int64"), device=self._engine.cache.device)
         for attempt in (found.segments, found.segments, ()):
             held = found.kv if attempt is found.segments and not found.kv.closed else None
-            kv = held or self.store.retrieve(found.tokens, attempt, tags=found.tags)
+            kv = held or self.store.retrieve(found.tokens, attempt, timeout_s=_AGAIN_S, tags=found.tags)
             try:
                 blended = self.blender.blend(
                     ids,

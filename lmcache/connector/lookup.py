@@ -199,6 +199,10 @@ class LookupServer:
 
     def _find(self, client: bytes, request: Acquire, blending: Blending, exact: int, ends_at: float) -> None:
         found = None
+        with self._lock:
+            gone = request.lookup_id not in self._lookups
+        if gone:  # released while it queued: nobody waits for an answer
+            return
         try:
             left = max(_LEAST_S, ends_at - time.monotonic())
             found = blending.find(request.tokens, request.passages or Passages(), exact, request.tags, left)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages, scatter_tokens
+from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages
 from lmcache.kernels.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
 
 
@@ -39,13 +39,6 @@ class TokenPages:
         out = torch.zeros(shape, dtype=pages.dtype, device=slots.device)
         gather_tokens(pages, slots, out)
         return out
-
-    def write(self, plane: Plane, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """The reverse of ``rows``; a negative id writes nothing."""
-        if self.cache.opaque:
-            self.write_back(plane, TokenView(plane.pages, ids, rows), ids)
-        else:
-            scatter_tokens(plane.pages, plane.slots(ids), rows)
 
     def view(self, plane: Plane, ids: torch.Tensor) -> TokenView:
         """The tokens of blocks ``ids``; where the engine's blocks are opaque, in plain memory yet to be filled."""

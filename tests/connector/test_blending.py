@@ -24,9 +24,9 @@ from lmcache.connector.blending import Blending
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.engine.token_pages import TokenPages
+from lmcache.engine.token_pages import TokenPages, TokenView
 from lmcache.errors import BlendError, ConfigError
-from lmcache.kernels import PagedLayers
+from lmcache.kernels import PagedLayers, scatter_tokens
 from lmcache.kernels.sides import Side
 
 BLOCK, BLOCKS = 16, 40
@@ -82,7 +82,10 @@ class Rig:
         rows = torch.zeros(4, len(ids) * BLOCK, plane.pages.heads, plane.pages.content)
         for index, (keys, values) in enumerate(layers):
             rows[index, :count] = torch.cat([keys, values], -1)
-        self.pages.write(plane, ids, rows)
+        if self.engine.cache.opaque:
+            self.pages.write_back(plane, TokenView(plane.pages, ids, rows), ids)
+        else:
+            scatter_tokens(plane.pages, plane.slots(ids), rows)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         rows = self.pages.rows(self.engine.cache.planes[0], torch.tensor(TABLE[0][: -(-stop // BLOCK)]))
