@@ -131,12 +131,13 @@ class DiskBackend(StorageBackend):
         count, failure = 0, None
         for key in keys:
             there = False
-            entry = self._index.forget(key)
+            entry = self._index.find(key)
             for folder in self._folders:
                 try:
                     there |= self._space.unlink(folder, key, entry if entry and entry.folder == folder.number else None)
                 except OSError as error:
                     failure = self._owe(folder, key, error) or failure
+            self._forget(key, entry)
             count += there
         if failure is not None:
             raise StorageError(f"cannot remove chunks from {self._folders[0].path}: {failure}") from failure
@@ -196,7 +197,9 @@ class DiskBackend(StorageBackend):
             if (self._alone or folder.serves) and (found := folder.find(key)) is not None:
                 entry = Entry(folder.number, found[2], found[0])
                 self._index.add(key, entry)
-                return entry
+                if folder.find(key) is not None:
+                    return entry
+                self._index.forget(key, entry)  # evicted between the two looks
         return None
 
     def _get(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
@@ -302,4 +305,15 @@ class DiskBackend(StorageBackend):
     def _clear(self, folder: Folder, fingerprint: bytes | None) -> int:
         # By the folder and not by the index, so that what other processes wrote goes too.
         keys: Iterable[ChunkKey] = [key for _, key, _ in folder.scan()[0] if fingerprint in (None, key.fingerprint)]
-        return sum(self._space.unlink(folder, key, self._index.forget(key)) for key in keys)
+        count = 0
+        for key in keys:
+            entry = self._index.find(key)
+            try:
+                count += self._space.unlink(folder, key, entry)
+            finally:
+                self._forget(key, entry)
+        return count
+
+    def _forget(self, key: ChunkKey, entry: Entry | None) -> None:
+        if entry is not None:
+            self._index.forget(key, entry)

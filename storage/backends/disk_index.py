@@ -49,10 +49,10 @@ class DiskIndex:
             self._known[entry.folder] += entry.size
             self._policy.add(key, entry.size)
 
-    def forget(self, key: ChunkKey) -> Entry | None:
-        """A file is gone, or about to go; returns what was known of it."""
+    def forget(self, key: ChunkKey, entry: Entry | None = None) -> Entry | None:
+        """A file is gone; returns what was known of it. Only ``entry`` of it if given, not what was added since."""
         with self._lock:
-            return self._forget(key)
+            return self._forget(key) if entry is None or self._entries.get(key) is entry else None
 
     def touch(self, keys: Iterable[ChunkKey], used_ns: int) -> None:
         """Files were used, in this order."""

@@ -178,19 +178,26 @@ class DiskSpace:
 
     def _evict(self, folder: Folder, key: ChunkKey, entry: Entry) -> int:
         """Bytes that it freed, which the account does not know yet."""
-        self._index.forget(key)
-        with contextlib.suppress(OSError):
+        try:
             return entry.size if folder.unlink(key) else 0
-        return 0
+        except OSError:
+            return 0
+        finally:
+            # Not before: who finds a file that the index does not have adds it.
+            self._index.forget(key, entry)
 
     def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[str]) -> int:
         """The same; the file goes to ``spares``."""
-        self._index.forget(victim)
-        with contextlib.suppress(OSError):
-            if (spare := folder.take(victim, key)) is not None:
-                spares.append(spare)
-                return entry.size
-        return 0
+        try:
+            spare = folder.take(victim, key)
+        except OSError:
+            return 0
+        finally:
+            self._index.forget(victim, entry)
+        if spare is None:
+            return 0
+        spares.append(spare)
+        return entry.size
 
     def _scan_is_wanted(self, folder: Folder, missing: int) -> bool:
         known = self._index.known_bytes(folder.number)

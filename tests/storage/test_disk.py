@@ -21,6 +21,7 @@ from hypothesis.stateful import rule
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
+from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk import DiskBackend, DiskConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -244,6 +245,31 @@ def test_a_file_size_limit_is_an_error_that_leaves_nothing_behind(tmp_path: Path
     buffer.release()
     assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == [".account"]
     assert disk.used_bytes == 0
+
+
+@pytest.mark.parametrize("call", ["take", "unlink"])
+def test_a_chunk_that_is_looked_for_while_it_is_evicted_is_forgotten(
+    tmp_path: Path, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    disk = open_disk(tmp_path, 2 * (HEADER_BYTES + CHUNK))
+    put(disk, pool, make_key(1), CHUNK, seed=1)
+    put(disk, pool, make_key(2), CHUNK, seed=2)
+    (folder,) = disk._folders
+    evict = getattr(folder, call)
+
+    def looked_for(victim: ChunkKey, *rest: ChunkKey) -> object:
+        disk.sizes([victim])
+        return evict(victim, *rest)
+
+    monkeypatch.setattr(folder, call, looked_for)
+    # One victim's file is written over; a small chunk's victim goes as it is.
+    size = CHUNK if call == "take" else CHUNK // 4
+    data = put(disk, pool, make_key(3), size, seed=3)
+    assert disk.sizes([make_key(1)]) == []
+    assert len(disk) == len(list(tmp_path.rglob("*.kv"))) == 2
+    assert disk.remove([make_key(2)])
+    assert len(disk) == 1
+    assert get(disk, pool, make_key(3), size) == data
 
 
 WRITER = """
