@@ -193,6 +193,9 @@ def blend_ttft_figure(found: Sequence[Timed], title: str, caption: str, path: Pa
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
     axes.set_xlabel("tokens of the prompt", color=FADED)
     axes.set_ylabel("time to first token, seconds (median; bars: range)", color=FADED)
     axes.grid(alpha=0.25, which="both")

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -14,7 +16,9 @@ import torch
 import zmq
 
 import lmcache
+from lmcache.connector.blending import Blending
 from lmcache.connector.lookup import LookupClient, LookupServer, Reply, socket_path
+from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 
@@ -170,3 +174,89 @@ def test_thousands_of_answers_during_a_long_call_do_not_block_anyone(
     go.set()
     cleared.join(10)
     assert not cleared.is_alive()
+
+
+class Finder:
+    """Stands in for a worker's Blending: passages up to token 90, found when the test lets them be."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_end = threading.Semaphore(0), threading.Event()
+        self.closed = 0
+        self.error: Exception | None = None
+
+    def find(self, *args: object) -> Any:
+        self.asked.release()
+        assert self.may_end.wait(10)
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(reach=90, close=self.close)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def finder() -> Finder:
+    return Finder()
+
+
+@pytest.fixture
+def blending(engine: CacheEngine, finder: Finder, tmp_path: Path) -> Iterator[tuple[LookupServer, LookupClient]]:
+    server = LookupServer(engine, f"ipc://{tmp_path}/b", cast(Blending, finder))
+    client = LookupClient([f"ipc://{tmp_path}/b"])
+    yield server, client
+    finder.may_end.set()
+    client.close()
+    server.close()
+
+
+PROMPT = pack_tokens(list(range(96)))  # passages behind the 64 tokens that are held
+
+
+def test_passages_are_answered_and_held(blending: tuple[LookupServer, LookupClient], finder: Finder) -> None:
+    _, client = blending
+    finder.may_end.set()
+    lookup = client.acquire(PROMPT, {}, (), Passages())
+    assert client.answer(lookup, 10) == (64, 90)
+    client.release(lookup)
+    assert client.answer(client.acquire(TOKENS, {}, (), Passages()), 10) == (64, 0)  # one socket keeps its order
+    assert finder.closed == 1
+
+
+def test_passages_that_come_after_the_release_are_let_go(
+    blending: tuple[LookupServer, LookupClient], finder: Finder
+) -> None:
+    server, client = blending
+    lookup = client.acquire(PROMPT, {}, (), Passages())
+    assert finder.asked.acquire(timeout=10)
+    client.release(lookup)
+    assert client.answer(client.acquire(TOKENS, {}, (), Passages()), 10) == (64, 0)  # the release was handled
+    finder.may_end.set()
+    server._finders.shutdown()
+    assert finder.closed == 1
+    assert server.take(lookup) is None
+
+
+def test_passages_of_a_request_that_has_gone_are_not_looked_for(
+    blending: tuple[LookupServer, LookupClient], finder: Finder
+) -> None:
+    server, client = blending
+    busy = [client.acquire(PROMPT, {}, (), Passages()) for _ in range(2)]
+    for _ in busy:
+        assert finder.asked.acquire(timeout=10)
+    client.release(client.acquire(PROMPT, {}, (), Passages()))
+    assert client.answer(client.acquire(TOKENS, {}, (), Passages()), 10) == (64, 0)
+    finder.may_end.set()
+    for lookup in busy:
+        assert client.answer(lookup, 10) == (64, 90)
+    server._finders.shutdown()
+    assert not finder.asked.acquire(blocking=False)
+    server.close()
+    assert finder.closed == 2
+
+
+def test_a_failing_search_leaves_the_exact_prefix(blending: tuple[LookupServer, LookupClient], finder: Finder) -> None:
+    _, client = blending
+    finder.error = RuntimeError("no")
+    finder.may_end.set()
+    assert client.answer(client.acquire(PROMPT, {}, (), Passages()), 10) == (64, 0)
