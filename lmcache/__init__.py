@@ -19,6 +19,7 @@ _PUBLIC = {
     "LMCacheConfig": "lmcache.config",
     "LMCacheError": "lmcache.errors",
     "PagedCache": "lmcache.engine.layout",
+    "StorageManager": "lmcache.storage.manager",
     "load_config": "lmcache.config",
 }
 
@@ -31,6 +32,7 @@ __all__ = [
     "LMCacheConfig",
     "LMCacheError",
     "PagedCache",
+    "StorageManager",
     "load_config",
 ]
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lmcache.engine.layout import PagedCache
     from lmcache.errors import LMCacheError
     from lmcache.keys import ChunkKey, KVFormat
+    from lmcache.storage.manager import StorageManager
 
 
 def __getattr__(name: str) -> Any:
