@@ -45,6 +45,7 @@ class DiskIndex:
             old = self._entries.get(key)
             if old is not None:
                 self._known[old.folder] -= old.size
+            self._leaving.discard(key)  # the file that leaves was another
             self._entries[key] = entry
             self._known[entry.folder] += entry.size
             self._policy.add(key, entry.size)

@@ -23,8 +23,10 @@ from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk_index import DiskIndex, Entry
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.eviction import LRU
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.testing import BackendMachine, BackendTests, make_key, take
 
@@ -270,6 +272,15 @@ def test_a_chunk_that_is_looked_for_while_it_is_evicted_is_forgotten(
     assert disk.remove([make_key(2)])
     assert len(disk) == 1
     assert get(disk, pool, make_key(3), size) == data
+
+
+def test_a_chunk_that_was_written_again_while_it_was_evicted_can_be_evicted_again() -> None:
+    index, old, new = DiskIndex(LRU(), 1), Entry(0, 100, 1), Entry(0, 100, 2)
+    index.add(make_key(1), old)
+    assert index.candidates(0, 1) == [(make_key(1), old)]
+    index.add(make_key(1), new)
+    assert index.forget(make_key(1), old) is None
+    assert index.candidates(0, 1) == [(make_key(1), new)]
 
 
 WRITER = """
