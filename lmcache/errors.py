@@ -10,6 +10,7 @@
     │   ├── CorruptChunkError           the bytes read are not the chunk that was asked for
     │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
+    ├── WeightsChangedError (RuntimeError)  the model computes with other weights than its KV is named after
     └── ClosedError (RuntimeError)      use after close()
 
 A miss is never an exception: lookups and reads return how much they found.
@@ -56,6 +57,10 @@ class ProtocolError(StorageError):
 
 class LeaseExpiredError(LMCacheError, RuntimeError):
     """The chunks of a lookup are no longer held."""
+
+
+class WeightsChangedError(LMCacheError, RuntimeError):
+    """The model computes with other weights than its KV is named after; that KV is neither stored nor used."""
 
 
 class ClosedError(LMCacheError, RuntimeError):

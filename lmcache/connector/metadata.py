@@ -33,7 +33,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """Store the KV of ``tokens`` (uint32, from the first one) that ends after ``start``."""
+    """Store the KV of ``tokens`` (uint32, from the first one) that ends after ``start``.
+
+    oldest: the step in which the first of their blocks was begun. ranks: the weights' token of every worker, as the
+    scheduler knows them; () for one worker.
+    """
 
     request_id: str
     tokens: bytes
@@ -42,11 +46,13 @@ class Store:
     tail: bool
     tags: dict[str, str]
     placeholders: Sequence[PlaceholderSpan]
+    oldest: float = float("inf")
+    ranks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Learn:
-    """Keep the passages of ``tokens`` (uint32, from the first one) that end behind ``start``."""
+    """Keep the passages of ``tokens`` (uint32, from the first one) that end behind ``start``. oldest: as of Store."""
 
     request_id: str
     tokens: bytes
@@ -54,12 +60,14 @@ class Learn:
     start: int
     passages: Passages
     tags: dict[str, str]
+    oldest: float = float("inf")
 
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """All loads and stores of one step, and what is learned from it."""
+    """All loads and stores of one step, and what is learned from it. step: counts up, from 1."""
 
+    step: int = 0
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
     learns: list[Learn] = field(default_factory=list)

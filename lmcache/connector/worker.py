@@ -13,11 +13,12 @@ from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
 from lmcache.connector.blending import Blending
+from lmcache.connector.identity import Identity
 from lmcache.connector.lookup import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import LeaseExpiredError
+from lmcache.errors import LeaseExpiredError, WeightsChangedError
 from lmcache.keys import KVFormat
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class WorkerHalf:
     """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
+    identity: what the model computes with; the format names it as it is now. None: what the format says stays true.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class WorkerHalf:
         format: KVFormat,
         cache: PagedCache,
         blended: tuple[BlendModel, Sequence[str], int] | None = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.engine = CacheEngine(config, format, cache)
+        self._identity = identity or Identity(None)
+        self.engine = CacheEngine(config, format, cache, holds=self._identity.holds)
         try:
             self.blending = Blending(config.blend, self.engine, *blended) if config.blend and blended else None
-            self._server = LookupServer(self.engine, address, self.blending)
+            self._server = LookupServer(self.engine, address, self.blending, self._identity)
         except BaseException:
             self.engine.close()
             raise
@@ -53,6 +57,11 @@ class WorkerHalf:
         self._tainted_requests: set[str] = set()
         self._tainted_blocks: deque[set[int]] = deque(maxlen=TAINTED_STEPS)
         atexit.register(self.shutdown)
+
+    def begin_step(self, meta: StepMetadata) -> None:
+        """Before anything else of a step: KV is named after the weights that compute it."""
+        self._identity.settle(meta.step, self._renamed)
+        self._server.resume()
 
     def start_load(self, meta: StepMetadata) -> None:
         """Do the step's loads; what fails is remembered for ``take_results`` and ``take_failed_blocks``."""
@@ -77,21 +86,29 @@ class WorkerHalf:
         for store in meta.stores:
             if self._is_tainted(store):
                 continue
+            names = self._identity.tags(store.ranks)
+            if names is None or not self._identity.computed(store.oldest, bool(store.placeholders)):
+                metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
+                continue
             try:
                 self.engine.store(
                     store.tokens,
                     store.block_ids,
                     start=store.start,
                     tail=store.tail,
-                    tags=store.tags,
+                    tags={**store.tags, **names},
                     placeholders=store.placeholders,
                 )
+            except WeightsChangedError:
+                metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
             # A store that fails is a future miss.
             except Exception:
                 metrics.STORE_FAILURES.inc()
                 logger.exception("lmcache: a store failed; its tokens will be computed again")
         for learn in meta.learns:
             if self.blending is None or self._is_tainted(learn):
+                continue
+            if self._identity.tags(()) is None or not self._identity.computed(learn.oldest, images=False):
                 continue
             try:
                 tables = self.engine.tables(learn.block_ids)
@@ -116,8 +133,16 @@ class WorkerHalf:
     def shutdown(self) -> None:
         """Write out what is queued and let go of everything. Idempotent."""
         atexit.unregister(self.shutdown)
+        self._identity.close()
         self._server.close()
         self.engine.close()
+
+    def _renamed(self, name: str | None) -> None:
+        if name is not None:
+            self.engine.rename(name)
+            if self.blending is not None:
+                self.blending.rename(name)
+        self._server.drop()
 
     def _load(self, load: Load, held: Held | None) -> None:
         if held is None or held.lookup is None:
