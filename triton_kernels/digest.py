@@ -72,7 +72,7 @@ class WordProbe:
     The tensors' memory is kept alive for as long as the probe is.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 4, sets: int = 16) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 2, sets: int = 32) -> None:
         random = np.random.default_rng(len(tensors))
         self._kept: list[torch.Tensor] = []
         places: list[np.ndarray] = []
