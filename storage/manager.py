@@ -284,7 +284,9 @@ class StorageManager:
             "free_bytes": self.pool.free_bytes,
             "leases": len(self._leases),
             "pending_write_bytes": sum(tier.writes.pending_bytes for tier in self._tiers),
-            "open_breakers": sum(tier.breaker.is_open for tier in self._tiers),
+            "open_breakers": sum(
+                side.breaker.is_open for tier in self._tiers for side in (tier.read_side, tier.write_side)
+            ),
         }
 
     def health(self) -> StorageHealth:
@@ -366,14 +368,14 @@ class StorageManager:
 
     def _leading_below(self, keys: Sequence[ChunkKey]) -> int:
         for tier in self._tiers:
-            if found := tier.ask(lambda: tier.backend.contains(keys), 0, ASK_TIMEOUT_S):  # noqa: B023
+            if found := tier.ask(lambda: tier.contains(keys), 0, ASK_TIMEOUT_S):  # noqa: B023
                 return found
         return 0
 
     def _sizes_below(self, keys: Sequence[ChunkKey]) -> list[int]:
         nothing: list[int] = []
         for tier in self._tiers:
-            if found := tier.ask(lambda: tier.backend.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
+            if found := tier.ask(lambda: tier.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
                 return found
         return nothing
 

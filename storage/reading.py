@@ -119,12 +119,12 @@ class Reading:
         tier, first = self._tiers[run.index], run.first
         keys = self._lease.keys[first : first + WINDOW_CHUNKS]
         nothing: list[int] = []
-        sizes = tier.guarded(lambda: tier.backend.sizes(keys), nothing, transfers=False, ends_at=ends_at)
+        sizes = tier.guarded(lambda: tier.sizes(keys), nothing, transfers=False, ends_at=ends_at)
         for offset, size in enumerate(sizes):
             if not self._lease.fits(first + offset, size):
                 metrics.CORRUPT_CHUNKS.labels(tier.name).inc()
                 logger.warning("removed %s from tier %s: a chunk of %d bytes", keys[offset], tier.name, size)
-                tier.guarded(partial(tier.backend.remove, keys[offset : offset + 1]), 0, ends_at=ends_at)
+                tier.remove_now(keys[offset : offset + 1])
                 sizes = sizes[:offset]
                 break
         run.sizes = sizes
@@ -141,7 +141,7 @@ class Reading:
             return
         first = run.first + offset
         keys = self._lease.keys[first : first + len(buffers)]
-        got = tier.guarded(lambda: tier.backend.get(keys, buffers), 0, ends_at=ends_at)
+        got = tier.guarded(lambda: tier.get(keys, buffers), 0, ends_at=ends_at)
         self._memory.pool.release_all(buffers[got:])
         held = self._memory.pool.share_leading(buffers[:got])
         self._land(run, offset, held, len(buffers))

@@ -78,12 +78,12 @@ class Transfers:
         buffers: list[PoolBuffer] = []
         got = nbytes = 0
         try:
-            for size in tier.backend.sizes(keys):
+            for size in tier.sizes(keys):
                 if (buffers and nbytes + size > self._batch_bytes) or (buffer := self._memory.allocate(size)) is None:
                     break
                 buffers.append(buffer)
                 nbytes += size
-            got = tier.backend.get(keys[: len(buffers)], buffers) if buffers else 0
+            got = tier.get(keys[: len(buffers)], buffers) if buffers else 0
         finally:
             self._memory.pool.release_all(buffers[got:])
         return list(zip(keys, buffers[:got], strict=False))

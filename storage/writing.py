@@ -70,11 +70,16 @@ class WriteQueue:
     def hung_threads(self) -> int:
         return self._workers.lost
 
+    def returning(self) -> set[ChunkKey]:
+        """Keys of writes under way that were dropped, and are undone when they end."""
+        with self._changed:
+            return {key for batch in self._under_way for key in batch.undo}
+
     def put(
         self, key: ChunkKey, buffer: PoolBuffer, *, settled: Settled | None = None, wait_until: float | None = None
     ) -> bool:
         """Queue a write, taking the handle over; False when the queue is full (still, at ``wait_until``) or the
-        breaker open: then the write is shed, and counted.
+        breaker open, or the key's removal is owed: then the write is shed, and counted.
 
         settled: called with the keys of writes that ended, and whether all of them are held below; those that were
         dropped are not. Not called when False is returned.
@@ -83,7 +88,9 @@ class WriteQueue:
             if wait_until is not None and not self._fits(buffer.nbytes):
                 left = max(0.0, wait_until - time.monotonic())
                 self._changed.wait_for(lambda: self._fits(buffer.nbytes) or self._closed, left)
-            taken = self._fits(buffer.nbytes) and not self._closed and self._tier.breaker.ready
+            taken = self._fits(buffer.nbytes) and not self._closed and self._tier.write_side.breaker.ready
+            # Its old bytes, on their way still, could be taken for the new ones.
+            taken = taken and key not in self._tier.owed
             if taken:
                 self._queued.append(_Write(key, buffer, settled))
                 self.pending_bytes += buffer.nbytes
@@ -106,7 +113,7 @@ class WriteQueue:
     @property
     def room_bytes(self) -> int:
         """Bytes that would be taken now."""
-        if self._closed or not self._tier.breaker.ready:
+        if self._closed or not self._tier.write_side.breaker.ready:
             return 0
         return max(0, self._most_bytes - self.pending_bytes)
 
@@ -173,7 +180,7 @@ class WriteQueue:
 
         def late() -> None:
             # Its thread has been replaced: another goes on with the queue.
-            self._tier.hung(self._timeout_s)
+            self._tier.hung(self._tier.write_side, self._timeout_s)
             with self._changed:
                 for batch in batches:
                     batch.late = True
@@ -189,7 +196,7 @@ class WriteQueue:
         batches.append(batch)
         keys = [write.key for write in batch.writes]
         buffers = [write.buffer for write in batch.writes]
-        count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None)
+        count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None, side=self._tier.write_side)
         if count is None:
             metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
         else:
@@ -197,9 +204,8 @@ class WriteQueue:
         self._settle(batch.writes, held=count == len(keys))
         with self._changed:
             undo = list(batch.undo)
-        if undo:
-            # Dropped meanwhile: what was just written must not come back.
-            self._tier.guarded(lambda: self._tier.backend.remove(undo), 0, always=True)
+        began_at = time.monotonic()
+        undone = not undo or self._tier.remove_now(undo, always=True)  # dropped meanwhile
         with self._changed:
             self._under_way.discard(batch)
             self.pending_bytes -= batch.nbytes
@@ -207,6 +213,8 @@ class WriteQueue:
                 self._pumping = False
             self._pump()
             self._changed.notify_all()
+        if undo:
+            self._tier.owed.settle(undo, undone, began_at)
 
     def _next(self) -> _Batch | None:
         with self._changed:

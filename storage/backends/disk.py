@@ -215,9 +215,9 @@ class DiskBackend(StorageBackend):
             self.remove([key])
             return False
         except OSError as error:
-            folder.failed(error)
+            folder.failed(error, reading=True)
             raise StorageError(f"cannot read {folder.file_of(key)}: {error}") from error
-        folder.succeeded()
+        folder.succeeded(reading=True)
         if not found and folder.find(key) is None:
             self._index.forget(key)
         return found
@@ -278,7 +278,7 @@ class DiskBackend(StorageBackend):
         """Whether to write there; one that failed is tried again now and then, and settles first what it owes."""
         if self._alone:
             return True
-        if not folder.breaker.allows():
+        if not folder.reads.ready or not folder.writes.allows():
             return False
         try:
             if not folder.opened:
