@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, ProtocolError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.server import protocol
 from lmcache.server.channel import Channel, TlsChannel
@@ -88,6 +89,7 @@ class Client:
     def __init__(self, config: ClientConfig) -> None:
         parts = urlsplit(config.url)
         self._config = config
+        self._home = Home("this client")
         self._address = (parts.hostname or "", parts.port or DEFAULT_PORT)
         self._token = read_token(config.token_file)
         self._tls = _tls_context(config) if parts.scheme == TLS else None
@@ -145,6 +147,8 @@ class Client:
 
     def close(self) -> None:
         """End every connection; calls under way fail. Idempotent."""
+        if self._home.left:
+            return
         self._closed.set()
         with self._lock:
             idle, self._idle = self._idle, []
@@ -167,6 +171,7 @@ class Client:
 
     def _call(self, exchange: Callable[[Channel], T]) -> T:
         """``exchange`` on a connection, again on another one when that breaks."""
+        self._home.check()
         deadline = time.monotonic() + self._config.timeout_s
         if not self._slots.acquire(timeout=self._config.timeout_s):
             raise StorageError(f"{self._config.url}: all {self._config.connections} connections are in use")

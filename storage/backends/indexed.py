@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -122,6 +123,7 @@ class IndexedBackend(StorageBackend):
     name: ClassVar[str]
 
     def __init__(self, place: Place, capacity: int, eviction: str) -> None:
+        self._home = Home(f"this {self.name} tier")
         self._place = place
         self._index = ChunkIndex(capacity, eviction)
         self._calls, self._closed = 0, False
@@ -145,6 +147,7 @@ class IndexedBackend(StorageBackend):
         return [key for key, _ in self._place.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._home.check()
         sizes: list[int] = []
         for key in keys:
             size = self._known(key)
@@ -200,6 +203,8 @@ class IndexedBackend(StorageBackend):
 
     def close(self) -> None:
         """Waits a moment for calls that run; new ones raise ClosedError."""
+        if self._home.left:
+            return
         with self._changed:
             if self._closed:
                 return
@@ -213,6 +218,7 @@ class IndexedBackend(StorageBackend):
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """While this lasts the place is open."""
+        self._home.check()
         with self._changed:
             if self._closed:
                 raise ClosedError(f"the {self.name} tier is closed")
