@@ -20,6 +20,7 @@ from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.breaker import Side, SideHealth
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.owed import OwedRemovals
+from lmcache.storage.pace import Pace
 from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.workers import Job, Workers
 from lmcache.storage.writing import WriteQueue
@@ -43,6 +44,9 @@ class TierHealth:
     """Also removals."""
     latency_s: float | None
     """Exponentially weighted mean of the calls that moved bytes."""
+    read_bytes_per_s: float | None
+    write_bytes_per_s: float | None
+    """Means of one call, which say how large the next batches are; None before the first."""
     queue_bytes: int
     """Bytes that wait to be written, or are being written."""
     hung_threads: int
@@ -96,6 +100,7 @@ class LowerTier:
         self._owed: set[Selection] = set()  # what could not be cleared yet
         self._stopping = threading.Event()
         self._latency_s: float | None = None
+        self.read_pace, self.write_pace = Pace(), Pace()
         threads = config.read_threads
         self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
         self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
@@ -112,7 +117,28 @@ class LowerTier:
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         """The backend's, without what counts as removed, also meanwhile."""
-        return len(self.owed.leading(keys[: self.backend.get(keys, into)]))
+        began_at = time.monotonic()
+        try:
+            count = self.backend.get(keys, into)
+        except Exception:
+            self.read_pace.failed(sum(buffer.nbytes for buffer in into), time.monotonic() - began_at)
+            raise
+        if count:
+            self.read_pace.moved(sum(buffer.nbytes for buffer in into[:count]), time.monotonic() - began_at)
+        return len(self.owed.leading(keys[:count]))
+
+    def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        """The backend's."""
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        began_at = time.monotonic()
+        try:
+            count = self.backend.put(keys, buffers)
+        except Exception:
+            self.write_pace.failed(nbytes, time.monotonic() - began_at)
+            raise
+        if count:
+            self.write_pace.moved(nbytes, time.monotonic() - began_at)
+        return count
 
     @property
     def available(self) -> bool:
@@ -278,6 +304,8 @@ class LowerTier:
             reads=self.read_side.health(),
             writes=self.write_side.health(),
             latency_s=self._latency_s,
+            read_bytes_per_s=self.read_pace.bytes_per_s,
+            write_bytes_per_s=self.write_pace.bytes_per_s,
             queue_bytes=self.writes.pending_bytes,
             hung_threads=self._reads.lost + self._asks.lost + self.writes.hung_threads,
             owes_clear=bool(self._owed),

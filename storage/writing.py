@@ -1,7 +1,8 @@
 """The writes of a lower tier: a queue bounded in bytes, emptied in batches by one thread at a time.
 
 put ──> queued ──> under way ──> settled (written, or not to be)
-           │            └─ dropped meanwhile: undone by its own thread when it returns
+           │  ^         ├─ dropped meanwhile: undone by its own thread when it returns
+           │  └─────────┴─ failed with others in its batch: once more, alone
            └─ dropped: released at once
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lmcache import metrics
 from lmcache.keys import ChunkKey
 from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.pace import SHARE
 from lmcache.storage.pool import PoolBuffer
 from lmcache.storage.workers import Workers
 
@@ -36,6 +38,7 @@ class _Write(NamedTuple):
     key: ChunkKey
     buffer: PoolBuffer
     settled: Settled | None
+    failed: bool = False  # in a batch with others, before
 
 
 class _Batch:
@@ -196,19 +199,22 @@ class WriteQueue:
         batches.append(batch)
         keys = [write.key for write in batch.writes]
         buffers = [write.buffer for write in batch.writes]
-        count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None, side=self._tier.write_side)
-        if count is None:
-            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
-        else:
-            self._note_refused(max(0, len(keys) - count), batch)
-        self._settle(batch.writes, held=count == len(keys))
+        count = self._tier.guarded(lambda: self._tier.put(keys, buffers), None, side=self._tier.write_side)
         with self._changed:
             undo = list(batch.undo)
+            ended, again = self._ended(batch, count)
+            self._queued.extendleft(reversed(again))
+        nbytes = sum(write.buffer.nbytes for write in ended)
+        if count is None:
+            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(nbytes)
+        else:
+            self._note_refused(max(0, len(keys) - count), batch)
+        self._settle(ended, held=count == len(keys))
         began_at = time.monotonic()
         undone = not undo or self._tier.remove_now(undo, always=True)  # dropped meanwhile
         with self._changed:
             self._under_way.discard(batch)
-            self.pending_bytes -= batch.nbytes
+            self.pending_bytes -= nbytes
             if not batch.late:
                 self._pumping = False
             self._pump()
@@ -216,13 +222,24 @@ class WriteQueue:
         if undo:
             self._tier.owed.settle(undo, undone, began_at)
 
+    def _ended(self, batch: _Batch, count: int | None) -> tuple[list[_Write], list[_Write]]:
+        """The writes of a batch that are over, and those that failed and are tried once more (with the lock held)."""
+        tries = count is None and len(batch.writes) > 1 and not self._closed and self._tier.write_side.breaker.ready
+        again = [write._replace(failed=True) for write in batch.writes if tries and write.key not in batch.undo]
+        return [write for write in batch.writes if not tries or write.key in batch.undo], again
+
     def _next(self) -> _Batch | None:
+        most = self._tier.write_pace.batch_bytes(self._timeout_s * SHARE, BATCH_BYTES)
         with self._changed:
             writes: list[_Write] = []
             nbytes = 0
-            while self._queued and not self._holds and nbytes < BATCH_BYTES:
+            while self._queued and not self._holds:
+                nbytes += self._queued[0].buffer.nbytes
+                if writes and (nbytes > most or self._queued[0].failed):
+                    break
                 writes.append(self._queued.popleft())
-                nbytes += writes[-1].buffer.nbytes
+                if writes[0].failed:
+                    break
             if not writes:
                 self._pumping = False
                 self._changed.notify_all()

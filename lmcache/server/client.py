@@ -118,9 +118,15 @@ class Client:
         count = 0
         for part in _parts(keys):
             views = into[count : count + len(part)]
-            good, damaged = self._call(lambda channel: _get(channel, part, views, self._piece_bytes()))  # noqa: B023
+            whole: list[bool] = []
+            try:
+                self._call(lambda channel: _get(channel, part, views, whole, self._piece_bytes()))  # noqa: B023
+            except StorageError:
+                if not count and True not in whole[:1]:
+                    raise
+            good = next((at for at, is_whole in enumerate(whole) if not is_whole), len(whole))
             count += good
-            if damaged:
+            if good < len(whole):
                 self._forget(part[good])
             if good < len(part):
                 break
@@ -357,15 +363,15 @@ def _put(
     return count
 
 
-def _get(channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], piece_bytes: int) -> tuple[int, bool]:
-    """How many leading payloads are good, and whether the next one came damaged."""
-    channel.send_frame(protocol.Get(join_keys(keys), [view.nbytes for view in into]))
-    whole: list[bool] = []
-    more = True
+def _get(
+    channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], whole: list[bool], piece_bytes: int
+) -> None:
+    """Go on behind what came in a try before; ``whole`` grows by whether each that comes bears its seal."""
+    more = len(whole) < len(keys)
+    if more:
+        channel.send_frame(protocol.Get(join_keys(keys[len(whole) :]), [view.nbytes for view in into[len(whole) :]]))
     while more:
         more = _receive_found(channel, keys, into, whole, piece_bytes)
-    good = next((at for at, is_whole in enumerate(whole) if not is_whole), len(whole))
-    return good, good < len(whole)
 
 
 def _receive_found(

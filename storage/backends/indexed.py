@@ -164,7 +164,7 @@ class IndexedBackend(StorageBackend):
             # The head of a prefix, without which the rest is worth nothing, counts as used last.
             self._index.touch(reversed(keys[:count]))
             if count < len(outcomes):
-                self._failed(keys[count], outcomes[count])
+                self._failed(keys[count], outcomes[count], first=not count)
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
@@ -255,13 +255,14 @@ class IndexedBackend(StorageBackend):
                 self._index.unreserve(HEADER_BYTES + buffer.nbytes)
             raise
 
-    def _failed(self, key: ChunkKey, outcome: bool | StorageError) -> None:
+    def _failed(self, key: ChunkKey, outcome: bool | StorageError, *, first: bool) -> None:
         if isinstance(outcome, CorruptChunkError):
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
             logger.warning("%s: removed %s: %s", self.name, key, outcome)
             self.remove([key])
         elif isinstance(outcome, StorageError):
-            raise outcome
+            if first:
+                raise outcome
         else:
             self._index.forget(key)
 

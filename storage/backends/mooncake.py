@@ -101,7 +101,12 @@ class MooncakeBackend(StorageBackend):
         count = 0
         for start in range(0, len(keys), BATCH):
             batch = keys[start : start + BATCH]
-            done = self._get(batch, into[start : start + BATCH])
+            try:
+                done = self._get(batch, into[start : start + BATCH])
+            except StorageError:
+                if not count:
+                    raise
+                break
             count += done
             if done < len(batch):
                 break

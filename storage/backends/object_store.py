@@ -135,15 +135,22 @@ class ObjectStoreBackend(StorageBackend):
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         misses = [len(keys)]
+        came: set[int] = set()
 
         def fetch(item: tuple[int, ChunkKey, Buffer]) -> None:
             number, key, buffer = item
-            if number < min(misses) and not self._fetch(key, buffer.view):
+            if number < min(misses) and self._fetch(key, buffer.view):
+                came.add(number)
+            else:
                 misses.append(number)
 
         numbered = list(zip(range(len(keys)), keys, into, strict=True))
-        self._transfers.map(fetch, numbered)
-        return min(misses)
+        try:
+            self._transfers.map(fetch, numbered)
+        except StorageError:
+            if 0 not in came:
+                raise
+        return next((number for number in range(len(keys)) if number not in came), len(keys))
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         held = self._index.among(keys)

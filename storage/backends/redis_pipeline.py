@@ -98,6 +98,8 @@ class Session:
                     outcome = batch.answer(wire, index)
                     if outcome is not True and (stopped is None or index < stopped[0]):
                         stopped = index, outcome
+                    elif outcome is True and index == batch.done:
+                        batch.done += 1
             batch.done = stopped[0] if stopped else stop
         if stopped and isinstance(refusal := stopped[1], ErrorReply):
             raise refused(refusal)
