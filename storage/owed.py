@@ -73,12 +73,14 @@ class OwedRemovals:
         self._doubted_at, self._certain_at = time.monotonic(), math.inf
 
     def answered(self, asked_at: float) -> None:
-        """The tier answered what it was asked at that time."""
+        """The place itself, and no index of ours, answered what it was asked at that time."""
         if self._certain_at == math.inf and asked_at >= self._doubted_at:
             self._certain_at = time.monotonic() + self._grace_s
 
     def settle(self, debts: Iterable[Debt], done: bool, began_at: float) -> None:
         """A try to remove them, which began then, has ended: what may still be there, or come back, is owed."""
+        if done:
+            self.answered(began_at)
         returning = self._returning()
         with self._changed:
             again_at = time.monotonic() + PAUSE_S

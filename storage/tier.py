@@ -124,6 +124,7 @@ class LowerTier:
             self.read_pace.failed(sum(buffer.nbytes for buffer in into), time.monotonic() - began_at)
             raise
         if count:
+            self.owed.answered(began_at)
             self.read_pace.moved(sum(buffer.nbytes for buffer in into[:count]), time.monotonic() - began_at)
         return len(self.owed.leading(keys[:count]))
 
@@ -184,7 +185,6 @@ class LowerTier:
         took = time.monotonic() - started
         if side is self.write_side and transfers and took > self._timeout_s / 2:
             self.owed.doubt()  # inside of it the backend may have given an attempt up, which may land late
-        self.owed.answered(started)
         if transfers:
             known = took if self._latency_s is None else self._latency_s
             self._latency_s = known + LATENCY_WEIGHT * (took - known)
@@ -287,13 +287,12 @@ class LowerTier:
         """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
         self._stopping.set()
         self.owed.close()
-        if self.writes.close(CLOSE_S):
-            if self.owed:
-                self._wait(self._asks, lambda: self.owed.pay(math.inf), None, CLOSE_S, transfers=False, always=True)
-            if self.owed:
-                logger.error(
-                    "tier %s: closed while %d removals are owed: chunks may come back", self.name, len(self.owed)
-                )
+        ended = self.writes.close(CLOSE_S)
+        if self.owed:
+            self._wait(self._asks, lambda: self.owed.pay(math.inf), None, CLOSE_S, transfers=False, always=True)
+        if self.owed:
+            logger.error("tier %s: closed while %d removals are owed: chunks may come back", self.name, len(self.owed))
+        if ended:
             self._wait(self._asks, self.backend.close, None, CLOSE_S, transfers=False, always=True)
         for workers in (self._reads, self._asks):
             workers.close()

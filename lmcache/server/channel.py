@@ -55,7 +55,7 @@ class Channel:
             if sock.getpeername()[0] == sock.getsockname()[0]:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER_BYTES)
-        self._deadline = self._armed_s = 0.0
+        self._deadline, self._armed_s = 0.0, -1.0
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._prepare()

@@ -173,7 +173,8 @@ class Client:
     def _forget(self, key: ChunkKey) -> None:
         metrics.CORRUPT_CHUNKS.labels(PLAIN).inc()
         logger.warning("removed %s from %s: the seal is not that of these bytes", key, self._config.url)
-        self.remove([key])
+        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+            self.remove([key])
 
     def _call(self, exchange: Callable[[Channel], T]) -> T:
         """``exchange`` on a connection, again on another one when that breaks."""

@@ -26,8 +26,8 @@ class Holder(Protocol):
         """Whether it hardly makes use of what it holds, for the fault of its client."""
         ...
 
-    def abort(self) -> None:
-        """End it; it gives back what it holds."""
+    def cut_off(self) -> None:
+        """End it; it gives back what it holds. May be called again until it has."""
         ...
 
 
@@ -57,7 +57,7 @@ class Budget:
                     return False
                 if not self._changed.wait_for(lambda: self._fits(nbytes, holder), min(left, PATIENCE_S)):
                     for other in [other for other in self._held if other is not holder and other.crawls]:
-                        other.abort()
+                        other.cut_off()
             self._used += nbytes
             if holder is not None:
                 self._held[holder] = self._held.get(holder, 0) + nbytes

@@ -54,7 +54,7 @@ class Session:
         self._peer = peer
         self._open_channel = open_channel
         self._lock = threading.Lock()
-        self._idle = self._draining = False
+        self._idle = self._draining = self._cut_off = False
         self._channel: Channel  # once run() has opened it
         self._opened: Channel | None = None
 
@@ -97,6 +97,13 @@ class Session:
     def crawls(self) -> bool:
         """Whether the client takes, or gives, hardly anything of what is on its way."""
         return self._opened is not None and self._opened.crawls
+
+    def cut_off(self) -> None:
+        """End the connection for the sake of the others."""
+        if not self._cut_off:
+            self._cut_off = True
+            self._shared.complaints.add("slow", self._peer, "hardly anything is taken or given while others wait")
+        self.abort()
 
     def abort(self) -> None:
         """End the connection now."""

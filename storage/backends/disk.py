@@ -199,10 +199,10 @@ class DiskBackend(StorageBackend):
 
     def _locate(self, key: ChunkKey) -> Entry | None:
         entry = self._index.find(key)
-        if entry is not None and (self._alone or self._folders[entry.folder].serves):
+        if entry is not None and (self._alone or self._folders[entry.folder].serves(key)):
             return entry
         for folder in self._ranked(key):
-            if (self._alone or folder.serves) and (found := folder.find(key)) is not None:
+            if (self._alone or folder.serves(key)) and (found := folder.find(key)) is not None:
                 entry = Entry(folder.number, found[2], found[0])
                 self._index.add(key, entry)
                 if folder.find(key) is not None:
@@ -220,7 +220,8 @@ class DiskBackend(StorageBackend):
         except CorruptChunkError as error:
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
             logger.warning("removed %s: %s", folder.file_of(key), error)
-            self.remove([key])
+            with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+                self.remove([key])
             return False
         except OSError as error:
             folder.failed(error, reading=True)

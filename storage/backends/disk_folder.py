@@ -55,10 +55,9 @@ class Folder(ChunkFiles):
         self.account.open()
         self.opened = True
 
-    @property
-    def serves(self) -> bool:
-        """Whether what it holds may be read."""
-        return self.opened and not self.owed and self.reads.ready
+    def serves(self, key: ChunkKey) -> bool:
+        """Whether the chunk may be read, if it is here."""
+        return self.opened and self.reads.ready and self.owed.isdisjoint((key, key.fingerprint, None))
 
     def rank(self, key: ChunkKey) -> int:
         """A chunk is written to the folder that ranks highest: adding one moves only its share of the keys."""

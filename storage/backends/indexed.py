@@ -259,7 +259,8 @@ class IndexedBackend(StorageBackend):
         if isinstance(outcome, CorruptChunkError):
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
             logger.warning("%s: removed %s: %s", self.name, key, outcome)
-            self.remove([key])
+            with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+                self.remove([key])
         elif isinstance(outcome, StorageError):
             if first:
                 raise outcome

@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
@@ -165,7 +165,8 @@ class MooncakeBackend(StorageBackend):
             if isinstance(code, CorruptChunkError):
                 metrics.CORRUPT_CHUNKS.labels(self.name).inc()
                 logger.warning("removed %s: %s", self._name(key), code)
-                self.remove([key])
+                with suppress(StorageError):  # it is a miss in any case, and is found again
+                    self.remove([key])
                 return count
             if code in (_MISSING, _LEASE_EXPIRED):
                 return count

@@ -305,7 +305,8 @@ class ObjectStoreBackend(StorageBackend):
         metrics.CORRUPT_CHUNKS.labels(self.name).inc()
         logger.warning("removed %s/%s: %s", self._url, chunk_path(key), why)
         self._index.drop([key])
-        self._delete([chunk_path(key)])
+        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+            self._delete([chunk_path(key)])
 
     def _delete(self, paths: list[str]) -> None:
         for start in range(0, len(paths), DELETE_BATCH):

@@ -218,7 +218,8 @@ class SharedFolderBackend(StorageBackend):
     def _damaged(self, key: ChunkKey, why: str) -> None:
         metrics.CORRUPT_CHUNKS.labels(self.name).inc()
         logger.warning("removed %s: %s", self._path(key), why)
-        self._unlink(self._path(key))
+        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+            self._unlink(self._path(key))
 
     def _unlink(self, path: Path) -> bool:
         try:

@@ -15,6 +15,7 @@ from lmcache import metrics
 from lmcache.errors import StorageError
 from lmcache.storage.backends.disk import DiskBackend, DiskConfig
 from lmcache.storage.manager import StorageManager
+from lmcache.storage.testing import make_key
 
 __all__ = ["open_manager"]
 READ_ONLY = StorageError(errno.EROFS, "read-only file system")
@@ -98,13 +99,21 @@ def test_a_disk_gone_read_only_serves_what_it_holds(
     paths = [mount("-t", "tmpfs", "-o", "size=4m", "tmpfs"), tmp_path / "other"][:folders]
 
     disk = DiskBackend(DiskConfig(paths=tuple(paths), capacity=64 << 20))
-    manager = open_manager(disk, chunks=64)
-    store(manager, *range(16))
+    manager = open_manager(disk, chunks=128)
+    store(manager, *range(16), *range(20, 40))
     assert manager.flush(WAIT_S)
+    damaged = [n for n in range(20, 40) if disk.file_of(make_key(n)).is_relative_to(paths[0])]
+    for number in damaged:
+        with disk.file_of(make_key(number)).open("r+b") as file:
+            file.seek(5000)
+            file.write(b"damage")
     disk._folders[0].account.close()  # no file of a read-only file system is open for writing
     mount("-o", "remount,ro")
     for number in range(100, 116):
         store(manager, number)
         assert manager.flush(WAIT_S)
     assert (manager.health().tiers[0].writes.last_error is None) == (folders == 2), "the other folder takes them"
+    assert damaged
+    assert read_below(manager, *damaged * 4) == 0, "and cannot be removed"
+    assert manager.health().tiers[0].reads.failures == 0
     assert read_below(manager, *range(16)) == 16

@@ -156,7 +156,7 @@ def test_one_holder_takes_half_of_a_budget_and_then_its_share() -> None:
     class Client:
         crawls = False
 
-        def abort(self) -> None:
+        def cut_off(self) -> None:
             raise AssertionError("it does not crawl")
 
     budget, one, two, three = Budget(16), Client(), Client(), Client()
