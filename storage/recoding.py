@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -146,4 +147,5 @@ class Recoding(StorageBackend):
     def _damaged(self, key: ChunkKey, why: str) -> None:
         metrics.CORRUPT_CHUNKS.labels(self.name).inc()
         logger.warning("%s: removed %s: %s", self.name, key, why)
-        self.inner.remove([key])
+        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+            self.inner.remove([key])

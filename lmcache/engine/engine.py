@@ -31,6 +31,7 @@ from lmcache.errors import (
     LeaseExpiredError,
     WeightsChangedError,
 )
+from lmcache.forks import Home
 from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.eviction import Place
@@ -148,6 +149,7 @@ class CacheEngine:
             )
         self.storage = storage or StorageManager(config, pin=cache.device.type == "cuda")
         self._mover = PageMover(cache)
+        self._home = Home("this CacheEngine")
         self._closed = threading.Event()
 
     @classmethod
@@ -362,7 +364,7 @@ class CacheEngine:
 
     def close(self) -> None:
         """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""
-        if not self._closed.is_set():
+        if not self._closed.is_set() and not self._home.left:
             self._closed.set()
             self.storage.close()
 
@@ -394,5 +396,6 @@ class CacheEngine:
             raise WeightsChangedError("the weights are not those any more that this engine's format names")
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed.is_set():
             raise ClosedError("this CacheEngine is closed")

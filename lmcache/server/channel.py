@@ -7,13 +7,14 @@ non-blocking one: there MSG_WAITALL does nothing, and every piece costs a poll a
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import ssl
 import struct
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 _HEAD_PIECE_BYTES = 64 << 10
 _DISCARD_BYTES = 64 << 10
 _LINGER_S, _LINGER_BYTES = 0.5, 1 << 20
+# The longest wait in the kernel, so that it is seen how much has moved; a large transfer takes a call for each.
+_SLICE_S = 0.5
+# Whoever takes longer than that for so many bytes crawls.
+CRAWL_S, CRAWL_BYTES = 1.0, 64 << 10
 # Of a connection within a host: what is underway stays in the cores' caches, which is worth up to a third of the time.
 # Between hosts the kernel chooses, by what the way holds.
 _LOCAL_BUFFER_BYTES = 256 << 10
@@ -32,19 +37,25 @@ _LOCAL_BUFFER_BYTES = 256 << 10
 class Channel:
     """One connection, used by one thread at a time; ``shutdown`` may come from another.
 
-    Every wait ends at the deadline that ``start`` sets, about a tenth of it later at the most, with TimeoutError.
+    Every wait ends at the deadline that ``start`` sets, about a twentieth of a second later at the most, with
+    TimeoutError; over TLS a tenth of it later at the most.
     OSError when the connection breaks, ProtocolError when the other side talks nonsense: all it can do then is close.
     """
 
+    _slice_s: ClassVar[float] = _SLICE_S
+
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        # Since when the transfer under way, if there is one, has moved less than CRAWL_BYTES, and how many.
+        self._slow_since: float | None = None
+        self._slow_bytes = 0
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with contextlib.suppress(OSError):  # it may be broken already: whatever is done with it first says so
             if sock.getpeername()[0] == sock.getsockname()[0]:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BUFFER_BYTES)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _LOCAL_BUFFER_BYTES)
-        self._deadline = self._armed_s = 0.0
+        self._deadline, self._armed_s = 0.0, -1.0
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._prepare()
@@ -52,7 +63,15 @@ class Channel:
     def start(self, timeout_s: float) -> None:
         """Set the deadline of what follows."""
         self._deadline = time.monotonic() + timeout_s
-        self._arm(timeout_s)
+        wait_s = min(timeout_s, self._slice_s)
+        if wait_s != self._armed_s:
+            self._arm(wait_s)
+
+    @property
+    def crawls(self) -> bool:
+        """Whether a transfer is under way, and the other side takes, or gives, hardly anything."""
+        since = self._slow_since
+        return since is not None and time.monotonic() - since > CRAWL_S
 
     def readable(self, timeout_s: float) -> bool:
         """Whether something, or the end, can be read within ``timeout_s``."""
@@ -129,30 +148,48 @@ class Channel:
             self._arm(left)
 
     def _send(self, views: list[memoryview]) -> None:
+        self._slow_bytes, self._slow_since = 0, time.monotonic()
         while views:
             self._check_deadline()
             try:
-                done = self._sock.sendmsg(views)
+                done = self._send_some(views)
             except BlockingIOError:
                 continue  # the kernel's timeout; what is left of ours is seen above
+            self._moved(done)
             views = _rest(views, done)
+        self._slow_since = None
 
     def _receive(self, views: list[memoryview]) -> None:
+        self._slow_bytes, self._slow_since = 0, time.monotonic()
         while views:
             self._check_deadline()
             try:
-                done = self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+                done = self._receive_some(views)
             except BlockingIOError:
                 continue
             if not done:
                 raise ConnectionResetError("the other side closed the connection")
+            self._moved(done)
             views = _rest(views, done)
+        self._slow_since = None
+
+    def _moved(self, nbytes: int) -> None:
+        self._slow_bytes += nbytes
+        if self._slow_bytes >= CRAWL_BYTES:
+            self._slow_bytes, self._slow_since = 0, time.monotonic()
+
+    def _send_some(self, views: list[memoryview]) -> int:
+        return self._sock.sendmsg(views)
+
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
 
 
 class TlsChannel(Channel):
     """A Channel over TLS. Here deadlines are Python's, and records come 16 KiB at a time."""
 
     _sock: ssl.SSLSocket
+    _slice_s = math.inf  # a wait that ends early could not go on
 
     def readable(self, timeout_s: float) -> bool:
         return self._sock.pending() > 0 or super().readable(timeout_s)
@@ -164,18 +201,11 @@ class TlsChannel(Channel):
         self._armed_s = timeout_s
         self._sock.settimeout(timeout_s)
 
-    def _send(self, views: list[memoryview]) -> None:
-        while views:
-            self._check_deadline()
-            views = _rest(views, self._sock.send(views[0]))
+    def _send_some(self, views: list[memoryview]) -> int:
+        return self._sock.send(views[0])
 
-    def _receive(self, views: list[memoryview]) -> None:
-        while views:
-            self._check_deadline()
-            done = self._sock.recv_into(views[0])
-            if not done:
-                raise ConnectionResetError("the other side closed the connection")
-            views = _rest(views, done)
+    def _receive_some(self, views: list[memoryview]) -> int:
+        return self._sock.recv_into(views[0])
 
 
 def _rest(views: list[memoryview], done: int) -> list[memoryview]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Protocol
 
 from lmcache import metrics
 
@@ -13,30 +14,68 @@ logger = logging.getLogger(__name__)
 QUIET_S = 60.0
 
 
+PATIENCE_S = 0.1  # before those that crawl are cut off
+SHARE = 4  # what one holder may have of a budget that is half used, as a fraction
+
+
+class Holder(Protocol):
+    """Who holds a part of a budget."""
+
+    @property
+    def crawls(self) -> bool:
+        """Whether it hardly makes use of what it holds, for the fault of its client."""
+        ...
+
+    def cut_off(self) -> None:
+        """End it; it gives back what it holds. May be called again until it has."""
+        ...
+
+
 class Budget:
-    """So many bytes that may be held at a time. Thread-safe."""
+    """So many bytes that may be held at a time, the second half of them by nobody beyond its share. Thread-safe."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._used = 0
+        self._held: dict[Holder, int] = {}
         self._changed = threading.Condition()
 
     @property
     def used(self) -> int:
         return self._used
 
-    def take(self, nbytes: int, timeout_s: float) -> bool:
-        """Wait for room; False when there is none after ``timeout_s``."""
+    def take(self, nbytes: int, timeout_s: float, holder: Holder | None = None) -> bool:
+        """Wait for room; False when there is none after ``timeout_s``.
+
+        Who has nothing may have as much as there is. While somebody waits, holders that crawl are cut off.
+        """
+        ends_at = time.monotonic() + timeout_s
         with self._changed:
-            if not self._changed.wait_for(lambda: self._used + nbytes <= self.nbytes, timeout_s):
-                return False
+            while not self._fits(nbytes, holder):
+                left = ends_at - time.monotonic()
+                if left <= 0:
+                    return False
+                if not self._changed.wait_for(lambda: self._fits(nbytes, holder), min(left, PATIENCE_S)):
+                    for other in [other for other in self._held if other is not holder and other.crawls]:
+                        other.cut_off()
             self._used += nbytes
+            if holder is not None:
+                self._held[holder] = self._held.get(holder, 0) + nbytes
         return True
 
-    def give(self, nbytes: int) -> None:
+    def give(self, nbytes: int, holder: Holder | None = None) -> None:
         with self._changed:
             self._used -= nbytes
+            if holder is not None:
+                self._held[holder] -= nbytes
+                if not self._held[holder]:
+                    del self._held[holder]
             self._changed.notify_all()
+
+    def _fits(self, nbytes: int, holder: Holder | None) -> bool:
+        held = 0 if holder is None else self._held.get(holder, 0)
+        used = self._used + nbytes
+        return used <= self.nbytes and (not held or 2 * used <= self.nbytes or SHARE * (held + nbytes) <= self.nbytes)
 
 
 class Complaints:

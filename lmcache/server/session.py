@@ -16,7 +16,7 @@ from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
 from lmcache.server import protocol
 from lmcache.server.channel import Channel
 from lmcache.server.config import ServerConfig
-from lmcache.server.limits import Budget, Complaints
+from lmcache.server.limits import SHARE, Budget, Complaints
 from lmcache.server.protocol import CODES, SEAL_BYTES, Clear, Count, Failed, Found, Get, Put, Remove, Request, Sizes
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
@@ -54,7 +54,7 @@ class Session:
         self._peer = peer
         self._open_channel = open_channel
         self._lock = threading.Lock()
-        self._idle = self._draining = False
+        self._idle = self._draining = self._cut_off = False
         self._channel: Channel  # once run() has opened it
         self._opened: Channel | None = None
 
@@ -92,6 +92,18 @@ class Session:
             self._draining = True
             if self._idle:
                 self._channel.shutdown()
+
+    @property
+    def crawls(self) -> bool:
+        """Whether the client takes, or gives, hardly anything of what is on its way."""
+        return self._opened is not None and self._opened.crawls
+
+    def cut_off(self) -> None:
+        """End the connection for the sake of the others."""
+        if not self._cut_off:
+            self._cut_off = True
+            self._shared.complaints.add("slow", self._peer, "hardly anything is taken or given while others wait")
+        self.abort()
 
     def abort(self) -> None:
         """End the connection now."""
@@ -181,7 +193,8 @@ class Session:
         count = next((at for at, size in enumerate(held) if size != sizes[at] + SEAL_BYTES), len(held))
         ahead: _Reading | None = None
         try:
-            batches = list(_batches(held[:count]))
+            # Of which it may hold two: one that is sent, and one that is read meanwhile.
+            batches = list(_batches(held[:count], min(BATCH_BYTES, self._shared.budget.nbytes // (2 * SHARE))))
             for number, batch in enumerate(batches):
                 part = slice(batch.start, batch.stop)
                 current = ahead or self._read(keys[part], held[part], self._config.busy_timeout_s)
@@ -204,9 +217,9 @@ class Session:
 
     def _read(self, keys: Sequence[ChunkKey], sizes: Sequence[int], timeout_s: float) -> _Reading | None:
         """Have chunks brought into memory; None when there is no room within ``timeout_s``."""
-        if not self._shared.budget.take(sum(sizes), timeout_s):
+        if not self._shared.budget.take(sum(sizes), timeout_s, self):
             return None
-        return _Reading(self._shared, keys, sizes)
+        return _Reading(self._shared, self, keys, sizes)
 
     def _send(self, buffers: Sequence[PoolBuffer], more: bool) -> None:
         self._channel.start(self._config.request_timeout_s)
@@ -236,7 +249,7 @@ class Session:
         if nbytes > min(self._config.max_chunk, budget.nbytes):
             self._channel.discard(nbytes)
             return "too large"
-        if not budget.take(nbytes, self._config.busy_timeout_s):
+        if not budget.take(nbytes, self._config.busy_timeout_s, self):
             self._channel.discard(nbytes)
             return "busy"
         buffer = self._store.allocate(nbytes)
@@ -253,7 +266,7 @@ class Session:
             raise
         finally:
             if problem:
-                budget.give(nbytes)
+                budget.give(nbytes, self)
                 if buffer is not None:
                     buffer.release()
         metrics.SERVER_RECEIVED_BYTES.inc(size)
@@ -263,17 +276,18 @@ class Session:
             return problem
         if written is None:
             self._store.put(key, buffer)
-            budget.give(nbytes)
+            budget.give(nbytes, self)
         else:
-            self._store.put(key, buffer, on_written=written.expect(lambda: budget.give(nbytes)))
+            self._store.put(key, buffer, on_written=written.expect(lambda: budget.give(nbytes, self)))
         return ""
 
 
 class _Reading:
     """Chunks on their way into memory, and their share of the budget."""
 
-    def __init__(self, shared: Shared, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
+    def __init__(self, shared: Shared, holder: Session, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
         self._shared = shared
+        self._holder = holder
         self._sizes = sizes
         self._buffers: list[PoolBuffer] = []
         self._lease: Lease | None = None
@@ -282,7 +296,7 @@ class _Reading:
             self._lease = shared.store.acquire(keys, [ANY_SIZE] * len(keys))
         finally:
             if self._lease is None:
-                shared.budget.give(sum(sizes))
+                shared.budget.give(sum(sizes), holder)
 
     def __enter__(self) -> list[PoolBuffer]:
         """The leading chunks that were had, in the sizes that they should have; valid inside of the ``with``."""
@@ -307,7 +321,7 @@ class _Reading:
             self._lease = None
             for buffer in self._buffers:
                 buffer.release()
-            self._shared.budget.give(sum(self._sizes))
+            self._shared.budget.give(sum(self._sizes), self._holder)
 
 
 class _Written:
@@ -338,11 +352,11 @@ class _Written:
             return self._held
 
 
-def _batches(sizes: Sequence[int]) -> Iterator[range]:
+def _batches(sizes: Sequence[int], most_bytes: int) -> Iterator[range]:
     """Runs of indices whose sizes stay below the limits; each has at least one."""
     start = nbytes = 0
     for at, size in enumerate(sizes):
-        if at > start and (nbytes + size > BATCH_BYTES or at - start == BATCH_CHUNKS):
+        if at > start and (nbytes + size > most_bytes or at - start == BATCH_CHUNKS):
             yield range(start, at)
             start, nbytes = at, 0
         nbytes += size

@@ -45,7 +45,7 @@ SWEEP_SHARE = 1 / 32
 # What a file that was removed, perhaps by another host, answers.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 # Other hosts' processes cannot be asked whether they live.
-_WRITER = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+_HOST, _TOKEN = socket.gethostname(), secrets.token_hex(4)
 _serial = itertools.count()
 
 
@@ -218,7 +218,8 @@ class SharedFolderBackend(StorageBackend):
     def _damaged(self, key: ChunkKey, why: str) -> None:
         metrics.CORRUPT_CHUNKS.labels(self.name).inc()
         logger.warning("removed %s: %s", self._path(key), why)
-        self._unlink(self._path(key))
+        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+            self._unlink(self._path(key))
 
     def _unlink(self, path: Path) -> bool:
         try:
@@ -282,7 +283,7 @@ class SharedFolderBackend(StorageBackend):
 
 
 def _temporary_name() -> str:
-    return f"{_WRITER}-{next(_serial)}"
+    return f"{_HOST}-{os.getpid()}-{_TOKEN}-{next(_serial)}"  # not those of a child by fork
 
 
 def _transfer(call: Callable[[int, list[memoryview], int], int], file: int, views: list[memoryview]) -> int:

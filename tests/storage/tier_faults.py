@@ -81,7 +81,7 @@ def check_manager_goes_on(
         manager.flush(10)
         manager.remove(keys(new), tier="memory")
         other.chunks.clear()
-        return manager.stats()["open_breakers"] == 0 and read(manager, new) == 1
+        return read(manager, new) == 1 and manager.stats()["open_breakers"] == 0
 
     settle(closes, "the tier never serves again")
     assert forgets or read_below() == 4
