@@ -23,7 +23,16 @@ from lmcache import metrics
 from lmcache.errors import CorruptChunkError, OddFileError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.direct_io import PAGE, probe_direct, read_header
-from lmcache.storage.backends.regular_files import GONE, TRIES, Folders, Oddities, OpenFolder, Spot, oddity
+from lmcache.storage.backends.regular_files import (
+    GONE,
+    TRIES,
+    Folders,
+    Oddities,
+    OpenFolder,
+    Spot,
+    oddity,
+    open_to_read,
+)
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_header
 from lmcache.storage.layout import chunk_key, chunk_name, chunk_path, namespace_path
@@ -87,18 +96,7 @@ class ChunkFiles:
 
         OddFileError when it should be removed, an error of ``GONE`` when it is not there or cannot be had now.
         """
-        spot = self.spot(key)
-        try:
-            file, found = spot.open(flags)
-        except BlockingIOError as error:  # a lease: its holder, which is nobody of us, is asked for it by this
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(spot)) from error
-        except PermissionError as error:
-            # This file's matter: others in the folder may well be read.
-            found = spot.stat()
-            if found.st_uid == os.geteuid() and not found.st_mode & 0o400:
-                raise OddFileError("a file that may not be read") from error
-            self.odd.found(str(spot), f"it may not be read ({error.strerror})", removed=False)
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(spot)) from error
+        file, found = open_to_read(self.spot(key), flags, self.odd)
         return file, found.st_size
 
     def fits(self, key: ChunkKey, file: int, size: int, nbytes: int) -> bool:

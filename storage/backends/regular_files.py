@@ -239,3 +239,20 @@ class Oddities:
             self._said.add(path)
         metrics.CORRUPT_CHUNKS.labels(self._tier).inc()
         logger.warning("%s %s: %s", "removed" if removed else "left alone", path, why)
+
+
+def open_to_read(spot: Spot, flags: int, odd: Oddities) -> tuple[int, os.stat_result]:
+    """``spot.open``, where what is wrong with one file says nothing about others.
+
+    OddFileError when it should be removed, an error of ``GONE`` when it is not there or cannot be had now.
+    """
+    try:
+        return spot.open(flags)
+    except BlockingIOError as error:  # somebody has a lease on it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(spot)) from error
+    except PermissionError as error:
+        found = spot.stat()
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_IRUSR:
+            raise OddFileError("a file that may not be read") from error
+        odd.found(str(spot), f"it may not be read: {error.strerror}", removed=False)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(spot)) from error
