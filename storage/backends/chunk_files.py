@@ -143,7 +143,7 @@ class ChunkFiles:
     def publish(self, temporary: Spot, key: ChunkKey, size: int) -> bool:
         """Give a finished file of ``size`` bytes its name. False when somebody else's, as long, is there already.
 
-        OddFileError when a folder that is not empty has the name.
+        OddFileError when something has the name that cannot be removed, as a folder that is not empty.
         """
         spot = Spot(temporary.folder, chunk_name(key))
         for _ in range(TRIES):
@@ -155,13 +155,12 @@ class ChunkFiles:
                 if not why and old.st_size == size:
                     temporary.remove()
                     return False
-                removed = spot.remove()  # it has been cut, or grown, or is something else, so it is no chunk
+                # It has been cut, or grown, or is something else, so it is no chunk.
+                removed = self.odd.remove(spot, f"{why}, not a file of ours") if why else spot.remove()
                 if removed and stat.S_ISREG(old.st_mode):
                     self._gone(old.st_size)
-                if why:
-                    self.odd.found(str(spot), f"{why}, not a file of ours", removed=removed)
-                    if not removed:
-                        raise OddFileError(f"{why} stands in its place")
+                if why and not removed:
+                    raise OddFileError(f"{why} stands in its place")
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(spot))
 
     def drop(self, temporary: Spot) -> None:
@@ -198,7 +197,7 @@ class ChunkFiles:
                             found.append((status.st_mtime_ns, key, status.st_size))
                         else:
                             why = oddity(status) or f"{status.st_size} bytes are no chunk"
-                            self.odd.found(str(spot), why, removed=spot.remove())
+                            self.odd.remove(spot, why)
         return sorted(found), writing
 
     def aligned(self, buffer: Buffer, call: Callable[[bool], T]) -> T:
@@ -251,18 +250,16 @@ def _bytes_being_written(temporary: Spot) -> int:
         return size
     try:
         file, _ = temporary.open(os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.remove()
+        finally:
+            os.close(file)
     except OddFileError:
-        temporary.remove()
-        return 0
-    except PermissionError:
-        return size  # another user's
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.remove()
-    except BlockingIOError:
-        return size
-    finally:
-        os.close(file)
+        with contextlib.suppress(PermissionError):
+            temporary.remove()
+    except (BlockingIOError, PermissionError):
+        return size  # somebody writes it, or it is another user's
     return 0
 
 

@@ -219,11 +219,12 @@ class DiskBackend(StorageBackend):
         return found
 
     def _remove_damaged(self, folder: Folder, key: ChunkKey, why: str) -> None:
-        count = 0
         try:
-            count = self.remove([key])
-        finally:
-            folder.odd.found(folder.file_of(key), why, removed=count > 0)
+            removed = self.remove([key]) > 0
+        except StorageError:  # it stays, but nobody is given it
+            removed = False
+            self._index.forget(key)
+        folder.odd.found(folder.file_of(key), why, removed=removed)
 
     def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
         entry = self._locate(key)

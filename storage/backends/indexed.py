@@ -256,7 +256,10 @@ class IndexedBackend(StorageBackend):
     def _failed(self, key: ChunkKey, outcome: bool | StorageError) -> None:
         if isinstance(outcome, CorruptChunkError):
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-            what = "removed" if self.remove([key]) else "left alone"
+            try:
+                what = "removed" if self.remove([key]) else "left alone"
+            except StorageError:  # it stays, but nobody is given it
+                what = "left alone"
             logger.warning("%s: %s %s: %s", self.name, what, key, outcome)
         elif isinstance(outcome, StorageError):
             raise outcome

@@ -217,10 +217,11 @@ class Folders:
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
-                removed = make and spot.remove()
-                self._odd.found(str(spot), "something else than a folder", removed=removed)
-                if not make or attempt == TRIES - 1:
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(spot)) from error
+                why = "something else than a folder"
+                if make and self._odd.remove(spot, why) and attempt < TRIES - 1:
+                    continue
+                self._odd.found(str(spot), why, removed=False)
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(spot)) from error
         raise AssertionError("TRIES is at least 1")
 
 
@@ -230,6 +231,15 @@ class Oddities:
     def __init__(self, tier: str) -> None:
         self._tier = tier
         self._said: set[str] = set()
+
+    def remove(self, spot: Spot, why: str) -> bool:
+        """Remove, and say so, or that it stays: as it may where the folder is sticky, and its owner somebody else."""
+        try:
+            removed = spot.remove()
+        except OSError:
+            removed = False
+        self.found(str(spot), why, removed=removed)
+        return removed
 
     def found(self, path: str, why: str, *, removed: bool) -> None:
         """What is left alone is found again and again; what was removed is not."""

@@ -12,6 +12,7 @@ A mount that hangs (NFS with ``hard``) hangs its caller too; the manager's deadl
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
@@ -219,18 +220,19 @@ class SharedFolderBackend(StorageBackend):
                 temporary.rename(spot)
                 return
             except IsADirectoryError:
-                removed = spot.remove()
-                self._odd.found(str(spot), "a folder, not a file of ours", removed=removed)
-                if not removed:
+                if not self._odd.remove(spot, "a folder, not a file of ours"):
                     raise OddFileError("a folder stands in its place") from None
             except OSError as error:
                 if error.errno not in GONE:
                     raise
-                gone = error
-        raise gone
+        raise FileNotFoundError(errno.ENOENT, "its folder goes as often as it is made", str(self._path(key)))
 
     def _damaged(self, key: ChunkKey, why: str) -> None:
-        self._odd.found(str(self._path(key)), why, removed=self._unlink(key))
+        try:
+            removed = self._unlink(key)
+        except StorageError:  # it stays, but nobody is given it
+            removed = False
+        self._odd.found(str(self._path(key)), why, removed=removed)
 
     def _unlink(self, key: ChunkKey) -> bool:
         try:
@@ -272,7 +274,8 @@ class SharedFolderBackend(StorageBackend):
         for spot in self._folders.spots(WRITING):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - spot.stat().st_mtime > self._orphan_age_s:
-                    spot.remove()
+                    with contextlib.suppress(PermissionError):
+                        spot.remove()
 
     def _size(self, spot: Spot) -> int:
         """Bytes of a file; 0 of what is no file of ours, which a write replaces."""

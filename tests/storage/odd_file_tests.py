@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -153,8 +154,7 @@ class OddFileTests:
             assert within(10, lambda: get(backend, pool, make_key(1), CHUNK)) is None
             assert within(10, lambda: get(backend, pool, make_key(0), CHUNK)) == data[0], "the others are served"
         assert self.odd() == before + 1
-        assert sum(file.name in record.message or "key" in record.message for record in caplog.records) <= 1
-        assert sum(bool(record.levelno >= 30) for record in caplog.records) == 1
+        assert sum(record.levelno >= 30 for record in caplog.records) == 1
         assert os.path.lexists(file) == (kind in LEFT_ALONE)
         self.put_again(backend, pool, 1, kind)
         assert getattr(backend, "direct", None) == direct
@@ -256,6 +256,29 @@ class OddFileTests:
         assert within(10, backend.clear) == 1
         backend.close()
 
+    @pytest.mark.parametrize("reopen", [False, True])
+    def test_what_cannot_be_removed_is_a_miss_too(
+        self, tmp_path: Path, outside: Path, pool: PinnedPool, reopen: bool
+    ) -> None:
+        backend = self.open(tmp_path / "kv")
+        data = [put(backend, pool, make_key(n), CHUNK, seed=n) for n in range(3)]
+        file = tmp_path / "kv" / chunk_path(make_key(1))
+        plant("link", file, outside)
+        damaged = tmp_path / "kv" / chunk_path(make_key(2))
+        damaged.write_bytes(b"x" * SIZE)
+        if subprocess.run(["chattr", "+i", file.parent], capture_output=True, check=False).returncode:
+            pytest.skip("folders cannot be made immutable here")
+        try:
+            if reopen:
+                backend.close()
+                backend = self.open(tmp_path / "kv")
+            for _ in range(3):
+                assert [get(backend, pool, make_key(n), CHUNK) for n in range(3)] == [data[0], None, None]
+        finally:
+            subprocess.run(["chattr", "-i", file.parent], check=True)
+        self.put_again(backend, pool, 1, "link")
+        backend.close()
+
     def test_a_file_that_may_not_be_read_is_a_miss_and_no_failure(
         self, tmp_path: Path, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -285,12 +308,13 @@ class OddFileTests:
         buffers = [take(pool, CHUNK) for _ in range(4)]
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         taken: list[int] = []
+        gc.collect()  # what other tests left open must not be closed meanwhile
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
         try:
-            with contextlib.suppress(OSError):
-                while True:
-                    taken.append(os.open("/dev/null", os.O_RDONLY))
             for _ in range(5):
+                with contextlib.suppress(OSError):
+                    while True:
+                        taken.append(os.open("/dev/null", os.O_RDONLY))
                 with pytest.raises(StorageError, match="Too many open files"):
                     backend.put([make_key(n) for n in range(1, 5)], buffers)
         finally:
