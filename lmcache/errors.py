@@ -8,6 +8,7 @@
     ├── BufferStateError (RuntimeError) a pool handle used after, or released more than once
     ├── StorageError (OSError)          a tier could not do what was asked; the manager turns it into a miss
     │   ├── CorruptChunkError           the bytes read are not the chunk that was asked for
+    │   │   └── OddFileError            what has a file's name is no regular file with one link
     │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
     ├── WeightsChangedError (RuntimeError)  the model computes with other weights than its KV is named after
@@ -49,6 +50,10 @@ class StorageError(LMCacheError, OSError):
 
 class CorruptChunkError(StorageError):
     """The bytes read are not the chunk that was asked for."""
+
+
+class OddFileError(CorruptChunkError):
+    """What has the name of a file of ours is a link, a folder, a FIFO, ...: it is neither read nor written."""
 
 
 class ProtocolError(StorageError):

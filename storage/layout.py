@@ -8,7 +8,9 @@ from __future__ import annotations
 from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
 
 SUFFIX = ".kv"
-_LENGTHS = [2 * FINGERPRINT_BYTES, 2 * (NAMESPACE_BYTES - FINGERPRINT_BYTES), 2 * DIGEST_BYTES]
+FORMAT_LENGTH, TAGS_LENGTH = 2 * FINGERPRINT_BYTES, 2 * (NAMESPACE_BYTES - FINGERPRINT_BYTES)
+"""Of the names of folders."""
+_LENGTHS = [FORMAT_LENGTH, TAGS_LENGTH, 2 * DIGEST_BYTES]
 
 
 def namespace_path(namespace: bytes) -> str:
@@ -16,9 +18,14 @@ def namespace_path(namespace: bytes) -> str:
     return f"{namespace[:FINGERPRINT_BYTES].hex()}/{namespace[FINGERPRINT_BYTES:].hex()}"
 
 
+def chunk_name(key: ChunkKey) -> str:
+    """The name of a chunk in the folder of its namespace."""
+    return f"{key.digest.hex()}{SUFFIX}"
+
+
 def chunk_path(key: ChunkKey) -> str:
     """The name of a chunk, relative to the root."""
-    return f"{namespace_path(key.namespace)}/{key.digest.hex()}{SUFFIX}"
+    return f"{namespace_path(key.namespace)}/{chunk_name(key)}"
 
 
 def chunk_key(path: str) -> ChunkKey | None:

@@ -23,6 +23,7 @@ from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import ChunkKey
+from lmcache.storage.backends.regular_files import open_regular
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.registry import build_backend
 
@@ -227,9 +228,8 @@ class Audit(Wrapper):
         self._log_lock = threading.Lock()
         self.inner = build_backend(config.inner, "audit.inner")
         if config.log is not None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             try:
-                self._log = os.open(config.log.expanduser(), flags, 0o600)
+                self._log, _ = open_regular(str(config.log.expanduser()), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             except OSError as error:
                 self.inner.close()
                 raise ConfigError(f"audit: cannot write {config.log}: {error}") from error

@@ -254,7 +254,8 @@ class WriteQueue:
         if count and not self._refused:
             largest = max(write.buffer.nbytes for write in batch.writes)
             logger.warning(
-                "tier %s did not take %d of %d chunks of up to %d bytes: it is full, or too small for them",
+                "tier %s did not take %d of %d chunks of up to %d bytes: it is full, or too small for them, unless it "
+                "has said why",
                 self._tier.name,
                 count,
                 len(batch.writes),

@@ -17,8 +17,8 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from lmcache.storage.backends.regular_files import Spot
 from lmcache.storage.chunk import HEADER_BYTES
 
 PAGE = 4096
@@ -65,10 +65,10 @@ def read_header(file: int) -> memoryview:
     return _pages.header
 
 
-def probe_direct(path: Path) -> OSError | None:
-    """Whether the (empty, existing) file at ``path`` can be written with O_DIRECT: None, or the refusal."""
+def probe_direct(probe: Spot) -> OSError | None:
+    """Whether an (empty, existing) file can be written with O_DIRECT: None, or the refusal."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        file, _ = probe.open(os.O_RDWR | os.O_DIRECT)
         try:
             os.pwritev(file, [_pages.rest], 0)
         finally:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -21,20 +20,18 @@ from typing import ClassVar, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk_folder import Folder
+from lmcache.storage.backends.disk_folder import NO_ROOM, Folder, Spare
 from lmcache.storage.backends.disk_index import DiskIndex, Entry
 from lmcache.storage.backends.disk_space import DiskSpace
 from lmcache.storage.backends.io_threads import IOThreads, Outcome
+from lmcache.storage.backends.regular_files import NO_DESCRIPTORS
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
-
-logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
 MOST_OWED = 10_000
@@ -128,6 +125,7 @@ class DiskBackend(StorageBackend):
                     self._index.add(key, entry)
                     self._space.settle(entry.folder, entry.size)
         self._raise_if_all_fail(outcomes)
+        self._raise_if_not_for_room(outcomes)
         return sum(outcome is True for outcome in outcomes)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
@@ -172,7 +170,7 @@ class DiskBackend(StorageBackend):
             return
         self._io.close(CLOSE_TIMEOUT_S)
         for folder in self._folders:
-            folder.account.close()
+            folder.close()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -218,10 +216,7 @@ class DiskBackend(StorageBackend):
         try:
             found = folder.read(key, buffer, used_ns)
         except CorruptChunkError as error:
-            metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-            logger.warning("removed %s: %s", folder.file_of(key), error)
-            with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
-                self.remove([key])
+            self._remove_damaged(folder, key, str(error))
             return False
         except OSError as error:
             folder.failed(error, reading=True)
@@ -230,6 +225,14 @@ class DiskBackend(StorageBackend):
         if not found and folder.find(key) is None:
             self._index.forget(key)
         return found
+
+    def _remove_damaged(self, folder: Folder, key: ChunkKey, why: str) -> None:
+        try:
+            removed = self.remove([key]) > 0
+        except StorageError:  # it stays, but nobody is given it
+            removed = False
+            self._index.forget(key)
+        folder.odd.found(folder.file_of(key), why, removed=removed)
 
     def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
         entry = self._locate(key)
@@ -240,13 +243,17 @@ class DiskBackend(StorageBackend):
         folder = next((folder for folder in self._ranked(key) if self._usable(folder)), None)
         if folder is None:
             raise StorageError(f"cannot write {key}: every folder of the disk tier fails")
-        size, spares = HEADER_BYTES + buffer.nbytes, list[str]()
+        size, spares = HEADER_BYTES + buffer.nbytes, list[Spare]()
         if not self._space.reserve(folder, key, size, spares):
+            folder.writes.undecided()
             return False
         new = False
         try:
             new = folder.write(key, buffer, spares)
             folder.succeeded()
+        except OddFileError:
+            folder.succeeded()
+            return False  # what stands in its place stays there, which is said
         except OSError as error:
             folder.failed(error)
             raise StorageError(f"cannot write {folder.file_of(key)}: {error}") from error
@@ -254,7 +261,7 @@ class DiskBackend(StorageBackend):
             if new:
                 written[key] = Entry(folder.number, size, time.time_ns())
             for spare in spares:
-                folder.drop(spare)
+                folder.drop(spare.spot)
             self._space.end_write(folder, size, new=new)
             if folder.remade:
                 with contextlib.suppress(OSError):
@@ -265,6 +272,16 @@ class DiskBackend(StorageBackend):
         error = next((outcome for outcome in outcomes if isinstance(outcome, OSError)), None)
         if error is not None and all(folder.failing for folder in self._folders):
             raise error
+
+    def _raise_if_not_for_room(self, outcomes: Sequence[Outcome]) -> None:
+        """Some chunks were written, and others not: unless that is for room, it is no refusal but a failure."""
+        for outcome in outcomes:
+            cause = outcome.__cause__ if isinstance(outcome, StorageError) else None
+            if not isinstance(cause, OSError):
+                continue
+            # Another folder takes the chunks of one that fails; but this is not the folder's failure.
+            if cause.errno in NO_DESCRIPTORS or (self._alone and cause.errno not in NO_ROOM):
+                raise outcome  # type: ignore[misc]
 
     def _open(self) -> None:
         for folder in self._folders:

@@ -11,6 +11,7 @@ process counts for itself, which is said once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -21,6 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
+
+from lmcache.errors import OddFileError
+from lmcache.storage.backends.regular_files import NO_DESCRIPTORS, TRIES, create_regular, oddity, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +38,21 @@ class Account:
     """The count of one folder. Thread-safe. No fault of the file raises: the count is then this process's own."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
+        self._path = str(folder / NAME)
         self._lock = threading.Lock()
         self._file = -1
+        self._identity = 0, 0
         self._last = 0, 0
         self._shared = True
 
     def open(self) -> None:
         """Open the file, or make it; again after the folder was removed and made anew."""
         with self._lock:
-            self._close()
             try:
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._reopen()
             except OSError as error:
-                self._unshared(error)
+                if self._file < 0 or error.errno not in NO_DESCRIPTORS:
+                    self._unshared(error)
 
     def close(self) -> None:
         """Idempotent."""
@@ -100,11 +105,42 @@ class Account:
     def _changing(self) -> Iterator[tuple[int, int]]:
         with self._lock:
             locked = self._flock()
+            if self._file >= 0 and not self._is_in_its_place():
+                self._load()  # under its lock: it goes along into the file that takes its place
+                with contextlib.suppress(OSError):  # the folder has gone: whoever makes it anew opens this anew
+                    self._reopen()
+                    locked = self._flock()
             try:
                 yield self._load()
             finally:
                 if locked:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _is_in_its_place(self) -> bool:
+        """Not removed, not replaced, and with no second name, by which a copy of the folder would be changed too."""
+        try:
+            found = os.lstat(self._path)
+        except OSError:
+            return False
+        return self._identity == (found.st_dev, found.st_ino) and not oddity(found)
+
+    def _reopen(self) -> None:
+        """Open the file that is there, or a new one, and let go of the one that is open. OSError: that stays."""
+        for _ in range(TRIES):
+            with contextlib.suppress(FileExistsError):
+                os.close(create_regular(self._path, os.O_WRONLY))
+            try:
+                file, found = open_regular(self._path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            except OddFileError as error:
+                os.unlink(self._path)
+                logger.warning("removed %s: %s", self._path, error)
+            else:
+                self._close()
+                self._file, self._identity = file, (found.st_dev, found.st_ino)
+                return
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._path)
 
     def _flock(self) -> bool:
         """Whether the lock was had. It is held for microseconds, so whoever has it for long was stopped or is dead."""

@@ -9,24 +9,34 @@ import errno
 import logging
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
 from lmcache import metrics
 from lmcache.config import BreakerConfig
-from lmcache.errors import CorruptChunkError
+from lmcache.errors import CorruptChunkError, OddFileError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.chunk_files import ChunkFiles, lock
 from lmcache.storage.backends.direct_io import read_chunk, write_chunk
 from lmcache.storage.backends.disk_account import Account
+from lmcache.storage.backends.regular_files import GONE, NO_DESCRIPTORS, OpenFolder, Spot, oddity
 from lmcache.storage.base import Buffer
 from lmcache.storage.breaker import CircuitBreaker
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.layout import namespace_path
 
 logger = logging.getLogger(__name__)
 
 # The place is too small, which says nothing about what is there already.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Spare(NamedTuple):
+    """A victim's file that a chunk can be written over. identity: its device and inode, when it had its old name."""
+
+    spot: Spot
+    identity: tuple[int, int]
 
 
 class Folder(ChunkFiles):
@@ -59,6 +69,10 @@ class Folder(ChunkFiles):
         """Whether the chunk may be read, if it is here."""
         return self.opened and self.reads.ready and self.owed.isdisjoint((key, key.fingerprint, None))
 
+    def close(self) -> None:
+        super().close()
+        self.account.close()
+
     def rank(self, key: ChunkKey) -> int:
         """A chunk is written to the folder that ranks highest: adding one moves only its share of the keys."""
         return xxhash.xxh3_64_intdigest(key.digest, self._seed)
@@ -70,7 +84,7 @@ class Folder(ChunkFiles):
         """
         return self.aligned(buffer, lambda direct: self._read(key, buffer.view, used_ns, direct))
 
-    def write(self, key: ChunkKey, buffer: Buffer, spares: list[str]) -> bool:
+    def write(self, key: ChunkKey, buffer: Buffer, spares: list[Spare]) -> bool:
         """Write a file, there whole or not at all. False when somebody else's, as long, is there already.
 
         spares: files that ``take`` gave for this key; one is written over, if there is one, and gone in any case.
@@ -86,18 +100,30 @@ class Folder(ChunkFiles):
             # The folder was removed meanwhile, or a process that cannot see ours took the temporary file for an orphan.
             return self.aligned(buffer, write)
 
-    def take(self, victim: ChunkKey, key: ChunkKey) -> str | None:
-        """Make the file of ``victim`` a temporary one for ``key``; None when it is not there any more."""
-        temporary = self.temporary(key)
+    def take(self, victim: ChunkKey, key: ChunkKey) -> Spare | None:
+        """Make the file of ``victim`` a temporary one for ``key``; None when it is not there any more.
+
+        OddFileError when it is not to be written over: it has another name too, or is another user's.
+        """
+        try:
+            spot = self.spot(victim)
+            found = spot.stat()
+        except OSError as error:
+            if error.errno in GONE:
+                return None
+            raise
+        if not _may_be_written_over(found):
+            raise OddFileError(f"{spot} is not ours alone")
         for _ in range(2):
+            temporary = self.temporary(key)
             try:
-                os.rename(self.file_of(victim), temporary)
+                spot.rename(temporary)
             except FileNotFoundError:
-                if os.path.isdir(directory := os.path.dirname(temporary)):
+                if not temporary.folder.removed:
                     break
-                self._make(directory)
+                self._make(namespace_path(key.namespace))
             else:
-                return temporary
+                return Spare(temporary, (found.st_dev, found.st_ino))
         return None
 
     def used_since(self, key: ChunkKey, used_ns: int) -> bool:
@@ -113,8 +139,11 @@ class Folder(ChunkFiles):
     def failed(self, error: OSError, *, reading: bool = False) -> None:
         """Count an error; say so when it is the first of a row."""
         metrics.FOLDER_ERRORS.labels(self._root).inc()
-        if error.errno not in _NO_ROOM:
-            (self.reads if reading else self.writes).failed()
+        breaker = self.reads if reading else self.writes
+        if error.errno not in (*NO_ROOM, *NO_DESCRIPTORS):
+            breaker.failed()
+        else:
+            breaker.undecided()
         if not self.failing:
             logger.warning("%s: %s", self.path, error)
         self.failing = True
@@ -124,34 +153,30 @@ class Folder(ChunkFiles):
         self.failing = self.reads.failures > 0 or self.writes.failures > 0
 
     def _read(self, key: ChunkKey, view: memoryview, used_ns: int, direct: bool) -> bool:
-        path = self.file_of(key)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+            file, size = self.open_chunk(key, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            if error.errno in GONE:
+                return False
+            raise
         try:
-            if not self.fits(key, file, view.nbytes):
+            if not self.fits(key, file, size, view.nbytes):
                 return False
             check_chunk(read_chunk(file, view, direct=direct), key, view)
             self.used(file, used_ns)
         except CorruptChunkError:
-            if _names(path, file):
+            if self._is(key, file):
                 raise
             return False  # it was evicted meanwhile, and another chunk written over it
         finally:
             os.close(file)
         return True
 
-    def _write(self, key: ChunkKey, header: bytes, view: memoryview, direct: bool, spare: str | None) -> bool:
-        temporary = spare or self.temporary(key)
-        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    def _write(self, key: ChunkKey, header: bytes, view: memoryview, direct: bool, spare: Spare | None) -> bool:
+        temporary, file, old_size = self._blank(key, os.O_WRONLY | (os.O_DIRECT if direct else 0), spare)
         try:
-            if spare:
-                lock(file := os.open(spare, flags))
-            else:
-                file = self.create(temporary, flags)
             try:
-                size, old_size = HEADER_BYTES + view.nbytes, os.fstat(file).st_size
+                size = HEADER_BYTES + view.nbytes
                 if old_size < size:
                     os.ftruncate(file, size)  # so that scans of other processes count all of it
                 write_chunk(file, header, view, direct=direct, old_size=max(old_size, size))
@@ -159,44 +184,65 @@ class Folder(ChunkFiles):
                     os.fsync(file)
             finally:
                 os.close(file)
-            return self.publish(temporary, key, HEADER_BYTES + view.nbytes)
+            return self.publish(temporary, key, size)
         except BaseException:
             self.drop(temporary)
             raise
 
-    def publish(self, temporary: str, key: ChunkKey, size: int) -> bool:
+    def _blank(self, key: ChunkKey, flags: int, spare: Spare | None) -> tuple[Spot, int, int]:
+        """A temporary file to write to: its name, its descriptor, its size. ``spare`` if that is still what it was."""
+        if spare is not None:
+            try:
+                # Looked at once more, and open: under its name there may be another file now, or it another name.
+                file, found = spare.spot.open(flags)
+                if _may_be_written_over(found) and (found.st_dev, found.st_ino) == spare.identity:
+                    lock(file)
+                    return spare.spot, file, found.st_size
+                os.close(file)
+            except OddFileError as error:
+                self.odd.found(str(spare.spot), str(error), removed=True)
+            except BaseException:
+                self.drop(spare.spot)
+                raise
+            self.drop(spare.spot)
+        return *self.create(key, flags), 0
+
+    def publish(self, temporary: Spot, key: ChunkKey, size: int) -> bool:
         new = super().publish(temporary, key, size)
         if new and self._fsync:
-            path = self.file_of(key)
             try:
-                _sync(os.path.dirname(path))
+                _sync(temporary.folder)
             except OSError:
-                os.unlink(path)
+                self.unlink(key)
                 raise
         return new
 
-    def _make(self, directory: str) -> None:
+    def _make(self, name: str) -> OpenFolder:
         if not os.path.isdir(self._root):
             self.remade = True
-        super()._make(directory)
+        folder = super()._make(name)
         if self._fsync:
-            _sync(os.path.dirname(directory))
-            _sync(self._root)
+            for above in (os.path.dirname(name), ""):
+                _sync(self._folders.get(above))
+        return folder
+
+    def _is(self, key: ChunkKey, file: int) -> bool:
+        """Whether the name of ``key`` stands for this open file."""
+        try:
+            return os.path.samestat(self.spot(key).stat(), os.fstat(file))
+        except OSError:
+            return False
 
     def _gone(self, nbytes: int) -> None:
         self.account.change(-nbytes)
 
 
-def _names(path: str, file: int) -> bool:
-    """Whether ``path`` leads to this open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
-    except OSError:
-        return False
+def _may_be_written_over(found: os.stat_result) -> bool:
+    return not oddity(found) and found.st_nlink == 1 and found.st_uid == os.geteuid()
 
 
-def _sync(directory: str) -> None:
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(folder: OpenFolder) -> None:
+    file = folder.open()
     try:
         os.fsync(file)
     finally:

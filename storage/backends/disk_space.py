@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 
 from lmcache import metrics
+from lmcache.errors import OddFileError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk_folder import Folder
+from lmcache.storage.backends.disk_folder import Folder, Spare
 from lmcache.storage.backends.disk_index import DiskIndex, Entry
 
 ROUNDS, SPARING_ROUNDS = 16, 3
@@ -38,7 +39,7 @@ class DiskSpace:
         self._next_ask = [0.0] * folders
         self._gates = [_Gate() for _ in range(folders)]
 
-    def reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str]) -> bool:
+    def reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[Spare]) -> bool:
         """Count ``size`` bytes more, evicting as need be; False when they cannot be had.
 
         ``end_write`` has to follow when they are had, and ``settle`` when the chunk is in the index.
@@ -54,11 +55,11 @@ class DiskSpace:
         finally:
             if not had:
                 for spare in spares:
-                    folder.drop(spare)
+                    folder.drop(spare.spot)
                 gate.leave()
         return had
 
-    def _reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[str], gate: _Gate) -> bool:
+    def _reserve(self, folder: Folder, key: ChunkKey, size: int, spares: list[Spare], gate: _Gate) -> bool:
         scanned, rounds, gone = False, 0, 0
         while rounds < ROUNDS:
             # What was evicted is taken off the account in the same step: each step locks a file.
@@ -157,7 +158,7 @@ class DiskSpace:
         folder: Folder,
         victims: list[tuple[ChunkKey, Entry]],
         key: ChunkKey,
-        spares: list[str],
+        spares: list[Spare],
         size: int,
         *,
         sparing: bool,
@@ -186,10 +187,12 @@ class DiskSpace:
             # Not before: who finds a file that the index does not have adds it.
             self._index.forget(key, entry)
 
-    def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[str]) -> int:
-        """The same; the file goes to ``spares``."""
+    def _take(self, folder: Folder, victim: ChunkKey, entry: Entry, key: ChunkKey, spares: list[Spare]) -> int:
+        """The same; the file goes to ``spares``, unless it has to stay as it is."""
         try:
             spare = folder.take(victim, key)
+        except OddFileError:
+            return self._evict(folder, victim, entry)
         except OSError:
             return 0
         finally:

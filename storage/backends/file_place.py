@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.chunk_files import ChunkFiles
 from lmcache.storage.backends.indexed import Place
+from lmcache.storage.backends.regular_files import GONE, Spot
 from lmcache.storage.backends.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.pool import PAGE, PoolBuffer
 
+T = TypeVar("T")
 BATCH = 32
 """Files that are open at once."""
 Operation = Literal["READ", "WRITE"]
@@ -29,6 +32,7 @@ class Item(NamedTuple):
 
     key: ChunkKey
     path: str
+    """For people: by its name there may be another file now, so libraries are given ``file``."""
     file: int
     header: memoryview
     header_address: int
@@ -79,6 +83,7 @@ class FilePlace(Place):
 
     def close(self) -> None:
         self._headers.close()
+        self._files.close()
 
     def read(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[bool | StorageError]:
         outcomes: list[bool | StorageError] = []
@@ -117,24 +122,25 @@ class FilePlace(Place):
 
     def _write_batch(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
         with self._staged(len(keys)) as headers, contextlib.ExitStack() as files:
-            created: list[Item | StorageError] = []
+            created: list[tuple[Spot, Item] | StorageError] = []
             for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
                 created.append(self._create(key, buffer, headers, index))
-                if isinstance(new := created[-1], Item):
-                    files.callback(self._files.drop, new.path)
-                    files.callback(os.close, new.file)
-            items = [item for item in created if isinstance(item, Item)]
+                if not isinstance(new := created[-1], StorageError):
+                    files.callback(self._files.drop, new[0])
+                    files.callback(os.close, new[1].file)
+            items = [new[1] for new in created if not isinstance(new, StorageError)]
             failures = iter(self.move("WRITE", items, headers) if items else [])
-            return [self._publish(item, next(failures)) if isinstance(item, Item) else item for item in created]
+            return [new if isinstance(new, StorageError) else self._publish(*new, next(failures)) for new in created]
 
     def _open(self, key: ChunkKey, buffer: Buffer, headers: PoolBuffer, index: int) -> Item | bool | StorageError:
         path = self._files.file_of(key)
         try:
-            file = self._open_file(buffer, lambda direct: os.open(path, os.O_RDONLY | os.O_CLOEXEC | direct))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+            file, _ = self._open_file(buffer, lambda direct: self._files.open_chunk(key, os.O_RDONLY | direct))
+            _blocking(file)
+        except OddFileError as error:
+            return error
         except OSError as error:
-            return _failed("read", path, error)
+            return False if error.errno in GONE else _failed("read", path, error)
         item = _item(key, path, file, headers, index, buffer)
         misfit = self._misfit(item)
         if misfit is None:
@@ -145,7 +151,8 @@ class FilePlace(Place):
     def _misfit(self, item: Item) -> bool | StorageError | None:
         """What is wrong with the length of a file, if anything."""
         try:
-            return None if self._files.fits(item.key, item.file, item.buffer.nbytes) else False
+            size = os.fstat(item.file).st_size
+            return None if self._files.fits(item.key, item.file, size, item.buffer.nbytes) else False
         except CorruptChunkError as error:
             return error
         except OSError as error:
@@ -163,16 +170,17 @@ class FilePlace(Place):
         self._files.used(item.file, used_ns)
         return True
 
-    def _create(self, key: ChunkKey, buffer: Buffer, headers: PoolBuffer, index: int) -> Item | StorageError:
-        temporary = self._files.temporary(key)
+    def _create(
+        self, key: ChunkKey, buffer: Buffer, headers: PoolBuffer, index: int
+    ) -> tuple[Spot, Item] | StorageError:
         try:
-            file = self._open_file(buffer, lambda direct: self._files.create(temporary, os.O_RDWR | direct))
+            temporary, file = self._open_file(buffer, lambda direct: self._files.create(key, os.O_RDWR | direct))
             try:
                 # The kernel says why there is no room, where the library may not.
                 os.posix_fallocate(file, 0, HEADER_BYTES + buffer.nbytes)
-                item = _item(key, temporary, file, headers, index, buffer)
+                item = _item(key, str(temporary), file, headers, index, buffer)
                 item.header[:] = encode_header(key, self.on_host(buffer))
-                return item
+                return temporary, item
             except BaseException:
                 os.close(file)
                 self._files.drop(temporary)
@@ -180,16 +188,18 @@ class FilePlace(Place):
         except OSError as error:
             return _failed("write", self._files.file_of(key), error)
 
-    def _publish(self, item: Item, failure: Exception | None) -> StorageError | None:
+    def _publish(self, temporary: Spot, item: Item, failure: Exception | None) -> StorageError | None:
         try:
             if failure is not None:
                 raise failure
-            self._files.publish(item.path, item.key, HEADER_BYTES + item.buffer.nbytes)
+            self._files.publish(temporary, item.key, HEADER_BYTES + item.buffer.nbytes)
+        except OddFileError as error:
+            return error
         except (OSError, RuntimeError) as error:
             return _failed("write", self._files.file_of(item.key), error)
         return None
 
-    def _open_file(self, buffer: Buffer, call: Callable[[int], int]) -> int:
+    def _open_file(self, buffer: Buffer, call: Callable[[int], T]) -> T:
         """``call`` with O_DIRECT, where that may be, or 0."""
         whole = buffer.nbytes % PAGE == 0
         return self._files.aligned(buffer, lambda direct: call(os.O_DIRECT if direct and whole else 0))
@@ -201,6 +211,11 @@ class FilePlace(Place):
             yield headers
         finally:
             self._headers.give(headers)
+
+
+def _blocking(file: int) -> None:
+    """Who reads by io_uring may be told to try again otherwise."""
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_NONBLOCK)
 
 
 def _item(key: ChunkKey, path: str, file: int, headers: PoolBuffer, index: int, buffer: Buffer) -> Item:

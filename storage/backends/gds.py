@@ -6,6 +6,7 @@ A buffer in host memory goes by POSIX reads and writes, on KvikIO's own threads.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from lmcache.errors import ConfigError
 from lmcache.storage.backends.chunk_files import temporary_name
 from lmcache.storage.backends.file_place import FilePlace, Item, Operation
 from lmcache.storage.backends.indexed import IndexedBackend
+from lmcache.storage.backends.regular_files import create_regular
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.pool import PoolBuffer
@@ -90,7 +92,7 @@ class GdsFiles(FilePlace):
         # It takes the GPU's path where the buffer is there.
         payload = item.buffer if isinstance(item.buffer, OnDevice) else item.buffer.view
         try:
-            handle = self._kvikio.CuFile(item.path, "r" if operation == "READ" else "r+")
+            handle = self._kvikio.CuFile(_path_of(item.file), "r" if operation == "READ" else "r+")
             handles.callback(handle.close)
             call = handle.pread if operation == "READ" else handle.pwrite
             futures.append((call(item.header, HEADER_BYTES, 0), HEADER_BYTES))
@@ -103,15 +105,22 @@ class GdsFiles(FilePlace):
         """See whether KvikIO reads what it wrote."""
         with self._staged(1) as header:
             path = self._files.path / temporary_name()
+            file = create_regular(str(path), os.O_RDWR)
             try:
-                path.write_bytes(bytes(HEADER_BYTES))
-                with self._kvikio.CuFile(str(path), "r+") as handle:
+                os.ftruncate(file, HEADER_BYTES)
+                with self._kvikio.CuFile(_path_of(file), "r+") as handle:
                     handle.pwrite(b"p" * HEADER_BYTES, HEADER_BYTES, 0).get()
                     handle.pread(header.view, HEADER_BYTES, 0).get()
                 if header.view != b"p" * HEADER_BYTES:
                     raise OSError("KvikIO did not read what it wrote")
             finally:
+                os.close(file)
                 path.unlink(missing_ok=True)
+
+
+def _path_of(file: int) -> str:
+    """KvikIO opens files by a path: one that leads to the file that is open, whatever its name stands for by now."""
+    return f"/proc/self/fd/{file}"
 
 
 def _ended(futures: list[tuple[Any, int]], failure: Exception | None) -> Exception | None:

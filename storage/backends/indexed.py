@@ -43,7 +43,10 @@ class Place(ABC):
 
     @abstractmethod
     def write(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
-        """Write chunks, each there whole or not at all; what went wrong with each."""
+        """Write chunks, each there whole or not at all; what went wrong with each.
+
+        CorruptChunkError: something that is no chunk stands in its place and stays there, which the place has said.
+        """
 
     @abstractmethod
     def delete(self, key: ChunkKey) -> bool:
@@ -185,7 +188,8 @@ class IndexedBackend(StorageBackend):
                     held += 1
                 else:
                     self._index.unreserve(HEADER_BYTES + buffer.nbytes)
-                    failure = failure or outcome
+                    if not isinstance(outcome, CorruptChunkError):
+                        failure = failure or outcome
         if failure is not None:
             raise failure
         return held
@@ -258,9 +262,11 @@ class IndexedBackend(StorageBackend):
     def _failed(self, key: ChunkKey, outcome: bool | StorageError, *, first: bool) -> None:
         if isinstance(outcome, CorruptChunkError):
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-            logger.warning("%s: removed %s: %s", self.name, key, outcome)
-            with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
-                self.remove([key])
+            try:
+                what = "removed" if self.remove([key]) else "left alone"
+            except StorageError:  # it stays, but nobody is given it
+                what = "left alone"
+            logger.warning("%s: %s %s: %s", self.name, what, key, outcome)
         elif isinstance(outcome, StorageError):
             if first:
                 raise outcome

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import struct
 import threading
 from pathlib import Path
 
 import xxhash
 
-from lmcache.errors import ConfigError, StorageError
+from lmcache.errors import ConfigError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
+from lmcache.storage.backends.regular_files import create_regular, open_regular
 
 MAGIC = b"LMJ1"
 _FIELDS = struct.Struct("<4sc64sQ")
@@ -38,14 +40,18 @@ class Journal:
         self._tail = b""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._file, links = _open(self._path)
         except OSError as error:
             raise ConfigError(f"cannot open the index {self._path}: {error}") from error
         if os.pread(self._file, len(MAGIC), 0) not in (b"", MAGIC):
             os.close(self._file)
             raise ConfigError(f"{self._path} is no index of chunks; give the name of a new file")
         self._refresh()
-        self._compact()
+        try:
+            self._compact(anew=links > 1)
+        except OSError as error:
+            os.close(self._file)
+            raise ConfigError(f"cannot write the index {self._path} anew: {error}") from error
 
     def items(self) -> list[tuple[ChunkKey, int]]:
         """Every key and its size, the oldest first."""
@@ -109,23 +115,49 @@ class Journal:
                 self._sizes[key] = size
         return data[at:] if at >= 0 else data[-len(MAGIC) + 1 :]
 
-    def _compact(self) -> None:
-        """Write it anew when half of it is history and nobody else has it open; hold it as one who has it open."""
+    def _compact(self, *, anew: bool) -> None:
+        """Write it anew when half of it is history and nobody else has it open; hold it as one who has it open.
+
+        anew: in any case, as the file has a second name, in a copy of its folder that is made of links for example.
+        """
         records = self._offset // _RECORD.size
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as error:
+            if anew:
+                raise OSError("it has another name (a hard link), and another process has it open") from error
             fcntl.flock(self._file, fcntl.LOCK_SH)
             return
-        if records > 64 and records > 2 * len(self._sizes):
+        if anew or (records > 64 and records > 2 * len(self._sizes)):
             temporary = self._path.with_name(f"{self._path.name}.new")
-            temporary.write_bytes(b"".join(_record(b"+", key, size) for key, size in self._sizes.items()))
-            temporary.rename(self._path)
+            temporary.unlink(missing_ok=True)  # of one that was killed, or a link to anywhere
+            new = create_regular(str(temporary), os.O_RDWR | os.O_APPEND)
+            try:
+                data = b"".join(_record(b"+", key, size) for key, size in self._sizes.items())
+                if os.write(new, data) != len(data):
+                    raise OSError("it was not written whole")
+                temporary.rename(self._path)
+            except BaseException:
+                os.close(new)
+                temporary.unlink(missing_ok=True)
+                raise
             os.close(self._file)
-            self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-            self._offset = os.fstat(self._file).st_size
-            self._tail = b""
+            self._file, self._offset, self._tail = new, len(data), b""
         fcntl.flock(self._file, fcntl.LOCK_SH)
+
+
+def _open(path: Path) -> tuple[int, int]:
+    """The descriptor and the number of names of the file, which is made if need be."""
+    flags = os.O_RDWR | os.O_APPEND
+    try:
+        file, _ = open_regular(str(path), flags | os.O_CREAT)
+        return file, 1
+    except OddFileError:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise
+        # A second name is no harm in reading; whoever asked writes to a new file.
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return file, os.fstat(file).st_nlink
 
 
 def _record(operation: bytes, key: ChunkKey, size: int) -> bytes:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,21 +29,18 @@ from pydantic import ByteSize, Field
 
 from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
+from lmcache.storage.backends.regular_files import GONE, Folders, Oddities, Spot, oddity, open_to_read
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
-from lmcache.storage.layout import chunk_key, chunk_path, namespace_path
-
-logger = logging.getLogger(__name__)
+from lmcache.storage.layout import chunk_key, chunk_name, chunk_path, namespace_path
 
 WRITING = ".writing"
 # Above so many keys one listing of their folder is cheaper than a question for each, as each is a round trip.
 FEW = 64
 # A sweep looks at every file, so it runs once this share of the capacity has been written since the last.
 SWEEP_SHARE = 1 / 32
-# What a file that was removed, perhaps by another host, answers.
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 # Other hosts' processes cannot be asked whether they live.
 _HOST, _TOKEN = socket.gethostname(), secrets.token_hex(4)
 _serial = itertools.count()
@@ -70,16 +67,16 @@ class SharedFolderBackend(StorageBackend):
         if parts.netloc or not parts.path.startswith("/") or parts.path == "/":
             raise ConfigError(f"{config.url}: expected fs:///path/of/a/folder")
         self._root = Path(unquote(parts.path))
-        self._writing = self._root / WRITING
+        self._odd = Oddities(self.name)
+        self._folders = Folders(str(self._root), self._odd)
         self._capacity = config.capacity
         self._orphan_age_s = config.orphan_age_s
         self._unswept = 0
         self._lock = threading.Lock()
         try:
-            self._writing.mkdir(parents=True, exist_ok=True)
-            probe = self._writing / _temporary_name()
-            probe.write_bytes(b"")
-            probe.unlink()
+            probe = Spot(self._folders.make(WRITING), _temporary_name())
+            os.close(probe.create(os.O_WRONLY))
+            probe.remove()
             self._remove_orphans()
         except OSError as error:
             raise ConfigError(f"cannot write to the shared folder {self._root}: {error}") from error
@@ -116,71 +113,73 @@ class SharedFolderBackend(StorageBackend):
             size = HEADER_BYTES + buffer.nbytes
             if self._stat(key) > HEADER_BYTES:
                 held.append(key)
-            elif self._capacity is None or size <= self._capacity:
-                self._write(key, buffer.view)
+            elif (self._capacity is None or size <= self._capacity) and self._write(key, buffer.view):
                 self._account(size)
                 held.append(key)
         # Those that came first may have gone for the last ones.
         return len(held) if self._capacity is None else sum(self._stat(key) > HEADER_BYTES for key in held)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
-        return sum(self._unlink(self._path(key)) for key in keys)
+        return sum(self._unlink(key) for key in keys)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        count = 0
-        for path, _ in self._files(None if fingerprint is None else fingerprint.hex()):
-            count += self._unlink(path)
-        return count
+        return sum(self._unlink(key) for key, _ in self._files(None if fingerprint is None else fingerprint.hex()))
 
     def keys(self) -> list[ChunkKey]:
-        return [key for path, _ in self._files(None) if (key := self._key(path)) is not None]
+        return [key for key, _ in self._files(None)]
 
     def close(self) -> None:
-        """Nothing is open between calls."""
+        """No call is under way any more, so nothing is open."""
+        self._folders.close()
 
     def _path(self, key: ChunkKey) -> Path:
+        """For people. We go by ``_spot``."""
         return self._root / chunk_path(key)
 
-    def _key(self, path: Path) -> ChunkKey | None:
-        return chunk_key(path.relative_to(self._root).as_posix())
+    def _spot(self, key: ChunkKey) -> Spot:
+        """An error of ``GONE`` when its folder is not there."""
+        return Spot(self._folders.get(namespace_path(key.namespace)), chunk_name(key))
 
     def _stat(self, key: ChunkKey) -> int:
         """Bytes of its file, 0 where there is none."""
         try:
-            return self._path(key).stat().st_size
+            return self._size(self._spot(key))
         except OSError as error:
-            if error.errno in _GONE:
+            if error.errno in GONE:
                 return 0
             raise StorageError(f"cannot look up {self._path(key)}: {error}") from error
 
     def _list(self, wanted: set[ChunkKey]) -> dict[ChunkKey, int]:
         """Bytes of the files of those that are there."""
         found: dict[ChunkKey, int] = {}
-        for namespace in {key.namespace for key in wanted}:
-            for path, entry in self._folder(self._root / namespace_path(namespace)):
-                key = self._key(path)
-                if key is not None and key in wanted:
+        for namespace in {namespace_path(key.namespace) for key in wanted}:
+            for key, spot in self._chunks(namespace):
+                if key in wanted:
                     with contextlib.suppress(FileNotFoundError):
-                        found[key] = entry.stat().st_size
+                        found[key] = self._size(spot)
         return found
 
     def _read(self, key: ChunkKey, view: memoryview) -> bool:
-        path = self._path(key)
         header = bytearray(HEADER_BYTES)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file, found = open_to_read(self._spot(key), os.O_RDONLY, self._odd)
             try:
-                size = os.fstat(file).st_size
+                size = found.st_size
                 wanted = HEADER_BYTES + view.nbytes
                 done = _transfer(
                     os.preadv, file, [memoryview(header), view] if size == wanted else [memoryview(header)]
                 )
+                if done == wanted and self._capacity is not None:
+                    with contextlib.suppress(OSError):
+                        os.utime(file)  # the order of use, for whoever sweeps
             finally:
                 os.close(file)
+        except OddFileError:
+            raise
         except OSError as error:
-            if error.errno in _GONE:
+            if error.errno in GONE:
                 return False
-            raise StorageError(f"cannot read {path}: {error}") from error
+            raise StorageError(f"cannot read {self._path(key)}: {error}") from error
         if size != wanted:
             # Who is wrong, the file or the caller? The header tells.
             if done != HEADER_BYTES or check_header(bytes(header), key)[0] != size - HEADER_BYTES:
@@ -189,46 +188,59 @@ class SharedFolderBackend(StorageBackend):
         if done != size:
             raise CorruptChunkError(f"the file ended after {done} of {size} bytes")
         check_chunk(bytes(header), key, view)
-        if self._capacity is not None:
-            with contextlib.suppress(OSError):
-                os.utime(path)  # the order of use, for whoever sweeps
         return True
 
-    def _write(self, key: ChunkKey, view: memoryview) -> None:
-        path, temporary = self._path(key), self._writing / _temporary_name()
+    def _write(self, key: ChunkKey, view: memoryview) -> bool:
+        """False when a folder that is not empty has its name."""
         try:
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o660)
+            temporary = Spot(self._folders.get(WRITING), _temporary_name())
+            file = temporary.create(os.O_WRONLY, 0o660)
             try:
                 try:
                     _transfer(os.pwritev, file, [memoryview(encode_header(key, view)), view])
                 finally:
                     os.close(file)  # over NFS it is this that says that a disk is full
-                try:
-                    temporary.rename(path)
-                except FileNotFoundError:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary.rename(path)
+                self._publish(temporary, key)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    temporary.unlink()
+                    temporary.remove()
                 raise
+        except OddFileError:
+            return False
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error}") from error
+            raise StorageError(f"cannot write {self._path(key)}: {error}") from error
+        return True
+
+    def _publish(self, temporary: Spot, key: ChunkKey) -> None:
+        """Give a finished file its name, whatever but a folder has that. OddFileError when a folder does, and stays."""
+        namespace, name = namespace_path(key.namespace), chunk_name(key)
+        for folder in (self._folders.get, self._folders.make, self._folders.make):
+            try:
+                spot = Spot(folder(namespace), name)
+                temporary.rename(spot)
+                return
+            except IsADirectoryError:
+                if not self._odd.remove(spot, "a folder, not a file of ours"):
+                    raise OddFileError("a folder stands in its place") from None
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+        raise FileNotFoundError(errno.ENOENT, "its folder goes as often as it is made", str(self._path(key)))
 
     def _damaged(self, key: ChunkKey, why: str) -> None:
-        metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-        logger.warning("removed %s: %s", self._path(key), why)
-        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
-            self._unlink(self._path(key))
-
-    def _unlink(self, path: Path) -> bool:
         try:
-            path.unlink()
+            removed = self._unlink(key)
+        except StorageError:  # it stays, but nobody is given it
+            removed = False
+        self._odd.found(str(self._path(key)), why, removed=removed)
+
+    def _unlink(self, key: ChunkKey) -> bool:
+        try:
+            return self._spot(key).remove()
         except OSError as error:
-            if error.errno in _GONE:
+            if error.errno in GONE:
                 return False
-            raise StorageError(f"cannot remove {path}: {error}") from error
-        return True
+            raise StorageError(f"cannot remove {self._path(key)}: {error}") from error
 
     def _account(self, size: int) -> None:
         if self._capacity is None:
@@ -244,42 +256,53 @@ class SharedFolderBackend(StorageBackend):
 
     def _sweep(self, most: int) -> None:
         """Remove the least recently used files until no more than ``most`` bytes are left."""
-        files = []
-        for path, entry in self._files(None):
+        files: list[tuple[int, int, ChunkKey]] = []
+        for key, spot in self._files(None):
             with contextlib.suppress(FileNotFoundError):
-                stat = entry.stat()
-                files.append((stat.st_mtime_ns, stat.st_size, path))
+                found = spot.stat()
+                if stat.S_ISREG(found.st_mode):
+                    files.append((found.st_mtime_ns, found.st_size, key))
         used, victims = sum(size for _, size, _ in files), 0
-        for _, size, path in sorted(files):
+        for _, size, key in sorted(files):
             if used <= most:
                 break
-            victims += self._unlink(path)
+            victims += self._unlink(key)
             used -= size
         metrics.EVICTED_CHUNKS.labels(self.name).inc(victims)
 
     def _remove_orphans(self) -> None:
-        for path, entry in self._folder(self._writing):
+        for spot in self._folders.spots(WRITING):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - entry.stat().st_mtime > self._orphan_age_s:
-                    path.unlink()
+                if time.time() - spot.stat().st_mtime > self._orphan_age_s:
+                    with contextlib.suppress(PermissionError):
+                        spot.remove()
 
-    def _files(self, fingerprint: str | None) -> Iterator[tuple[Path, os.DirEntry[str]]]:
-        """Every chunk of one format, or of all."""
-        for format_path, _ in self._folder(self._root):
-            if fingerprint in (None, format_path.name):
-                for tag_path, _ in self._folder(format_path):
-                    for path, entry in self._folder(tag_path):
-                        if self._key(path) is not None:
-                            yield path, entry
+    def _size(self, spot: Spot) -> int:
+        """Bytes of a file; 0 of what is no file of ours, which a write replaces."""
+        found = spot.stat()
+        if why := oddity(found):
+            self._odd.found(str(spot), f"{why}, not a file of ours", removed=False)
+            return 0
+        return found.st_size
 
-    def _folder(self, folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
+    def _files(self, fingerprint: str | None) -> Iterator[tuple[ChunkKey, Spot]]:
+        """What has the name of a chunk of one format, or of all."""
+        with self._listing(self._root):
+            namespaces = list(self._folders.namespaces(fingerprint))
+        for namespace in namespaces:
+            yield from self._chunks(namespace)
+
+    def _chunks(self, namespace: str) -> list[tuple[ChunkKey, Spot]]:
+        with self._listing(self._root / namespace):
+            spots = self._folders.spots(namespace)
+        return [(key, spot) for spot in spots if (key := chunk_key(f"{namespace}/{spot.name}")) is not None]
+
+    @contextlib.contextmanager
+    def _listing(self, folder: Path) -> Iterator[None]:
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    yield folder / entry.name, entry
+            yield
         except OSError as error:
-            if error.errno not in _GONE:
-                raise StorageError(f"cannot list {folder}: {error}") from error
+            raise StorageError(f"cannot list {folder}: {error}") from error
 
 
 def _temporary_name() -> str:

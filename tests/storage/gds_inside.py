@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from chunk_file_tests import ChunkFileTests, files_machine
 from managers import open_manager
+from odd_file_tests import OddFileTests
+
+from lmcache.storage.base import StorageBackend
 
 if not os.environ.get("LMCACHE_TEST_GDS"):
     pytest.skip("run by test_gds.py", allow_module_level=True)
@@ -20,3 +24,10 @@ class TestGds(ChunkFileTests):
 
 
 TestGdsMachine = files_machine(TestGds).TestCase
+
+
+class TestGdsOddFiles(OddFileTests):
+    tier = "gds"
+
+    def open(self, path: Path, **options: Any) -> StorageBackend:
+        return TestGds.open(path, **options)

@@ -54,6 +54,20 @@ def fails(number: int, call: Callable[..., int], when: Callable[..., bool]) -> C
     return instead
 
 
+def fails_below(folder: Path, number: int, call: Callable[..., object]) -> Callable[..., object]:
+    """``call``, or the error of that number where it is about what is in ``folder``."""
+
+    def instead(path: str | int, *args: object, dir_fd: int | None = None) -> object:
+        where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if dir_fd is not None:
+            where = f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}"
+        if where.startswith(str(folder)):
+            raise on_purpose(number)
+        return call(path, *args) if dir_fd is None else call(path, *args, dir_fd=dir_fd)
+
+    return instead
+
+
 def put_fails(disk: DiskBackend, pool: PinnedPool, number: int, match: str) -> None:
     buffer = take(pool, CHUNK)
     try:
@@ -73,9 +87,10 @@ def test_the_page_cache_is_bypassed_where_that_is_granted(
     if not disk.direct:
         pytest.skip("the file system of the temporary folder refuses O_DIRECT")
 
-    def spy(path: str, flag: int, mode: int = 0o777) -> int:
-        flags.append(flag & os.O_DIRECT)
-        return real(path, flag, mode)
+    def spy(path: str, flag: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if not flag & os.O_DIRECTORY:
+            flags.append(flag & os.O_DIRECT)
+        return real(path, flag, mode, dir_fd=dir_fd)
 
     put(disk, pool, make_key(0), CHUNK, seed=0)  # its folder is there now
     monkeypatch.setattr(os, "open", spy)
@@ -266,9 +281,8 @@ def test_a_folder_that_fails_costs_only_its_chunks_and_comes_back(
     data = {n: put(disk, pool, make_key(n), CHUNK, seed=n) for n in range(20)}
     bad = numbers_in(disk, paths[0], 20)
     with monkeypatch.context() as patch:
-        for call in ("open", "unlink", "scandir"):
-            inside = fails(errno.EIO, getattr(os, call), lambda path, *_: str(path).startswith(str(paths[0])))
-            patch.setattr(os, call, inside)
+        for call in ("open", "unlink", "listdir"):
+            patch.setattr(os, call, fails_below(paths[0], errno.EIO, getattr(os, call)))
         for n in range(20):
             assert get(disk, pool, make_key(n), CHUNK) == (None if n in bad else data[n])
         assert disk.contains([make_key(bad[0])]) == 0, "a folder that has failed repeatedly is left alone"
