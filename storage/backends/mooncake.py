@@ -24,7 +24,7 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
 from lmcache.storage.backends.registrations import Registrations
 from lmcache.storage.backends.staging import Staging
-from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 
 if TYPE_CHECKING:
@@ -106,15 +106,16 @@ class MooncakeBackend(StorageBackend):
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
-        for start in range(0, len(keys), BATCH):
-            batch, sources = keys[start : start + BATCH], buffers[start : start + BATCH]
-            for code in self._move(batch, sources, "put", _put):
+        held: set[ChunkKey] = set()
+        wanted = list(distinct(keys, buffers).items())
+        for start in range(0, len(wanted), BATCH):
+            batch, sources = zip(*wanted[start : start + BATCH], strict=True)
+            for key, code in zip(batch, self._move(batch, sources, "put", _put), strict=True):
                 if code in (0, _EXISTS):
-                    held += 1
+                    held.add(key)
                 elif code != _FULL:
                     raise self._failed("put", code)
-        return held
+        return sum(key in held for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         if not keys:

@@ -29,7 +29,7 @@ from pydantic import ByteSize, Field
 
 from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
@@ -75,6 +75,7 @@ class SharedFolderBackend(StorageBackend):
         self._orphan_age_s = config.orphan_age_s
         self._unswept = 0
         self._lock = threading.Lock()
+        self._closed = False
         try:
             self._writing.mkdir(parents=True, exist_ok=True)
             probe = self._writing / _temporary_name()
@@ -87,6 +88,7 @@ class SharedFolderBackend(StorageBackend):
             self._sweep(self._capacity)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._check_open()
         listed: dict[ChunkKey, int] | None = None
         sizes: list[int] = []
         for number, key in enumerate(keys):
@@ -101,6 +103,7 @@ class SharedFolderBackend(StorageBackend):
         return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        self._check_open()
         for count, (key, buffer) in enumerate(zip(keys, into, strict=True)):
             try:
                 if not self._read(key, buffer.view):
@@ -111,6 +114,7 @@ class SharedFolderBackend(StorageBackend):
         return len(keys)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        self._check_open()
         held: list[ChunkKey] = []
         for key, buffer in zip(keys, buffers, strict=True):
             size = HEADER_BYTES + buffer.nbytes
@@ -124,19 +128,27 @@ class SharedFolderBackend(StorageBackend):
         return len(held) if self._capacity is None else sum(self._stat(key) > HEADER_BYTES for key in held)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
+        self._check_open()
         return sum(self._unlink(self._path(key)) for key in keys)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        self._check_open()
         count = 0
         for path, _ in self._files(None if fingerprint is None else fingerprint.hex()):
             count += self._unlink(path)
         return count
 
     def keys(self) -> list[ChunkKey]:
+        self._check_open()
         return [key for path, _ in self._files(None) if (key := self._key(path)) is not None]
 
     def close(self) -> None:
-        """Nothing is open between calls."""
+        """Calls that run go on to their end."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the shared folder {self._root} is closed")
 
     def _path(self, key: ChunkKey) -> Path:
         return self._root / chunk_path(key)

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from lmcache import metrics
 from lmcache.config import build
-from lmcache.errors import ConfigError, StorageError
+from lmcache.errors import ClosedError, ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
@@ -139,11 +140,10 @@ def test_closing_ends_a_wait(tmp_path: Path, opened: Opened) -> None:
         wrap(tmp_path, "faults", hang_rate=1, hang_s=60),
     ):
         backend = opened(options)
-        thread = threading.Thread(target=lambda: backend.sizes([make_key(1)]))  # noqa: B023
-        thread.start()
-        backend.close()
-        thread.join(timeout=5)
-        assert not thread.is_alive()
+        with ThreadPoolExecutor(1) as executor:
+            asking = executor.submit(backend.sizes, [make_key(1)])
+            backend.close()
+            assert isinstance(asking.exception(timeout=5), ClosedError)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
