@@ -10,7 +10,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -97,11 +97,10 @@ class MooncakeBackend(StorageBackend):
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         count = 0
-        for start in range(0, len(keys), BATCH):
-            batch = keys[start : start + BATCH]
-            done = self._get(batch, into[start : start + BATCH])
+        for part in _parts(keys):
+            done = self._get(keys[part], into[part])
             count += done
-            if done < len(batch):
+            if done < part.stop - part.start:
                 break
         return count
 
@@ -249,6 +248,18 @@ class MooncakeBackend(StorageBackend):
 
     def _failed(self, what: str, code: object) -> StorageError:
         return StorageError(f"Mooncake's {what} failed at {self._config.url}: code {code}")
+
+
+def _parts(keys: Sequence[ChunkKey]) -> Iterator[slice]:
+    """Runs of at most BATCH keys that are all different: the store reads a name that is asked for twice not at all."""
+    start, seen = 0, set[ChunkKey]()
+    for at, key in enumerate(keys):
+        if key in seen or at - start == BATCH:
+            yield slice(start, at)
+            start, seen = at, set()
+        seen.add(key)
+    if seen:
+        yield slice(start, len(keys))
 
 
 class _Batch:

@@ -1,7 +1,7 @@
 """``FolderBackend`` with one defect each: what the conformance suite is for.
 
-``MUTANTS`` names for each a test of ``BackendTests`` that fails with it. ``UNSEEN`` are those that the suite cannot tell
-from a right one, because it looks from outside only: they want tests of your own.
+``MUTANTS`` names for each a test of ``BackendTests`` that fails with it. ``UNSEEN`` are those that the suite cannot
+tell from a right one, because it looks from outside only: they want tests of your own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.pool import PAGE
 from lmcache.storage.testing.reference import FolderBackend, FolderConfig
+
 
 class _Memory:
     """Bytes that a backend takes for a buffer."""
@@ -50,7 +51,8 @@ class SizesLookBehindAGap(FolderBackend):
     """``sizes`` leaves out what is not there instead of stopping."""
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
-        return [size for key in keys for size in super(SizesLookBehindAGap, self).sizes([key])]
+        sizes = super().sizes
+        return [size for key in keys for size in sizes([key])]
 
 
 class SizesWithHeaders(FolderBackend):
@@ -74,7 +76,8 @@ class GetCountsBehindAGap(FolderBackend):
     """``get`` goes on behind a miss and counts all that it filled."""
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
-        return sum(super(GetCountsBehindAGap, self).get([key], [buffer]) for key, buffer in zip(keys, into, strict=True))
+        get = super().get
+        return sum(get([key], [buffer]) for key, buffer in zip(keys, into, strict=True))
 
 
 class GetTakesAnyLength(FolderBackend):
@@ -398,7 +401,8 @@ class CountsWhatItWrote(FolderBackend):
     """``put`` counts what it wrote, also where that had to go again for the rest of the batch."""
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        return sum(super(CountsWhatItWrote, self).put([key], [buffer]) for key, buffer in zip(keys, buffers, strict=True))
+        put = super().put
+        return sum(put([key], [buffer]) for key, buffer in zip(keys, buffers, strict=True))
 
 
 class EvictsForWhatNeverFits(FolderBackend):
@@ -470,9 +474,10 @@ class ClearLeavesTenants(FolderBackend):
     """``clear`` of a format leaves the chunks of requests with tags."""
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        with self._working(), self._lock:
-            wanted = [key for key in self._sizes if fingerprint in (None, key.fingerprint)]
-            return self.remove([key for key in wanted if fingerprint is None or not any(key.namespace[FINGERPRINT_BYTES:])])
+        if fingerprint is None:
+            return super().clear()
+        without_tags = fingerprint + bytes(NAMESPACE_BYTES - FINGERPRINT_BYTES)
+        return self.remove([key for key in self.keys() or () if key.namespace == without_tags])
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

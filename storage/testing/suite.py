@@ -351,7 +351,8 @@ class BackendTests:
         backend.close()
         with contextlib.closing(open_backend()) as again:
             assert again.contains([keys[2]]) == 0
-            assert [self.get(again, pool, key, 70_000) for key in keys[:2]] == (data[:2] if self.durable else [None] * 2)
+            expected = data[:2] if self.durable else [None, None]
+            assert [self.get(again, pool, key, 70_000) for key in keys[:2]] == expected
             assert again.clear() == (2 if self.durable else 0)
 
     def test_close_is_idempotent(self, backend: StorageBackend) -> None:
@@ -574,7 +575,7 @@ def side_by_side(work: Callable[[int], object], numbers: Sequence[int]) -> Itera
 
 @contextlib.contextmanager
 def meanwhile(call: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """A function that has another thread run ``call``, and waits for it, unless that one waits for us; some 20 times."""
+    """A function that has another thread run ``call`` and waits for it, but not long: it may wait for us."""
     running: list[Future[None]] = []
     with ThreadPoolExecutor(1) as executor:
 

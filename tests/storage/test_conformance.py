@@ -1,4 +1,4 @@
-"""The conformance suite itself: what is right passes it, what is wrong does not, and the documentation says the same."""
+"""The conformance suite itself: what is right passes it, what is wrong does not, and the documentation says so."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ TestFolderMachine, TestSmallFolderMachine = FolderMachine.TestCase, SmallFolderM
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What became of the named test of each mutant, and of all tests of those that cannot be seen: why it failed, or ""."""
+    """Why the named test of each mutant failed, and each test of those that cannot be seen; empty where it passed."""
     report = tmp_path_factory.mktemp("mutants") / "report.xml"
     wanted = [f"Test{mutant.__name__}::{test}" for mutant, test in MUTANTS.items()]
     wanted += [f"Test{mutant.__name__}" for mutant in UNSEEN]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")),
-            *(f"--junitxml={report}", *(f"{HERE / 'mutants_inside.py'}::{name}" for name in wanted)),
+            *(sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={report}"),
+            *(f"{HERE / 'mutants_inside.py'}::{name}" for name in wanted),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},

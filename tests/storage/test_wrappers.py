@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_files import InFiles
 
 from lmcache import metrics
 from lmcache.config import build
@@ -57,12 +58,20 @@ def opened() -> Iterator[Callable[[dict[str, Any]], StorageBackend]]:
 Opened = Callable[[dict[str, Any]], StorageBackend]
 
 
-class WrapperTests(BackendTests):
+class WrapperTests(InFiles):
     types: tuple[str, ...]
 
     @pytest.fixture
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: build_backend(wrap(tmp_path / "kv", *self.types), "test")
+
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
+        def options(*types: str) -> dict[str, Any]:
+            disk = {"type": "disk", "path": str(tmp_path / "small"), "capacity": 1 << 20}
+            return {"type": types[0], "inner": options(*types[1:])} if types else disk
+
+        return lambda: build_backend(options(*self.types), "test")
 
 
 class TestMetered(WrapperTests):
