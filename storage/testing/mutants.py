@@ -463,6 +463,19 @@ class RemoveCountsAKeyTwice(FolderBackend):
         return there
 
 
+class RemoveWithoutALock(FolderBackend):
+    """Two threads that remove one key both find it there."""
+
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        with self._working():
+            there = [key for key in keys if key in self._sizes]
+            for key in dict.fromkeys(there):
+                self.file_of(key).unlink()
+                self._used -= HEADER_BYTES + self._sizes[key]
+                del self._sizes[key]
+            return len(set(there))
+
+
 class ClearTakesAll(FolderBackend):
     """``clear`` of a format clears the others too."""
 
@@ -693,9 +706,10 @@ class SizesReadPayloads(FolderBackend):
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         sizes = super().sizes(keys)
-        for key in keys[: len(sizes)]:
-            with self._lock:
-                self.file_of(key).read_bytes()
+        with self._lock:
+            for key in keys[: len(sizes)]:
+                if key in self._sizes:
+                    self.file_of(key).read_bytes()
         return sizes
 
 
@@ -740,6 +754,7 @@ MUTANTS: dict[type[FolderBackend], str] = {
     RemoveLeavesTheLast: "test_remove_counts_what_was_there",
     RemoveCountsKeys: "test_remove_counts_what_was_there",
     RemoveCountsAKeyTwice: "test_a_key_may_stand_in_a_batch_twice",
+    RemoveWithoutALock: "test_threads_may_put_and_remove_the_same_keys",
     ClearTakesAll: "test_clear_by_format_leaves_the_others",
     ClearLeavesTenants: "test_clear_by_format_leaves_the_others",
     AMissIsAnError: "test_an_unknown_key_is_a_miss",

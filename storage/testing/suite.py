@@ -21,9 +21,11 @@ import contextlib
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import pytest
@@ -40,6 +42,7 @@ OpenBackend = Callable[[], StorageBackend]
 SIZES = (1, 4095, 4096, 4097, 100_003, 1 << 20)
 SMALL_BYTES = 1 << 20
 """Room of ``open_small_backend``."""
+_NOT_OF_A_BACKEND = (__file__, random.__file__)
 END_S = 60.0
 """By when a thread of a test must have ended: for ever, to whoever waits."""
 
@@ -453,6 +456,35 @@ class BackendTests:
         with side_by_side(work, range(4)):
             pass
 
+    def test_threads_may_put_and_remove_the_same_keys(self, backend: StorageBackend, pool: PinnedPool) -> None:
+        keys = [make_key(n, format=n % 2) for n in range(4)]
+        data = [random.Random(n).randbytes(9000) for n in range(4)]
+
+        def work(thread: int) -> None:
+            dice = random.Random(thread)
+            with buffers_of(pool, [9000] * 2) as buffers:
+                for turn in range(15):
+                    some = dice.sample(range(4), 2)
+                    batch = [keys[n] for n in some]
+                    for n, buffer in zip(some, buffers, strict=True):
+                        buffer.view[:] = data[n]
+                    assert 0 <= backend.put(batch, buffers) <= 2
+                    blank(buffers)
+                    got = backend.get(batch, buffers)
+                    assert [bytes(buffer.view) for buffer in buffers[:got]] == [data[n] for n in some[:got]]
+                    assert backend.sizes(batch) in ([], [9000], [9000] * 2)
+                    assert 0 <= backend.remove(batch[:1]) <= 1
+                    assert set(backend.keys() or ()) <= set(keys)
+                    if turn % 5 == thread:
+                        backend.clear(batch[0].fingerprint)
+
+        with side_by_side(work, range(4)):
+            pass
+        backend.remove(keys)
+        assert not any(backend.contains([key]) for key in keys)
+        assert self.put(backend, pool, keys[0], 9000, seed=0) == self.get(backend, pool, keys[0], 9000)
+        assert backend.clear() == 1
+
     @pytest.mark.parametrize("operation", ["put", "get"])
     def test_calls_on_other_keys_meanwhile_change_nothing(
         self, backend: StorageBackend, pool: PinnedPool, operation: str
@@ -499,7 +531,7 @@ class BackendTests:
         def write(number: int) -> None:
             self.put(backend, pool, make_key(number), SMALL_BYTES, seed=number)
 
-        for number in range(8):
+        for number in range(5):
             expected = random.Random(number).randbytes(SMALL_BYTES)
             with side_by_side(write, [number]) as running:
                 sizes: list[int] = []
@@ -560,17 +592,31 @@ def corrupt_chunks() -> float:
 
 @contextlib.contextmanager
 def side_by_side(work: Callable[[int], object], numbers: Sequence[int]) -> Iterator[list[Future[object]]]:
-    """``work`` of each number on a thread of its own, in quick turns, while the block runs; raises what they raise."""
+    """``work`` of each number on a thread of its own while the block runs; raises what they raise.
+
+    The threads stop now and then between two lines of the backend, so that each such place is seen by the others.
+    """
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-4)
     try:
-        with ThreadPoolExecutor(len(numbers)) as executor:
+        with ThreadPoolExecutor(len(numbers), initializer=_stop_now_and_then) as executor:
             running = [executor.submit(work, number) for number in numbers]
             yield running
             for future in running:
                 future.result(END_S)
     finally:
         sys.setswitchinterval(interval)
+
+
+def _stop_now_and_then() -> None:
+    dice = random.Random(threading.get_ident())
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+        if event == "line" and dice.random() < 0.2:
+            time.sleep(1e-6)
+        return None if frame.f_code.co_filename in _NOT_OF_A_BACKEND else trace
+
+    sys.settrace(trace)
 
 
 @contextlib.contextmanager
