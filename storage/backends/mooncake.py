@@ -36,8 +36,8 @@ T = TypeVar("T")
 CLOSE_TIMEOUT_S = 1.0
 BATCH = 64
 """Values of one call, as their headers lie in memory of our own meanwhile."""
-# What the store answers.
-_FULL, _MISSING, _EXISTS, _LEASE_EXPIRED = -200, -704, -705, -707
+# What the store answers. A value that is not ready is one that somebody else is writing: it is not there yet.
+_FULL, _NOT_READY, _MISSING, _EXISTS, _LEASE_EXPIRED = -200, -703, -704, -705, -707
 
 
 class MooncakeConfig(Config):
@@ -122,7 +122,7 @@ class MooncakeBackend(StorageBackend):
         names = [self._name(key) for key in keys]
         codes: list[int] = self._call("remove", lambda store: store.batch_remove(names, True))
         for code in codes:
-            if code not in (0, _MISSING):
+            if code not in (0, _MISSING, _NOT_READY):
                 raise self._failed("remove", code)
         return codes.count(0)
 
@@ -160,7 +160,7 @@ class MooncakeBackend(StorageBackend):
                 logger.warning("removed %s: %s", self._name(key), code)
                 self.remove([key])
                 return count
-            if code in (_MISSING, _LEASE_EXPIRED):
+            if code in (_MISSING, _LEASE_EXPIRED, _NOT_READY):
                 return count
             if code != HEADER_BYTES + buffer.nbytes:
                 raise self._failed("get", code)
