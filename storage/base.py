@@ -41,10 +41,16 @@ class StorageBackend(ABC):
     Meaning: a map ChunkKey -> bytes. What ``get`` returns was put under that very key, bit for bit, or it is a miss.
     Threads: every method may be called from several threads at once.
     Blocking: methods block; deadlines, retries and the circuit breaker live in the StorageManager.
-    Buffers: the caller owns every buffer; a backend neither keeps nor releases one after it returns.
+    Buffers: the caller owns every buffer; a backend neither keeps nor releases one after it returns. It writes to the
+    ``nbytes`` of those that it fills, and to nothing else.
+    Batches: one entry after the other. An empty batch does nothing. A key may stand in it more than once: ``sizes``,
+    ``get`` and ``put`` count it each time (of different bytes the first are held), ``remove`` once.
     Outside process memory a chunk carries the header of ``storage/chunk.py``; whatever is off (magic, version, key,
     length, checksum) is a miss plus a metric plus removal of the bad entry, never data.
-    Errors: a miss is a value. StorageError when the place itself fails (disk full, connection refused, ...).
+    Errors: a miss is a value. StorageError when the place itself fails (disk full, connection refused, ...). Whatever
+    a library underneath raises, nothing but StorageError and ClosedError comes out.
+    Closing: after ``close()`` every other call raises ClosedError; one with an empty batch may do nothing instead. A
+    call that runs meanwhile ends as it would have, or with ClosedError or StorageError.
     Construction: from one ``Config`` of its own; ConfigError when it cannot work.
     """
 
@@ -72,14 +78,15 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        """Write payloads; returns how many of them are now held. A key that is already held counts as held.
+        """Write payloads; returns how many of them are now held.
 
-        A chunk becomes visible whole or not at all. What does not fit the capacity is not held (after eviction).
+        A key that is already held counts as held; its bytes stay or are replaced, whole. A chunk becomes visible whole
+        or not at all. What does not fit the capacity is not held (after eviction), and does no harm to what is.
         """
 
     @abstractmethod
     def remove(self, keys: Sequence[ChunkKey]) -> int:
-        """Remove; returns how many were there."""
+        """Remove, also behind keys that are not there; returns how many were."""
 
     @abstractmethod
     def clear(self, fingerprint: bytes | None = None) -> int:
@@ -95,3 +102,11 @@ class StorageBackend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release resources; what was put stays where the medium keeps it. Idempotent."""
+
+
+def distinct(keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> dict[ChunkKey, Buffer]:
+    """Every key of a batch to put, with the buffer where it stands first."""
+    first: dict[ChunkKey, Buffer] = {}
+    for key, buffer in zip(keys, buffers, strict=True):
+        first.setdefault(key, buffer)
+    return first

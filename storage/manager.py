@@ -53,7 +53,12 @@ class StorageHealth:
 
 
 class StorageManager:
-    """All tiers of one process. Thread-safe. Nothing it does waits without a deadline, and no tier's failure raises."""
+    """All tiers of one process. Thread-safe. Nothing it does waits without a deadline, and no tier's failure raises.
+
+    A key may stand in a batch more than once, and counts as in ``StorageBackend``. After ``close()`` nothing is found
+    and nothing is kept, as stores may still be under way; what gives a lease, or must not seem to be done when it is
+    not (``remove``, ``clear``, ``copy``, ``move``), raises ClosedError.
+    """
 
     def __init__(
         self, config: LMCacheConfig, *, pin: bool = False, tiers: Sequence[StorageBackend] | None = None
@@ -219,7 +224,7 @@ class StorageManager:
 
         Returns the largest number that one tier had.
         """
-        self._home.check()
+        self._check_open()
         counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
         counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
         if self._means_memory(tier):
@@ -233,7 +238,7 @@ class StorageManager:
         tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
         of ``fingerprint`` too. Returns the largest number that one tier had.
         """
-        self._home.check()
+        self._check_open()
         selection = Selection(fingerprint, tags)
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
@@ -245,12 +250,12 @@ class StorageManager:
     def copy(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
         """Copy what tier ``source`` has of ``keys`` to tier ``target`` ("memory" or a backend's name); returns how many
         are known to be there by ``timeout_s`` (``read_timeout_s``)."""
-        self._home.check()
+        self._check_open()
         return len(self._transfers.copy(keys, source, target, timeout_s or self._config.read_timeout_s))
 
     def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
         """The same, and ``source`` forgets what was copied."""
-        self._home.check()
+        self._check_open()
         return len(self._transfers.move(keys, source, target, timeout_s or self._config.read_timeout_s))
 
     def freeze(self) -> None:
@@ -331,8 +336,7 @@ class StorageManager:
         lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
         lease._on_closed = self._forget
         with self._lock:
-            if self._closed:
-                raise ClosedError("the storage manager is closed")
+            self._check_open()
             self._leases.add(lease)
         lease._extend(self._memory.pin(keys))
         if lease.ready == len(keys) or not self._tiers:
@@ -348,6 +352,11 @@ class StorageManager:
                 raise
         self._watch(lease)
         return lease
+
+    def _check_open(self) -> None:
+        self._home.check()
+        if self._closed:
+            raise ClosedError("the storage manager is closed")
 
     def _watch(self, lease: Lease) -> None:
         """Close the lease when it has run out; looks again when it was renewed, or is still being read."""

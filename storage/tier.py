@@ -284,7 +284,10 @@ class LowerTier:
         return cleared or 0
 
     def close(self) -> None:
-        """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
+        """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread.
+
+        From then on it finds nothing, and takes nothing.
+        """
         self._stopping.set()
         self.owed.close()
         ended = self.writes.close(CLOSE_S)

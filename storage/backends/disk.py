@@ -29,7 +29,7 @@ from lmcache.storage.backends.disk_index import DiskIndex, Entry
 from lmcache.storage.backends.disk_space import DiskSpace
 from lmcache.storage.backends.io_threads import IOThreads, Outcome
 from lmcache.storage.backends.regular_files import NO_DESCRIPTORS
-from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
 
@@ -90,6 +90,7 @@ class DiskBackend(StorageBackend):
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         self._home.check()
+        self._io.check_open()
         sizes: list[int] = []
         for key in keys:
             entry = self._locate(key)
@@ -113,23 +114,27 @@ class DiskBackend(StorageBackend):
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         written: dict[ChunkKey, Entry] = {}
+        wanted = distinct(keys, buffers)
         jobs = [
             (HEADER_BYTES + buffer.nbytes, functools.partial(self._put, key, buffer, written))
-            for key, buffer in zip(keys, buffers, strict=True)
+            for key, buffer in wanted.items()
         ]
         try:
             outcomes = self._io.run(jobs)
         finally:
-            for key in reversed(keys):
+            for key in reversed(wanted):
                 if (entry := written.pop(key, None)) is not None:
                     self._index.add(key, entry)
                     self._space.settle(entry.folder, entry.size)
         self._raise_if_all_fail(outcomes)
         self._raise_if_not_for_room(outcomes)
-        return sum(outcome is True for outcome in outcomes)
+        # What was held before may have been evicted for the rest of the batch.
+        held = {key for key, outcome in zip(wanted, outcomes, strict=True) if outcome is True and self._index.find(key)}
+        return sum(key in held for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         self._home.check()
+        self._io.check_open()
         count, failure = 0, None
         for key in keys:
             there = False
@@ -147,6 +152,7 @@ class DiskBackend(StorageBackend):
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         self._home.check()
+        self._io.check_open()
         count = 0
         for folder in self._folders:
             try:
@@ -159,6 +165,7 @@ class DiskBackend(StorageBackend):
     def keys(self) -> list[ChunkKey]:
         """By the folders, as other processes write to them too."""
         self._home.check()
+        self._io.check_open()
         try:
             return [key for folder in self._folders if folder.opened for _, key, _ in folder.scan()[0]]
         except OSError as error:

@@ -147,21 +147,16 @@ class IndexedBackend(StorageBackend):
 
     def keys(self) -> list[ChunkKey]:
         # By the place and not by the index, so that what other processes put there is told too.
-        return [key for key, _ in self._place.scan()]
+        with self._running():
+            return [key for key, _ in self._place.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
-        self._home.check()
-        sizes: list[int] = []
-        for key in keys:
-            size = self._known(key)
-            if not size:
-                break
-            sizes.append(size - HEADER_BYTES)
-        return sizes
+        with self._running():
+            return self._leading(keys)
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         with self._running():
-            known = self.contains(keys)
+            known = len(self._leading(keys))
             outcomes = self._place.read(keys[:known], into[:known]) if known else []
             count = sum(outcome is True for outcome in outcomes)
             # The head of a prefix, without which the rest is worth nothing, counts as used last.
@@ -171,13 +166,12 @@ class IndexedBackend(StorageBackend):
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
         fresh: dict[ChunkKey, Buffer] = {}
         with self._running():
             for key, buffer in zip(keys, buffers, strict=True):
                 if key in fresh or self._still_here(key):
-                    held += 1
-                elif (victims := self._index.reserve(HEADER_BYTES + buffer.nbytes)) is not None:
+                    continue
+                if (victims := self._index.reserve(HEADER_BYTES + buffer.nbytes)) is not None:
                     fresh[key] = buffer
                     self._evict(victims)
             failure: StorageError | None = None
@@ -185,14 +179,14 @@ class IndexedBackend(StorageBackend):
             for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
                 if outcome is None:
                     self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
-                    held += 1
                 else:
                     self._index.unreserve(HEADER_BYTES + buffer.nbytes)
                     if not isinstance(outcome, CorruptChunkError):
                         failure = failure or outcome
         if failure is not None:
             raise failure
-        return held
+        # What was held before may have been evicted for the rest of the batch.
+        return sum(self._index.size(key) > 0 for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         count = 0
@@ -233,6 +227,16 @@ class IndexedBackend(StorageBackend):
             with self._changed:
                 self._calls -= 1
                 self._changed.notify_all()
+
+    def _leading(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """``sizes``, of a place that is open."""
+        sizes: list[int] = []
+        for key in keys:
+            size = self._known(key)
+            if not size:
+                break
+            sizes.append(size - HEADER_BYTES)
+        return sizes
 
     def _still_here(self, key: ChunkKey) -> bool:
         """Asks the place, as another process may have removed it."""

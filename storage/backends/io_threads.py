@@ -52,6 +52,10 @@ class IOThreads:
             raise batch.error
         return batch.outcomes
 
+    def check_open(self) -> None:
+        """ClosedError after close()."""
+        self._state.check_open()
+
     def close(self, timeout_s: float) -> bool:
         """Refuse new batches and wait for those that run; False when some still do after ``timeout_s``."""
         self._state.stop()

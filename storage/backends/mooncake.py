@@ -10,7 +10,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
 from lmcache.storage.backends.registrations import Registrations
 from lmcache.storage.backends.staging import Staging
-from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ T = TypeVar("T")
 CLOSE_TIMEOUT_S = 1.0
 BATCH = 64
 """Values of one call, as their headers lie in memory of our own meanwhile."""
-# What the store answers.
-_FULL, _MISSING, _EXISTS, _LEASE_EXPIRED = -200, -704, -705, -707
+# What the store answers. A value that is not ready is one that somebody else is writing: it is not there yet.
+_FULL, _NOT_READY, _MISSING, _EXISTS, _LEASE_EXPIRED = -200, -703, -704, -705, -707
 
 
 class MooncakeConfig(Config):
@@ -99,29 +99,29 @@ class MooncakeBackend(StorageBackend):
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         count = 0
-        for start in range(0, len(keys), BATCH):
-            batch = keys[start : start + BATCH]
+        for part in _parts(keys):
             try:
-                done = self._get(batch, into[start : start + BATCH])
+                done = self._get(keys[part], into[part])
             except StorageError:
                 if not count:
                     raise
                 break
             count += done
-            if done < len(batch):
+            if done < part.stop - part.start:
                 break
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        held = 0
-        for start in range(0, len(keys), BATCH):
-            batch, sources = keys[start : start + BATCH], buffers[start : start + BATCH]
-            for code in self._move(batch, sources, "put", _put):
+        held: set[ChunkKey] = set()
+        wanted = list(distinct(keys, buffers).items())
+        for start in range(0, len(wanted), BATCH):
+            batch, sources = zip(*wanted[start : start + BATCH], strict=True)
+            for key, code in zip(batch, self._move(batch, sources, "put", _put), strict=True):
                 if code in (0, _EXISTS):
-                    held += 1
+                    held.add(key)
                 elif code != _FULL:
                     raise self._failed("put", code)
-        return held
+        return sum(key in held for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         if not keys:
@@ -129,7 +129,7 @@ class MooncakeBackend(StorageBackend):
         names = [self._name(key) for key in keys]
         codes: list[int] = self._call("remove", lambda store: store.batch_remove(names, True))
         for code in codes:
-            if code not in (0, _MISSING):
+            if code not in (0, _MISSING, _NOT_READY):
                 raise self._failed("remove", code)
         return codes.count(0)
 
@@ -168,7 +168,7 @@ class MooncakeBackend(StorageBackend):
                 with suppress(StorageError):  # it is a miss in any case, and is found again
                     self.remove([key])
                 return count
-            if code in (_MISSING, _LEASE_EXPIRED):
+            if code in (_MISSING, _LEASE_EXPIRED, _NOT_READY):
                 return count
             if code != HEADER_BYTES + buffer.nbytes:
                 raise self._failed("get", code)
@@ -256,6 +256,18 @@ class MooncakeBackend(StorageBackend):
 
     def _failed(self, what: str, code: object) -> StorageError:
         return StorageError(f"Mooncake's {what} failed at {self._config.url}: code {code}")
+
+
+def _parts(keys: Sequence[ChunkKey]) -> Iterator[slice]:
+    """Runs of at most BATCH keys that are all different: the store reads a name that is asked for twice not at all."""
+    start, seen = 0, set[ChunkKey]()
+    for at, key in enumerate(keys):
+        if key in seen or at - start == BATCH:
+            yield slice(start, at)
+            start, seen = at, set()
+        seen.add(key)
+    if seen:
+        yield slice(start, len(keys))
 
 
 class _Batch:

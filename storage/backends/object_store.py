@@ -24,12 +24,12 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.object_listing import Search
 from lmcache.storage.backends.requests import ByteBudget, Crew, RecentSizes
-from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
 from lmcache.storage.layout import chunk_key, chunk_path
 
@@ -116,6 +116,7 @@ class ObjectStoreBackend(StorageBackend):
         self._questions = Crew(config.lookups, "lmcache-object-ask")
         self._lookups = config.lookups
         self._mode: PutMode = "create"
+        self._closed = False
         try:
             self._check()
         except BaseException:
@@ -123,6 +124,7 @@ class ObjectStoreBackend(StorageBackend):
             raise
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._check_open()
         found = self._index.among(keys)
         unknown = [key for key in dict.fromkeys(keys) if key not in found]
         self._guard("look up chunks", lambda: self._ask(unknown, found))
@@ -134,6 +136,7 @@ class ObjectStoreBackend(StorageBackend):
         return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        self._check_open()
         misses = [len(keys)]
         came: set[int] = set()
 
@@ -153,22 +156,25 @@ class ObjectStoreBackend(StorageBackend):
         return next((number for number in range(len(keys)) if number not in came), len(keys))
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        self._check_open()
         held = self._index.among(keys)
-        wanted = {key: buffer for key, buffer in zip(keys, buffers, strict=True) if key not in held}
-        self._transfers.map(lambda item: self._send(item[0], item[1].view), list(wanted.items()))
+        wanted = [(key, buffer) for key, buffer in distinct(keys, buffers).items() if key not in held]
+        self._transfers.map(lambda item: self._send(item[0], item[1].view), wanted)
         return len(keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
+        self._check_open()
         self._index.drop(keys)
-        distinct = list(dict.fromkeys(keys))
+        wanted = list(dict.fromkeys(keys))
         # The store does not tell what was there.
-        there = self._guard("look up chunks", lambda: self._questions.map(self._head, distinct))
-        paths = [chunk_path(key) for key, size in zip(distinct, there, strict=True) if size is not None]
+        there = self._guard("look up chunks", lambda: self._questions.map(self._head, wanted))
+        paths = [chunk_path(key) for key, size in zip(wanted, there, strict=True) if size is not None]
         self._delete(paths)
         self._index.drop(keys)
         return len(paths)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        self._check_open()
         count = 0
         self._index.clear()
         for keys in self._pages(None if fingerprint is None else fingerprint.hex()):
@@ -178,11 +184,17 @@ class ObjectStoreBackend(StorageBackend):
         return count
 
     def keys(self) -> list[ChunkKey]:
+        self._check_open()
         return [key for keys in self._pages(None) for key in keys]
 
     def close(self) -> None:
+        self._closed = True
         self._transfers.close()
         self._questions.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self._url} is closed")
 
     def _pages(self, prefix: str | None) -> Iterator[list[ChunkKey]]:
         """Every chunk below a prefix, up to 1,000 at a time."""

@@ -22,7 +22,7 @@ from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, Chunk
 from lmcache.storage.backends.redis_pipeline import Batch, Outcome, Pipeline, Session, Windows, refused
 from lmcache.storage.backends.redis_servers import RedisConfig
 from lmcache.storage.backends.redis_wire import ErrorReply, Part, Wire, bulk_string, command
-from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,11 @@ class RedisBackend(StorageBackend):
                     self.remove(damaged)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        views = [buffer.view for _, buffer in zip(keys, buffers, strict=True)]
-        absent = self._absent(keys, views)
-        held = len(keys) - len(absent)
-        return held + self._write([(keys[i], views[i]) for i in absent if self._fits(views[i])])
+        wanted = {key: buffer.view for key, buffer in distinct(keys, buffers).items()}
+        absent = self._absent(list(wanted), list(wanted.values()))
+        held = wanted.keys() - absent
+        held |= self._write([(key, wanted[key]) for key in absent if self._fits(wanted[key])])
+        return sum(key in held for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         return self._unlink(self._names(keys))
@@ -134,8 +135,8 @@ class RedisBackend(StorageBackend):
         self._refused(f"max_value is {self._config.max_value} bytes", view.nbytes)
         return False
 
-    def _absent(self, keys: Sequence[ChunkKey], views: Sequence[memoryview]) -> list[int]:
-        """Which keys hold no value of the right length. Renews the time to live of those that do."""
+    def _absent(self, keys: Sequence[ChunkKey], views: Sequence[memoryview]) -> list[ChunkKey]:
+        """The keys that hold no value of the right length. Renews the time to live of those that do."""
         names = self._names(keys)
         absent: list[int] = []
 
@@ -154,10 +155,10 @@ class RedisBackend(StorageBackend):
             return True
 
         self._pipeline.perform(Batch(names, request, answer, _lookups(len(names)), replies=2 if self._ttl else 1))
-        return sorted(set(absent))
+        return [keys[index] for index in sorted(set(absent))]
 
-    def _write(self, chunks: Sequence[tuple[ChunkKey, memoryview]]) -> int:
-        """Put them, whatever was there; returns how many the server took."""
+    def _write(self, chunks: Sequence[tuple[ChunkKey, memoryview]]) -> set[ChunkKey]:
+        """Put them, whatever was there; returns those that the server took."""
         names = self._names([key for key, _ in chunks])
         refused: set[int] = set()
         ttl = bulk_string(b"PX") + bulk_string(self._ttl) if self._ttl else b""
@@ -178,7 +179,8 @@ class RedisBackend(StorageBackend):
             return True
 
         windows = _windows([HEADER_BYTES + view.nbytes for _, view in chunks], self._config.window)
-        taken = self._pipeline.perform(Batch(names, request, answer, windows, ahead=2)) - len(refused)
+        self._pipeline.perform(Batch(names, request, answer, windows, ahead=2))
+        taken = {key for index, (key, _) in enumerate(chunks) if index not in refused}
         self._full = self._full and not taken
         return taken
 

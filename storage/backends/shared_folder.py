@@ -29,7 +29,7 @@ from pydantic import ByteSize, Field
 
 from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
+from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.regular_files import GONE, Folders, Oddities, Spot, oddity, open_to_read
 from lmcache.storage.base import Buffer, StorageBackend
@@ -73,6 +73,7 @@ class SharedFolderBackend(StorageBackend):
         self._orphan_age_s = config.orphan_age_s
         self._unswept = 0
         self._lock = threading.Lock()
+        self._closed = False
         try:
             probe = Spot(self._folders.make(WRITING), _temporary_name())
             os.close(probe.create(os.O_WRONLY))
@@ -84,6 +85,7 @@ class SharedFolderBackend(StorageBackend):
             self._sweep(self._capacity)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._check_open()
         listed: dict[ChunkKey, int] | None = None
         sizes: list[int] = []
         for number, key in enumerate(keys):
@@ -98,6 +100,7 @@ class SharedFolderBackend(StorageBackend):
         return sizes
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        self._check_open()
         for count, (key, buffer) in enumerate(zip(keys, into, strict=True)):
             try:
                 if not self._read(key, buffer.view):
@@ -108,6 +111,7 @@ class SharedFolderBackend(StorageBackend):
         return len(keys)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        self._check_open()
         held: list[ChunkKey] = []
         for key, buffer in zip(keys, buffers, strict=True):
             size = HEADER_BYTES + buffer.nbytes
@@ -120,17 +124,25 @@ class SharedFolderBackend(StorageBackend):
         return len(held) if self._capacity is None else sum(self._stat(key) > HEADER_BYTES for key in held)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
+        self._check_open()
         return sum(self._unlink(key) for key in keys)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        self._check_open()
         return sum(self._unlink(key) for key, _ in self._files(None if fingerprint is None else fingerprint.hex()))
 
     def keys(self) -> list[ChunkKey]:
+        self._check_open()
         return [key for key, _ in self._files(None)]
 
     def close(self) -> None:
         """No call is under way any more, so nothing is open."""
+        self._closed = True
         self._folders.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the shared folder {self._root} is closed")
 
     def _path(self, key: ChunkKey) -> Path:
         """For people. We go by ``_spot``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import threading
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
+from in_files import InFiles
 from managers import NBYTES, Open, settle
 from tier_faults import CHUNK, check_manager_goes_on, work_until_closed
 
@@ -105,7 +107,7 @@ def check_a_large_batch(backend: StorageBackend, pool: PinnedPool) -> None:
     backend.close()
 
 
-class ChunkFileTests(BackendTests):
+class ChunkFileTests(InFiles):
     """Subclasses say what the options are."""
 
     options: ClassVar[dict[str, Any]]
@@ -123,6 +125,22 @@ class ChunkFileTests(BackendTests):
     @pytest.fixture
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: self.open(tmp_path / "kv")
+
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
+        return lambda: self.open(tmp_path / "small", capacity=1 << 20)
+
+    @pytest.fixture
+    def broken(self, backend: StorageBackend) -> Callable[[], AbstractContextManager[None]]:
+        assert isinstance(backend, IndexedBackend)
+        place = backend._place
+
+        @contextlib.contextmanager
+        def failing() -> Iterator[None]:
+            with unittest.mock.patch.object(place, "move", nothing_moves):
+                yield
+
+        return failing
 
     @pytest.fixture
     def mount(self, tmp_path: Path) -> Iterator[Callable[..., Path]]:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
+from in_files import InFiles
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
@@ -38,7 +39,7 @@ def open_disk(path: Path, capacity: int = 1 << 30) -> DiskBackend:
     return DiskBackend(DiskConfig(path=path, capacity=capacity))
 
 
-class TestDisk(BackendTests):
+class TestDisk(InFiles):
     @pytest.fixture
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: open_disk(tmp_path / "kv")

@@ -129,6 +129,10 @@ class TestObjects(BackendTests):
     def open_backend(self, tmp_path: Path, service: Any) -> Callable[[], StorageBackend]:
         return lambda: open_objects(service, tmp_path / "index")
 
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path, service: Any) -> Callable[[], StorageBackend]:
+        return lambda: open_objects(service, tmp_path / "small", capacity=1 << 20)
+
 
 def test_objects_larger_than_half_the_staging_memory_go_one_by_one(
     service: Any, tmp_path: Path, pool: PinnedPool

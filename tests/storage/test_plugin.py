@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def from_the_page(source: Path) -> None:
     """The package as somebody has it who copies what docs/storage_plugins.md shows."""
     page = (ROOT / "docs" / "storage_plugins.md").read_text()
-    config, backend, suite = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    config, backend, suite, machine = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (project,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (source / "lmcache_ramdisk").mkdir(parents=True)
     (source / "lmcache_ramdisk" / "__init__.py").write_text(config + backend)
-    (source / "conformance.py").write_text(suite)
+    (source / "conformance.py").write_text(suite + machine)
     (source / "pyproject.toml").write_text(project)
 
 

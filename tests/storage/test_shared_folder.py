@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_files import InFiles
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
@@ -35,10 +36,14 @@ def open_folder(path: Path, **options: Any) -> SharedFolderBackend:
     return backend
 
 
-class TestSharedFolder(BackendTests):
+class TestSharedFolder(InFiles):
     @pytest.fixture
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: open_folder(tmp_path / "kv")
+
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
+        return lambda: open_folder(tmp_path / "small", capacity=1 << 20)
 
 
 @pytest.fixture

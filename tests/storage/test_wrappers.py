@@ -6,14 +6,16 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_files import InFiles
 
 from lmcache import metrics
 from lmcache.config import build
-from lmcache.errors import ConfigError, StorageError
+from lmcache.errors import ClosedError, ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend
@@ -56,12 +58,20 @@ def opened() -> Iterator[Callable[[dict[str, Any]], StorageBackend]]:
 Opened = Callable[[dict[str, Any]], StorageBackend]
 
 
-class WrapperTests(BackendTests):
+class WrapperTests(InFiles):
     types: tuple[str, ...]
 
     @pytest.fixture
     def open_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return lambda: build_backend(wrap(tmp_path / "kv", *self.types), "test")
+
+    @pytest.fixture
+    def open_small_backend(self, tmp_path: Path) -> Callable[[], StorageBackend]:
+        def options(*types: str) -> dict[str, Any]:
+            disk = {"type": "disk", "path": str(tmp_path / "small"), "capacity": 1 << 20}
+            return {"type": types[0], "inner": options(*types[1:])} if types else disk
+
+        return lambda: build_backend(options(*self.types), "test")
 
 
 class TestMetered(WrapperTests):
@@ -139,11 +149,10 @@ def test_closing_ends_a_wait(tmp_path: Path, opened: Opened) -> None:
         wrap(tmp_path, "faults", hang_rate=1, hang_s=60),
     ):
         backend = opened(options)
-        thread = threading.Thread(target=lambda: backend.sizes([make_key(1)]))  # noqa: B023
-        thread.start()
-        backend.close()
-        thread.join(timeout=5)
-        assert not thread.is_alive()
+        with ThreadPoolExecutor(1) as executor:
+            asking = executor.submit(backend.sizes, [make_key(1)])
+            backend.close()
+            assert isinstance(asking.exception(timeout=5), ClosedError)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pydantic import ByteSize, Field
 
 from lmcache import metrics
 from lmcache.config import Config
-from lmcache.errors import CorruptChunkError
+from lmcache.errors import ClosedError, CorruptChunkError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
@@ -33,8 +33,10 @@ class RamdiskBackend(StorageBackend):
         self._chunks: dict[ChunkKey, bytes] = {}
         self._nbytes = 0
         self._lock = threading.Lock()
+        self._closed = False
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._check_open()
         found: list[int] = []
         for key in keys:
             if (chunk := self._chunks.get(key)) is None:
@@ -43,6 +45,7 @@ class RamdiskBackend(StorageBackend):
         return found
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        self._check_open()
         for count, (key, buffer) in enumerate(zip(keys, into, strict=True)):
             chunk = self._chunks.get(key)
             if chunk is None or len(chunk) != HEADER_BYTES + buffer.nbytes:
@@ -52,12 +55,16 @@ class RamdiskBackend(StorageBackend):
                 check_chunk(chunk[:HEADER_BYTES], key, buffer.view)
             except CorruptChunkError:
                 metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-                self.remove([key])
+                with self._lock:
+                    self._drop(key)
                 return count
         return len(keys)
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        self._check_open()
         for key, buffer in zip(keys, buffers, strict=True):
+            if HEADER_BYTES + buffer.nbytes > self._capacity:
+                continue
             chunk = encode_header(key, buffer.view) + bytes(buffer.view)
             with self._lock:
                 if key not in self._chunks:
@@ -69,10 +76,12 @@ class RamdiskBackend(StorageBackend):
             return sum(key in self._chunks for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
+        self._check_open()
         with self._lock:
             return sum(self._drop(key) for key in keys)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        self._check_open()
         with self._lock:
             return sum(self._drop(key) for key in list(self._chunks) if fingerprint in (None, key.fingerprint))
 
@@ -82,4 +91,10 @@ class RamdiskBackend(StorageBackend):
         return chunk is not None
 
     def close(self) -> None:
-        self.clear()
+        with self._lock:
+            self._closed = True
+            self._chunks.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the ramdisk is closed")

@@ -1,0 +1,72 @@
+"""Keys, bytes and buffers for tests of storage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
+from lmcache.storage.pool import PinnedPool, PoolBuffer
+
+
+def make_key(number: int, *, format: int = 0, tags: int = 0) -> ChunkKey:
+    """A distinct key for every number, format and tag."""
+    fingerprint = format.to_bytes(FINGERPRINT_BYTES, "big")
+    namespace = fingerprint + tags.to_bytes(NAMESPACE_BYTES - FINGERPRINT_BYTES, "big")
+    return ChunkKey(namespace, number.to_bytes(DIGEST_BYTES, "big"))
+
+
+def similar_keys() -> list[ChunkKey]:
+    """Keys that a place may mistake for each other: one bit apart, at every byte, or with parts in other places.
+
+    The bits are those that tell letters of two cases, ASCII from the rest, and neighbours.
+    """
+    raw = random.Random(0).randbytes(NAMESPACE_BYTES + DIGEST_BYTES)
+    keys = [raw, raw[NAMESPACE_BYTES:] + raw[:NAMESPACE_BYTES]]
+    for at in range(len(raw)):
+        keys += [raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1 :] for bit in (0x01, 0x20, 0x80)]
+    return [ChunkKey.from_bytes(key) for key in keys]
+
+
+def fill(buffer: PoolBuffer, seed: int) -> bytes:
+    """Random bytes, the same for the same seed; returns a copy."""
+    data = random.Random(seed).randbytes(buffer.nbytes)
+    buffer.view[:] = data
+    return data
+
+
+def take(pool: PinnedPool, nbytes: int) -> PoolBuffer:
+    """A buffer that the test knows to fit."""
+    buffer = pool.allocate(nbytes)
+    assert buffer is not None
+    return buffer
+
+
+class WatchedBuffer:
+    """A handle that calls ``touched`` just before a backend gets at the bytes."""
+
+    def __init__(self, buffer: PoolBuffer, touched: Callable[[], object]) -> None:
+        self._buffer = buffer
+        self._touched = touched
+        self.nbytes = buffer.nbytes
+
+    @property
+    def view(self) -> memoryview:
+        self._touched()
+        return self._buffer.view
+
+    @property
+    def address(self) -> int:
+        self._touched()
+        return self._buffer.address
+
+    @property
+    def region(self) -> tuple[int, int]:
+        return self._buffer.region
+
+    def share(self) -> PoolBuffer:
+        self._touched()
+        return self._buffer.share()
+
+    def release(self) -> None:
+        self._buffer.release()
