@@ -17,7 +17,7 @@ from functools import partial
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError, ConfigError
-from lmcache.keys import ChunkKey
+from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.eviction import Place
@@ -123,13 +123,12 @@ class StorageManager:
         buffer: PoolBuffer,
         place: Place | None = None,
         *,
-        tenant: str = "",
         on_written: Callable[[bool], None] | None = None,
     ) -> None:
         """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
 
         place: where it stands in its chain, for eviction policies that care.
-        tenant: whose quota of memory it counts towards. What the quota has no room for goes to lower tiers only.
+        Memory keeps no more of a tenant than its quota; what that has no room for goes to lower tiers only.
         on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
         Such a chunk is written now, also where writing waits for demotion.
         """
@@ -137,12 +136,14 @@ class StorageManager:
             if self._frozen:
                 buffer.release()
             else:
-                self._memory.insert(key, buffer, place=place, tenant=tenant)
+                self._memory.insert(key, buffer, place=place)
             if on_written is not None:
                 on_written(False)
             return
-        if self._write_back and on_written is None:
-            self._memory.insert(key, buffer, place=place, tenant=tenant)
+        # What a quota may turn out at any time is written at once, also where other chunks wait for demotion.
+        at_once = self._memory.has_quota(key)
+        if self._write_back and on_written is None and not at_once:
+            self._memory.insert(key, buffer, place=place)
             self._write_ahead()
             return
         report = None if on_written is None else _first_success(on_written, len(self._tiers))
@@ -150,7 +151,7 @@ class StorageManager:
             settled = None if report is None else _settled(report)
             if not tier.writes.put(key, buffer.share(), settled=settled) and report is not None:
                 report(False)
-        self._memory.insert(key, buffer, place=place, tenant=tenant)
+        self._memory.insert(key, buffer, place=place, settled=at_once)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
@@ -181,7 +182,6 @@ class StorageManager:
         timeout_s: float | None = None,
         *,
         hold_s: float | None = None,
-        tenant: str = "",
     ) -> Lease:
         """A lease on the longest prefix of ``keys`` that can be had.
 
@@ -190,22 +190,19 @@ class StorageManager:
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
         on_done: called once, from whatever thread ends it, without a lock held; it must not block.
         hold_s: how long it holds them once it is done, unless it is renewed (``lease_timeout_s``).
-        tenant: whose quota of memory counts what is promoted.
         """
-        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, tenant, self._promotes)
+        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, self._promotes)
 
     def prefetch(
         self,
         keys: Sequence[ChunkKey],
         sizes: Sequence[int | range],
         timeout_s: float | None = None,
-        *,
-        tenant: str = "",
     ) -> Prefetch:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
         prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always)
+        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always)
         return prefetch
 
     def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
@@ -220,13 +217,13 @@ class StorageManager:
             self._memory.remove(keys)
         return max(counts)
 
-    def clear(self, fingerprint: bytes | None = None, *, tags: bytes | None = None, tier: str | None = None) -> int:
+    def clear(self, fingerprint: bytes | None = None, *, tenant: str | None = None, tier: str | None = None) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
 
-        tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
-        of ``fingerprint`` too. Returns the largest number that one tier had.
+        tenant: its name (see ``lmcache.keys``); "": requests that name none. A place that cannot list its keys loses
+        the other tenants of ``fingerprint`` too. Returns the largest number that one tier had.
         """
-        selection = Selection(fingerprint, tags)
+        selection = Selection(fingerprint, None if tenant is None else tenant_id(tenant))
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):
@@ -306,7 +303,6 @@ class StorageManager:
         on_done: Callable[[Lease], None] | None,
         timeout_s: float | None,
         hold_s: float | None,
-        tenant: str,
         keep: Callable[[ChunkKey], bool],
     ) -> Lease:
         lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
@@ -320,9 +316,7 @@ class StorageManager:
             lease._finish()
         else:
             try:
-                reading = Reading(
-                    lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep, tenant=tenant
-                )
+                reading = Reading(lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep)
                 reading.start(timeout_s or self._config.read_timeout_s, self._deadlines)
             except BaseException:
                 lease.close()

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from lmcache.errors import StorageError
-from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
+from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, TAGS_BYTES, ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
@@ -41,10 +41,9 @@ OpenBackend = Callable[[], StorageBackend]
 SIZES = (1, 4095, 4096, 4097, 100_003, 1 << 20)
 
 
-def make_key(number: int, *, format: int = 0, tags: int = 0) -> ChunkKey:
-    """A distinct key for every number, format and tag."""
-    fingerprint = format.to_bytes(FINGERPRINT_BYTES, "big")
-    namespace = fingerprint + tags.to_bytes(NAMESPACE_BYTES - FINGERPRINT_BYTES, "big")
+def make_key(number: int, *, format: int = 0, tags: int = 0, tenant: str = "") -> ChunkKey:
+    """A distinct key for every number, format, tag and tenant."""
+    namespace = format.to_bytes(FINGERPRINT_BYTES, "big") + tenant_id(tenant) + tags.to_bytes(TAGS_BYTES, "big")
     return ChunkKey(namespace, number.to_bytes(DIGEST_BYTES, "big"))
 
 
@@ -155,6 +154,20 @@ class BackendTests:
         assert self.get(backend, pool, make_key(0, format=7), 4096) == kept
         assert backend.clear() == 1
         assert backend.contains([make_key(0, format=7)]) == 0
+
+    def test_clear_by_tenant_leaves_the_others(self, backend: StorageBackend, pool: PinnedPool) -> None:
+        mine = [make_key(0, tenant="a"), make_key(0, tenant="a", tags=1), make_key(0, tenant="a", format=7)]
+        others = [make_key(0), make_key(0, tenant="b"), make_key(1, tenant="b", format=7)]
+        for key in (*mine, *others):
+            self.put(backend, pool, key, 4096, seed=1)
+        assert backend.clear_tenant(mine[0].tenant, mine[0].fingerprint) >= 2
+        assert [backend.contains([key]) for key in mine[:2]] == [0, 0]
+        if exact := backend.keys() is not None:  # else more may go
+            assert [backend.contains([key]) for key in (mine[2], *others)] == [1, 1, 1, 1]
+        assert backend.clear_tenant(mine[0].tenant) == 1 or not exact
+        assert backend.contains(mine[2:]) == 0
+        if exact:
+            assert [backend.contains([key]) for key in others] == [1, 1, 1]
 
     def test_what_is_durable_survives_closing(
         self, backend: StorageBackend, open_backend: OpenBackend, pool: PinnedPool

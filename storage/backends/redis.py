@@ -1,6 +1,6 @@
 """L4: Redis, Valkey and what speaks their protocol: one key a chunk.
 
-    <prefix><format fingerprint>:<tags and digest>   ->   header (4096 bytes), payload
+    <prefix><format fingerprint>:<tenant, tags and digest>   ->   header (4096 bytes), payload
 
 Header and payload are one value, so a chunk is there whole or not at all. What is kept, for how long and how safely is
 the server's to say (maxmemory, maxmemory-policy, persistence, replicas).
