@@ -223,7 +223,10 @@ class StorageManager:
         tenant: its name (see ``lmcache.keys``); "": requests that name none. A place that cannot list its keys loses
         the other tenants of ``fingerprint`` too. Returns the largest number that one tier had.
         """
-        selection = Selection(fingerprint, None if tenant is None else tenant_id(tenant))
+        return self.clear_selected(Selection(fingerprint, None if tenant is None else tenant_id(tenant)), tier=tier)
+
+    def clear_selected(self, selection: Selection, *, tier: str | None = None) -> int:
+        """The same, for who knows a tenant by what keys have of it."""
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):

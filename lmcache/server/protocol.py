@@ -106,9 +106,10 @@ class Remove(Message, frozen=True):
 
 
 class Clear(Message, frozen=True):
-    """fingerprint: of the format whose chunks go; None for all."""
+    """fingerprint: of the format whose chunks go; None for all. tenant: whose chunks go; None for everybody's."""
 
     fingerprint: bytes | None
+    tenant: bytes | None = None
 
 
 class Found(Message, frozen=True):

@@ -54,6 +54,7 @@ def zstd(path: Path, inner: dict[str, Any] | None = None, **options: Any) -> dic
 
 
 class RecodingTests(BackendTests):
+    selects_tenants = True
     options: Callable[[Path], dict[str, Any]]
 
     @pytest.fixture
