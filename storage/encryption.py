@@ -61,7 +61,8 @@ class EncryptedConfig(WrapperConfig):
     tenants: dict[str, tuple[str, ...]] = Field(
         {}, description="tenants with keys of their own, as in keys, by the tenant's name: {a: [/etc/lmcache/a.key]}"
     )
-    scratch: ByteSize = Field(ByteSize(64 << 20), gt=4096, description="bytes of memory for ciphertexts")
+    # What the cipher takes at once is less than 2 GiB, and a chunk is never larger than this.
+    scratch: ByteSize = Field(ByteSize(64 << 20), gt=4096, lt=1 << 31, description="bytes of memory for ciphertexts")
 
 
 class _Secret:

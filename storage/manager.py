@@ -60,7 +60,7 @@ class StorageManager:
         self._config = config
         memory = config.memory
         check_policy(memory.eviction, "memory.eviction")
-        policy = EVICTION_POLICIES.get(memory.eviction)()
+        policy = EVICTION_POLICIES.get(memory.eviction)
         backends = build_tiers(config.tiers) if tiers is None else tiers
         self._write_back = config.demotion == "on_evict" and bool(backends)
         self.pool = PinnedPool(
@@ -75,9 +75,10 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set_function(lambda: held.used_bytes if (held := pool()) else 0)
         self._memory = MemoryTier(
             self.pool,
-            policy,
+            policy(),
             low_watermark=memory.low_watermark,
             quotas=config.quotas,
+            quota_policy=policy,
             write_back=self._write_back,
         )
         self._deadlines = Deadlines()

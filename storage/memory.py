@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lmcache import metrics
 from lmcache.keys import ChunkKey, tenant_id
-from lmcache.storage.eviction import EvictionPolicy, Place
+from lmcache.storage.eviction import LRU, EvictionPolicy, Place
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class MemoryTier:
 
     low_watermark: share of the pool that one eviction frees at least.
     quotas: bytes that a tenant's chunks may take up, by its name; a tenant that is not named may take all.
+    quota_policy: makes the order of such a tenant's own chunks, so that those of others are not gone through for it.
     write_back: chunks come in dirty; those that were not ``settled`` (written below, or tried) go last.
     """
 
@@ -40,13 +41,16 @@ class MemoryTier:
         *,
         low_watermark: float = LOW_WATERMARK,
         quotas: Mapping[str, int] | None = None,
+        quota_policy: Callable[[], EvictionPolicy] = LRU,
         write_back: bool = False,
     ) -> None:
         self.pool = pool
         self._policy = policy
         self.reserve = int(pool.capacity * low_watermark)
         self._low_watermark = low_watermark
-        self._quotas = {tenant_id(name): _Quota(name, nbytes) for name, nbytes in (quotas or {}).items()}
+        self._quotas = {
+            tenant_id(name): _Quota(name, nbytes, quota_policy()) for name, nbytes in (quotas or {}).items()
+        }
         self._write_back = write_back
         self._dirty: set[ChunkKey] = set()
         self._clean_bytes = 0
@@ -139,7 +143,8 @@ class MemoryTier:
                 self._buffers[key] = buffer
                 self._policy.add(key, buffer.nbytes, place)
                 if quota is not None:
-                    quota.add(buffer.nbytes)
+                    quota.policy.add(key, buffer.nbytes, place)
+                    quota.count(buffer.nbytes)
                 if self._write_back and not settled:
                     self._dirty.add(key)
                 else:
@@ -212,7 +217,8 @@ class MemoryTier:
         else:
             self._clean_bytes -= buffer.nbytes
         if (quota := self._quotas.get(key.tenant)) is not None:
-            quota.add(-buffer.nbytes)
+            quota.policy.remove(key)
+            quota.count(-buffer.nbytes)
         return buffer
 
     def _play_touches(self) -> None:
@@ -220,16 +226,18 @@ class MemoryTier:
             # Last first: the head of a prefix, without which the rest is worth nothing, is evicted last.
             for key in reversed(self._touched.popleft()):
                 self._policy.touch(key)
+                if self._quotas and (quota := self._quotas.get(key.tenant)):
+                    quota.policy.touch(key)
 
     def _evict(self, nbytes: int) -> int:
         """Make room for ``nbytes`` and some more; evicts nothing when that cannot be had beside what is held."""
         goal = max(nbytes - self.pool.free_bytes, self.reserve)  # fragmented: asked again
         with self._lock:
             self._play_touches()
-            victims, freed = self._unheld(goal, lambda key: key not in self._dirty)
+            victims, freed = self._unheld(self._policy, goal, lambda key: key not in self._dirty)
             if freed + self.pool.free_bytes < nbytes and self._dirty:
                 # Not written below in time: they are lost, for who allocates does not wait for a disk.
-                dirty, lost = self._unheld(nbytes - freed, self._dirty.__contains__)
+                dirty, lost = self._unheld(self._policy, nbytes - freed, self._dirty.__contains__)
                 if freed + lost + self.pool.free_bytes >= nbytes:
                     metrics.EVICTED_UNWRITTEN_CHUNKS.inc(len(dirty))
                 victims, freed = victims + dirty, freed + lost
@@ -240,10 +248,12 @@ class MemoryTier:
         metrics.EVICTED_CHUNKS.labels(self.name).inc(len(gone))
         return len(gone)
 
-    def _unheld(self, goal: int, wanted: Callable[[ChunkKey], bool]) -> tuple[list[ChunkKey], int]:
+    def _unheld(
+        self, policy: EvictionPolicy, goal: int, wanted: Callable[[ChunkKey], bool]
+    ) -> tuple[list[ChunkKey], int]:
         """Chunks that may go, first those that should, until they make ``goal`` bytes; and their bytes."""
         victims, nbytes = [], 0
-        for key in self._policy.victims():
+        for key in policy.victims():
             if wanted(key) and not (buffer := self._buffers[key]).shared:
                 victims.append(key)
                 nbytes += buffer.nbytes
@@ -261,7 +271,7 @@ class MemoryTier:
             return False
         self._play_touches()
         goal = max(over, int(quota.nbytes * self._low_watermark))
-        victims, freed = self._unheld(goal, lambda key: key.tenant == quota.tenant)
+        victims, freed = self._unheld(quota.policy, goal, lambda key: True)
         if freed < over:
             return False
         metrics.EVICTED_UNWRITTEN_CHUNKS.inc(len(self._dirty.intersection(victims)))
@@ -273,15 +283,16 @@ class MemoryTier:
 class _Quota:
     """What memory may keep of one tenant, and what it does."""
 
-    def __init__(self, name: str, nbytes: int) -> None:
+    def __init__(self, name: str, nbytes: int, policy: EvictionPolicy) -> None:
         self.name = name
-        self.tenant = tenant_id(name)
         self.nbytes = nbytes
+        self.policy = policy
         self.used = 0
         self._warned = False
         self._gauge = metrics.TENANT_MEMORY_BYTES.labels(name)
 
-    def add(self, nbytes: int) -> None:
+    def count(self, nbytes: int) -> None:
+        """So much more is kept."""
         self.used += nbytes
         self._gauge.inc(nbytes)  # of all managers of the process
 

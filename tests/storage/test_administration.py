@@ -317,6 +317,20 @@ def test_write_back_writes_before_it_evicts_and_not_at_once(open_manager: Open) 
         assert read(manager, number) == 1, f"chunk {number} was evicted before it was written"
 
 
+def test_write_back_loses_nothing_that_a_quota_turns_out(open_manager: Open) -> None:
+    tier = ScriptedBackend()
+    manager = open_manager(tier, demotion="on_evict", quotas={"small": 2 * NBYTES, "tiny": NBYTES // 2})
+    for number in range(6):
+        store(manager, number, tenant="small")
+        store(manager, number, tenant="tiny")
+        assert manager.flush(WAIT_S)
+    store(manager, 0)
+    assert manager.flush(WAIT_S)
+    assert manager.health().tenant_bytes == {"small": 2 * NBYTES, "tiny": 0}
+    assert tier.holds() == {*keys(*range(6), tenant="small"), *keys(*range(6), tenant="tiny")}
+    assert read(manager, *range(6), tenant="tiny") == 6
+
+
 def test_write_back_writes_the_rest_at_the_end(open_manager: Open) -> None:
     tier = ScriptedBackend()
     manager = open_manager(tier, demotion="on_evict")

@@ -95,6 +95,31 @@ def test_a_quota_evicts_the_tenants_own_chunks_only(pool: PinnedPool) -> None:
     assert tier.tenant_bytes == {"small": 4 * PAGE}
 
 
+def test_a_quota_goes_by_use_and_looks_at_no_chunks_of_others(pool: PinnedPool) -> None:
+    class NotAsked(LRU):
+        def victims(self) -> Iterator[ChunkKey]:
+            raise AssertionError("all chunks are gone through")
+
+    tier = MemoryTier(pool, NotAsked(), quotas={"small": 4 * PAGE})
+    insert(tier, *range(40))
+    insert(tier, *range(4), tenant="small")
+    let_go(tier.pin([make_key(0, tenant="small")]))
+    insert(tier, 4, 5, tenant="small")
+    assert held(tier, "small") == {0, 3, 4, 5}
+    tier.remove([make_key(0, tenant="small")])
+    insert(tier, 6, 7, tenant="small")
+    assert held(tier, "small") == {4, 5, 6, 7}
+    assert held(tier) == set(range(40))
+
+
+def test_a_quota_smaller_than_a_chunk_is_said_once(pool: PinnedPool, caplog: pytest.LogCaptureFixture) -> None:
+    tier = MemoryTier(pool, LRU(), quotas={"a": PAGE // 2})
+    assert insert(tier, 1, 2, tenant="a") == [False, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"quotas: the quota of 'a', {PAGE // 2} bytes, is less than a chunk of {PAGE}: memory keeps no such chunk of it"
+    ]
+
+
 def test_a_quota_whose_chunks_are_held_refuses(pool: PinnedPool) -> None:
     tier = MemoryTier(pool, LRU(), quotas={"small": 2 * PAGE})
     insert(tier, 0, 1, tenant="small")
