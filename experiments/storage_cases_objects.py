@@ -18,7 +18,7 @@ import obstore
 
 from experiments.object_server import SeaweedFS, weed
 from experiments.storage_case import Case
-from lmcache.keys import ChunkKey
+from lmcache.keys import NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.backends.object_store import ObjectStoreBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.layout import chunk_path
@@ -117,4 +117,4 @@ def _lookups(server: SeaweedFS) -> Case:
 
 
 def _key(number: int) -> ChunkKey:
-    return ChunkKey(bytes(32), hashlib.blake2b(number.to_bytes(8, "big"), digest_size=32).digest())
+    return ChunkKey(bytes(NAMESPACE_BYTES), hashlib.blake2b(number.to_bytes(8, "big"), digest_size=32).digest())

@@ -163,7 +163,9 @@ class LMCacheConfig(Config):
         "write_all", description="when a chunk is written below: at once to all tiers, or to the next before eviction"
     )
     quotas: dict[str, ByteSize] = Field(
-        {}, description="bytes of memory that a tenant's chunks may take up, by the tenant's name; others: all of it"
+        {},
+        description="bytes of memory that a tenant's chunks may take up, by its name: the request's lmcache.tags "
+        "{tenant: ...}, else its cache_salt; others: all of it",
     )
 
 

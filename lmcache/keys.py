@@ -2,8 +2,13 @@
 
 A ``ChunkKey`` is ``namespace || digest``:
 
-    namespace  32 bytes = fingerprint(KVFormat) [16]  ||  hash(tags of the request) [16]
+    namespace  48 bytes = fingerprint(KVFormat) [16]  ||  tenant [16]  ||  hash(all tags of the request) [16]
     digest     32 bytes = blake2b(parent digest || token ids as uint32 || extras, key=namespace)
+
+The tenant of a request is a name, ``tenant_of(tags)``: the value of its tag ``tenant`` (``lmcache.tags`` in vLLM), else
+its cache salt, else "". Quotas, keys of encryption, ``clear`` and metrics all mean this name. Keys carry its hash,
+``tenant_id(name)``: zeros for "". It tells whose chunks these are, whatever else (an adapter, other tags) they depend
+on; what may share KV is told by all of the namespace, so two tenants never share any.
 
 Everything is hashed with blake2b over explicit bytes, so a key is the same in every process and on every
 host, whatever PYTHONHASHSEED is, and two different meanings never share a key.
@@ -12,6 +17,7 @@ host, whatever PYTHONHASHSEED is, and two different meanings never share a key.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,9 +25,16 @@ from typing import NamedTuple
 import msgspec
 
 FINGERPRINT_BYTES = 16
-NAMESPACE_BYTES = 32
+TENANT_BYTES = 16
+TAGS_BYTES = 16
+NAMESPACE_BYTES = FINGERPRINT_BYTES + TENANT_BYTES + TAGS_BYTES
 DIGEST_BYTES = 32
+KEY_BYTES = NAMESPACE_BYTES + DIGEST_BYTES
 ROOT_DIGEST = bytes(DIGEST_BYTES)
+TENANT_TAG, SALT_TAG = "tag.tenant", "cache_salt"
+NO_TENANT = bytes(TENANT_BYTES)
+# Mixed into what ``str`` shows of a key: a digest in a log would let its readers confirm guesses of a prompt.
+_LOG_KEY = os.urandom(32)
 
 
 class PlaneFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +82,7 @@ class KVFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChunkKey(NamedTuple):
-    """Which KV: compares and hashes as the 64 bytes it is made of."""
+    """Which KV: compares and hashes as the 80 bytes it is made of."""
 
     namespace: bytes
     digest: bytes
@@ -79,17 +92,24 @@ class ChunkKey(NamedTuple):
         """The 16 bytes of the KVFormat inside the namespace."""
         return self.namespace[:FINGERPRINT_BYTES]
 
+    @property
+    def tenant(self) -> bytes:
+        """The 16 bytes of the tenant inside the namespace: ``tenant_id`` of its name."""
+        return self.namespace[FINGERPRINT_BYTES : FINGERPRINT_BYTES + TENANT_BYTES]
+
     def to_bytes(self) -> bytes:
         return self.namespace + self.digest
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> ChunkKey:
-        if len(raw) != NAMESPACE_BYTES + DIGEST_BYTES:
-            raise ValueError(f"a chunk key has {NAMESPACE_BYTES + DIGEST_BYTES} bytes, got {len(raw)}")
+        if len(raw) != KEY_BYTES:
+            raise ValueError(f"a chunk key has {KEY_BYTES} bytes, got {len(raw)}")
         return cls(raw[:NAMESPACE_BYTES], raw[NAMESPACE_BYTES:])
 
     def __str__(self) -> str:
-        return f"{self.namespace.hex()[:8]}:{self.digest.hex()[:12]}"
+        """For logs and errors: the same for the same key in one process, and of no use to who guesses at prompts."""
+        alias = hashlib.blake2b(self.to_bytes(), digest_size=6, key=_LOG_KEY).hexdigest()
+        return f"{self.namespace.hex()[:8]}:{alias}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +124,32 @@ class PlaceholderSpan:
     content: bytes
 
 
+def tenant_of(tags: Mapping[str, str] | None) -> str:
+    """The name of the tenant that a request with these tags belongs to; "" for one that names none."""
+    tags = tags or {}
+    return tags.get(TENANT_TAG) or tags.get(SALT_TAG) or ""
+
+
+def tenant_id(name: str) -> bytes:
+    """The 16 bytes by which keys name a tenant."""
+    if not name:
+        return NO_TENANT
+    return hashlib.blake2b(name.encode(), digest_size=TENANT_BYTES, person=b"lmcache-tenant").digest()
+
+
 def namespace(fingerprint: bytes, tags: Mapping[str, str] | None = None) -> bytes:
-    """The namespace of a request: its format, and every tagged input that changes KV (LoRA, cache salt, ...).
+    """The namespace of a request: its format, its tenant, and every tagged input that changes KV (LoRA, salt, ...).
 
     Each tag is hashed as (length, name, length, value), so no two sets of tags can read the same.
     Tags with an empty value count as absent.
     """
-    h = hashlib.blake2b(digest_size=NAMESPACE_BYTES - FINGERPRINT_BYTES, person=b"lmcache-tags")
+    h = hashlib.blake2b(digest_size=TAGS_BYTES, person=b"lmcache-tags")
     for name, value in sorted((tags or {}).items()):
         if value:
             for field in (name.encode(), value.encode()):
                 h.update(len(field).to_bytes(8, "little"))
                 h.update(field)
-    return fingerprint + h.digest()
+    return fingerprint + tenant_id(tenant_of(tags)) + h.digest()
 
 
 def chunk_digest(

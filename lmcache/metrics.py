@@ -61,6 +61,9 @@ TIER_HUNG_CALLS = Counter("lmcache_tier_hung_calls", "calls that ran out of time
 QUOTA_REFUSED_BYTES = Counter(
     "lmcache_quota_refused_bytes", "bytes not kept in memory for a tenant's quota", ["tenant"]
 )
+TENANT_MEMORY_BYTES = Gauge(
+    "lmcache_tenant_memory_bytes", "bytes of the chunks that memory keeps for a tenant with a quota", ["tenant"]
+)
 MEMORY_USED_BYTES = Gauge("lmcache_memory_used_bytes", "bytes of the pool that are in use")
 
 SERVER_CONNECTIONS = Gauge("lmcache_server_connections", "connections of clients")

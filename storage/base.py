@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from lmcache.config import Config
 from lmcache.keys import ChunkKey
+
+logger = logging.getLogger(__name__)
 
 
 class Buffer(Protocol):
@@ -92,11 +95,18 @@ class StorageBackend(ABC):
     def clear(self, fingerprint: bytes | None = None) -> int:
         """Remove every chunk of one KVFormat, or all of them. Returns how many."""
 
-    def keys(self) -> list[ChunkKey] | None:
-        """Every key that is held, read from an index and not from payloads; None where the place cannot list them.
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        """Remove every chunk of one tenant (``key.tenant``): those of one KVFormat, or all. Returns how many.
 
-        What selects chunks by more than their format (a tenant) then clears more than it was asked to.
+        A place that cannot list its keys, and has no way of its own, loses more: what must go is gone, the rest a miss.
         """
+        if (keys := self.keys()) is None:
+            logger.warning("tier %s cannot list its keys: more than the chunks of the tenant is cleared", self.name)
+            return self.clear(fingerprint)
+        return self.remove([key for key in keys if key.tenant == tenant and fingerprint in (None, key.fingerprint)])
+
+    def keys(self) -> list[ChunkKey] | None:
+        """Every key that is held, read from an index and not from payloads; None where the place cannot list them."""
         return None
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The header of a chunk outside process memory: 4096 bytes, so that the payload behind it stays page-aligned.
 
-0     8        12       16          80       112        120          128          136            4096
+0     8        12       16          96       128        136          144          152            4096
 magic version  reserved  chunk key  codec    payload    payload      header       zero
-                         64 bytes   32 bytes length     xxh3-64      xxh3-64
+                         80 bytes   32 bytes length     xxh3-64      xxh3-64
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import struct
 import xxhash
 
 from lmcache.errors import CorruptChunkError
-from lmcache.keys import ChunkKey
+from lmcache.keys import KEY_BYTES, ChunkKey
 
 HEADER_BYTES = 4096
 MAGIC = b"LMCACHE\x00"
-VERSION = 1
-_FIELDS = struct.Struct("<8sI4x64s32sQQ")
+VERSION = 2
+_FIELDS = struct.Struct(f"<8sI4x{KEY_BYTES}s32sQQ")
 _CHECKSUM = struct.Struct("<Q")
 _USED = _FIELDS.size + _CHECKSUM.size
 

@@ -88,6 +88,10 @@ class Zstd(Recoding):
         self._of_format.clear()
         return super().clear(fingerprint)
 
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        self._index.clear()
+        return super().clear_tenant(tenant, fingerprint)
+
     def _guess(self, key: ChunkKey) -> int | None:
         return self._of_format.get(key.fingerprint) if self._config.uniform else None
 

@@ -1,36 +1,35 @@
-"""AES-256-GCM around a backend: what is stored can be read with its tenant's key only, and only under its own name.
+"""AES-256-GCM around a backend: names and contents of chunks tell nothing to who lacks their tenant's key.
 
-    stored:  "LME1"   key id   nonce   ciphertext   tag
-             4        16       12                   16
+    name      fingerprint, tenant and tags of the key, each through a keyed hash, and one of the whole key for a digest
+    content   "LME2"   salt   ciphertext   tag
+              4        28                  16
 
-key id       a hash of the key material, so two keys never share one and files may be renamed
-per tenant   a chunk is encrypted with a key derived (HKDF-SHA256) from the key material and the tag part of its
-             namespace: requests with other tags (cache_salt, LoRA) use other keys, also where the material is the same
-additional   the key id and the chunk's full key are authenticated too: a ciphertext that was moved to the name of
-data         another chunk does not decrypt
-rotation     new chunks use the first key of a list; those of the others can still be read
+keys         A key file's 32 bytes are the key of keyed hashes (blake2b) only; what is used elsewhere is derived with
+             them, for one purpose and one tenant each.
+names        Backends inside, their headers, folders, logs and servers see names only. Parts are hashed apart, so that
+             the chunks of one format or of one tenant can still be cleared.
+content      Each chunk is encrypted with a key of its own, derived from its tenant's key, its true chunk key and 28
+             random bytes, with a nonce from the same hash. The true key is authenticated too: a ciphertext that was
+             moved to the name of another chunk does not decrypt.
+rotation     New chunks use the first key of a list. Names differ by key, so those of the others are looked for in turn.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
+import functools
 import hashlib
 import logging
 import os
-import re
-import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from pydantic import ByteSize, Field
 
 from lmcache import metrics
-from lmcache.config import Config
 from lmcache.errors import ConfigError
-from lmcache.keys import FINGERPRINT_BYTES, ChunkKey, namespace
-from lmcache.storage.base import Buffer
+from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, TAGS_BYTES, TENANT_BYTES, ChunkKey, tenant_id
+from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.key_files import KEY_BYTES, read_key
 from lmcache.storage.recoding import Fill, Recoding, Scratch
 from lmcache.storage.registry import build_backend
 from lmcache.storage.wrappers import WrapperConfig
@@ -38,26 +37,17 @@ from lmcache.storage.wrappers import WrapperConfig
 try:
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 except ModuleNotFoundError as error:
     raise ConfigError("encrypted needs cryptography; in your clone: pip install -e '.[encryption]'") from error
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"LME1"
-KEY_BYTES, ID_BYTES, NONCE_BYTES, TAG_BYTES = 32, 16, 12, 16
-_HEAD = len(MAGIC) + ID_BYTES
-OVERHEAD = _HEAD + NONCE_BYTES + TAG_BYTES
-# Derived keys that are kept ready; deriving one anew takes some microseconds.
-_CIPHERS = 4096
-
-
-class TenantKeys(Config):
-    """Keys of the requests that carry exactly these tags."""
-
-    tags: dict[str, str] = Field(description="every tag of the requests, as {cache_salt: ...}")
-    keys: tuple[str, ...] = Field(min_length=1, description="as in keys")
+MAGIC = b"LME2"
+SALT_BYTES, NONCE_BYTES, TAG_BYTES = 28, 12, 16
+_HEAD = len(MAGIC) + SALT_BYTES
+OVERHEAD = _HEAD + TAG_BYTES
+# Namespaces and tenants whose hashes are kept ready; making one anew takes some microseconds.
+_KEPT = 1024
 
 
 class EncryptedConfig(WrapperConfig):
@@ -65,26 +55,114 @@ class EncryptedConfig(WrapperConfig):
 
     keys: tuple[str, ...] = Field(
         (),
-        description="files of 32 bytes (raw, hex or base64), newest first, or $NAME of a variable that holds a path; "
-        "none: tenants that are not listed are not stored",
+        description="files of 32 random bytes (raw, hex or base64), newest first, or $NAME of a variable that holds a "
+        "path; none: tenants that are not listed are not stored",
     )
-    tenants: tuple[TenantKeys, ...] = Field((), description="tenants with keys of their own")
-    remove_unknown: bool = Field(
-        False, description="remove chunks of a key that is not listed; only once no process uses that key any more"
+    tenants: dict[str, tuple[str, ...]] = Field(
+        {}, description="tenants with keys of their own, as in keys, by the tenant's name: {a: [/etc/lmcache/a.key]}"
     )
-    scratch: ByteSize = Field(ByteSize(64 << 20), gt=4096, description="bytes of memory for ciphertexts")
+    # What the cipher takes at once is less than 2 GiB, and a chunk is never larger than this.
+    scratch: ByteSize = Field(ByteSize(64 << 20), gt=4096, lt=1 << 31, description="bytes of memory for ciphertexts")
 
 
-class _KeyRing:
-    """The key material of one tenant, newest first."""
+class _Secret:
+    """What is derived from one key file."""
 
-    def __init__(self, materials: Sequence[bytes]) -> None:
-        self.by_id = {_key_id(material): material for material in materials}
-        self.newest = next(iter(self.by_id))
+    def __init__(self, material: bytes) -> None:
+        self.label = _derive(material, b"label", b"", 4).hex()
+        """Tells keys apart in logs."""
+        self._material = material
+        self._namespace = functools.lru_cache(_KEPT)(self._named_namespace)
+        self._tenant_key = functools.lru_cache(_KEPT)(lambda tenant: _derive(material, b"content", tenant, KEY_BYTES))
+
+    def fingerprint(self, fingerprint: bytes) -> bytes:
+        """The name of a format."""
+        return _derive(self._material, b"name of format", fingerprint, FINGERPRINT_BYTES)
+
+    def tenant(self, tenant: bytes) -> bytes:
+        """The name of a tenant."""
+        return _derive(self._material, b"name of tenant", tenant, TENANT_BYTES)
+
+    def name(self, key: ChunkKey) -> ChunkKey:
+        """The name of a chunk."""
+        digest = _derive(self._material, b"name of chunk", key.to_bytes(), DIGEST_BYTES)
+        return ChunkKey(self._namespace(key.namespace), digest)
+
+    def cipher(self, key: ChunkKey, salt: bytes) -> tuple[AESGCM, bytes]:
+        """The cipher of one writing of a chunk, and its nonce."""
+        derived = _derive(self._tenant_key(key.tenant), b"chunk", key.to_bytes() + salt, KEY_BYTES + NONCE_BYTES)
+        return AESGCM(derived[:KEY_BYTES]), derived[KEY_BYTES:]
+
+    def _named_namespace(self, namespace: bytes) -> bytes:
+        key = ChunkKey(namespace, b"")
+        tags = _derive(self._material, b"name of tags", namespace, TAGS_BYTES)
+        return self.fingerprint(key.fingerprint) + self.tenant(key.tenant) + tags
 
 
-class Encrypted(Recoding):
-    """Payloads as AES-GCM ciphertexts. A wrong key or a changed ciphertext is a miss, and counted."""
+class _Generation(Recoding):
+    """Chunks under the keys of one age: the newest of each tenant, the second, ..."""
+
+    name: ClassVar[str] = "encrypted"
+
+    def __init__(
+        self, inner: StorageBackend, scratch: Scratch, secret_of: Callable[[ChunkKey], _Secret | None]
+    ) -> None:
+        self.inner = inner
+        self._scratch = scratch
+        self._secret_of = secret_of
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        sizes: list[int] = []
+        for key, size in zip(keys, self.inner.sizes(self._names(keys)), strict=False):
+            if size <= OVERHEAD:
+                self._damaged(key, f"{size} bytes are no ciphertext")
+                break
+            sizes.append(size - OVERHEAD)
+        return sizes
+
+    def _name(self, key: ChunkKey) -> ChunkKey | None:
+        secret = self._secret_of(key)
+        return None if secret is None else secret.name(key)
+
+    def _stored_sizes(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[int]:
+        return [OVERHEAD + buffer.nbytes for buffer in into]
+
+    def _encode(self, key: ChunkKey, payload: memoryview) -> tuple[int, Fill]:
+        def fill(stored: memoryview) -> None:
+            salt = os.urandom(SALT_BYTES)
+            cipher, nonce = self._secret(key).cipher(key, salt)
+            stored[:_HEAD] = MAGIC + salt
+            cipher.encrypt_into(nonce, payload, MAGIC + key.to_bytes(), stored[_HEAD:])
+
+        return OVERHEAD + payload.nbytes, fill
+
+    def _decode(self, key: ChunkKey, stored: memoryview, payload: memoryview) -> bool:
+        if stored[: len(MAGIC)] != MAGIC:
+            return self._not_authentic(key, "not an encrypted chunk")
+        cipher, nonce = self._secret(key).cipher(key, bytes(stored[len(MAGIC) : _HEAD]))
+        try:
+            cipher.decrypt_into(nonce, stored[_HEAD:], MAGIC + key.to_bytes(), payload)
+        except InvalidTag:
+            payload[:] = bytes(payload.nbytes)  # what is not authentic stays nowhere
+            return self._not_authentic(key, "its ciphertext is not authentic")
+        return True
+
+    def _secret(self, key: ChunkKey) -> _Secret:
+        secret = self._secret_of(key)
+        assert secret is not None, "a chunk without a name"
+        return secret
+
+    def _not_authentic(self, key: ChunkKey, why: str) -> bool:
+        metrics.UNREADABLE_CHUNKS.labels("not authentic").inc()
+        self._damaged(key, why)
+        return False
+
+
+class Encrypted(StorageBackend):
+    """Chunks under names that only the key can make, as ciphertexts that only the key can read.
+
+    What was changed is a miss, and counted. Chunks of other keys are not found, and cannot be told from others.
+    """
 
     name: ClassVar[str] = "encrypted"
     Config = EncryptedConfig
@@ -92,115 +170,87 @@ class Encrypted(Recoding):
     def __init__(self, config: EncryptedConfig) -> None:
         if not config.keys and not config.tenants:
             raise ConfigError("encrypted: needs keys, or tenants with keys")
-        self._default = _KeyRing([_read_key(path) for path in config.keys]) if config.keys else None
-        self._tenants: Mapping[bytes, _KeyRing] = {
-            _tenant(namespace(bytes(FINGERPRINT_BYTES), tenant.tags)): _KeyRing([_read_key(p) for p in tenant.keys])
-            for tenant in config.tenants
-        }
-        self._remove_unknown = config.remove_unknown
-        self._ciphers: dict[tuple[bytes, bytes], AESGCM] = {}
-        self._lock = threading.Lock()
+        for name, files in config.tenants.items():
+            if not files:
+                raise ConfigError(f"encrypted: tenants: {name!r} has no key files; leave it out to have it use keys")
+        make = functools.cache(_Secret)  # one of each key
+        self._default = _ring(config.keys, make)
+        self._rings = {tenant_id(name): _ring(files, make) for name, files in config.tenants.items()}
+        every = (self._default, *self._rings.values())
+        self._secrets = list(dict.fromkeys(secret for ring in every for secret in ring))
         self.inner = build_backend(config.inner, "encrypted.inner")
         self._scratch = Scratch(config.scratch)
+        self._generations = [
+            _Generation(self.inner, self._scratch, functools.partial(self._secret_of, age))
+            for age in range(max(len(ring) for ring in every))
+        ]
+        logger.info("encrypted: keys %s", ", ".join(secret.label for secret in self._secrets))
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         sizes: list[int] = []
-        for key, size in zip(keys, self.inner.sizes(keys), strict=False):
-            if size <= OVERHEAD:
-                self._damaged(key, f"{size} bytes are no ciphertext")
-                break
-            sizes.append(size - OVERHEAD)
+
+        def ask(generation: _Generation, first: int) -> int:
+            found = generation.sizes(keys[first:])
+            sizes.extend(found)
+            return len(found)
+
+        self._leading(len(keys), ask)
         return sizes
 
-    def _stored_sizes(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[int]:
-        return [OVERHEAD + buffer.nbytes for buffer in into]
+    def contains(self, keys: Sequence[ChunkKey]) -> int:
+        return self._leading(len(keys), lambda generation, first: generation.contains(keys[first:]))
 
-    def _encode(self, key: ChunkKey, payload: memoryview) -> tuple[int, Fill] | None:
-        ring = self._ring(key)
-        if ring is None:
-            return None
-        head = MAGIC + ring.newest
-        cipher = self._cipher(ring, ring.newest, key)
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        return self._leading(len(keys), lambda generation, first: generation.get(keys[first:], into[first:]))
 
-        def fill(stored: memoryview) -> None:
-            nonce = os.urandom(NONCE_BYTES)
-            stored[:_HEAD] = head
-            stored[_HEAD : _HEAD + NONCE_BYTES] = nonce
-            cipher.encrypt_into(nonce, payload, head + key.to_bytes(), stored[_HEAD + NONCE_BYTES :])
+    def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        return self._generations[0].put(keys, buffers)
 
-        return OVERHEAD + payload.nbytes, fill
+    def remove(self, keys: Sequence[ChunkKey]) -> int:
+        # One that was written again after a rotation lies there twice, and may count so among others that are missing.
+        return min(len(set(keys)), sum([generation.remove(keys) for generation in self._generations]))
 
-    def _decode(self, key: ChunkKey, stored: memoryview, payload: memoryview) -> bool:
-        head, nonce = bytes(stored[:_HEAD]), bytes(stored[_HEAD : _HEAD + NONCE_BYTES])
-        ring, key_id = self._ring(key), head[len(MAGIC) :]
-        if head[: len(MAGIC)] != MAGIC:
-            metrics.UNREADABLE_CHUNKS.labels("not authentic").inc()
-            self._damaged(key, "not an encrypted chunk")
-            return False
-        if ring is None or key_id not in ring.by_id:
-            metrics.UNREADABLE_CHUNKS.labels("no key").inc()
-            if self._remove_unknown:
-                self.inner.remove([key])
-            return False
-        try:
-            self._cipher(ring, key_id, key).decrypt_into(
-                nonce, stored[_HEAD + NONCE_BYTES :], head + key.to_bytes(), payload
-            )
-        except InvalidTag:
-            payload[:] = bytes(payload.nbytes)  # what is not authentic stays nowhere
-            metrics.UNREADABLE_CHUNKS.labels("not authentic").inc()
-            self._damaged(key, "its ciphertext is not authentic")
-            return False
-        return True
+    def clear(self, fingerprint: bytes | None = None) -> int:
+        if fingerprint is None:
+            return self.inner.clear()
+        return sum([self.inner.clear(secret.fingerprint(fingerprint)) for secret in self._secrets])
 
-    def _ring(self, key: ChunkKey) -> _KeyRing | None:
-        return self._tenants.get(_tenant(key.namespace), self._default)
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        # Under every key: it may have had others before it was given its own.
+        count = 0
+        for secret in self._secrets:
+            named = None if fingerprint is None else secret.fingerprint(fingerprint)
+            count += self.inner.clear_tenant(secret.tenant(tenant), named)
+        return count
 
-    def _cipher(self, ring: _KeyRing, key_id: bytes, key: ChunkKey) -> AESGCM:
-        """The cipher of a tenant, by one of the keys of ``ring``."""
-        tenant = _tenant(key.namespace)
-        with self._lock:
-            cipher = self._ciphers.get((key_id, tenant))
-        if cipher is None:
-            derive = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=b"lmcache-chunk" + tenant)
-            cipher = AESGCM(derive.derive(ring.by_id[key_id]))
-            with self._lock:
-                if len(self._ciphers) >= _CIPHERS:
-                    self._ciphers.clear()
-                self._ciphers[key_id, tenant] = cipher
-        return cipher
+    def close(self) -> None:
+        self.inner.close()
+        self._scratch.close()
+
+    def _secret_of(self, age: int, key: ChunkKey) -> _Secret | None:
+        ring = self._rings.get(key.tenant, self._default)
+        return ring[age] if age < len(ring) else None
+
+    def _leading(self, count: int, ask: Callable[[_Generation, int], int]) -> int:
+        """The leading run of ``count`` keys, each under whichever key it was written with.
+
+        ask: how many a generation has from a key on. The one that has just come to an end is not asked again at once.
+        """
+        done, last = 0, None
+        while done < count:
+            for generation in self._generations:
+                if generation is not last and (found := ask(generation, done)):
+                    done, last = done + found, generation
+                    break
+            else:
+                break
+        return done
 
 
-def _tenant(name: bytes) -> bytes:
-    """The part of a namespace that tells requests by their tags."""
-    return name[FINGERPRINT_BYTES:]
+def _ring(files: Sequence[str], make: Callable[[bytes], _Secret]) -> list[_Secret]:
+    return list(dict.fromkeys(make(read_key(file)) for file in files))
 
 
-def _key_id(material: bytes) -> bytes:
-    return hashlib.blake2b(material, digest_size=ID_BYTES, person=b"lmcache-key-id").digest()
-
-
-def _read_key(name: str) -> bytes:
-    """The 32 bytes in a file. ConfigError, which does not show them, when it holds something else."""
-    expanded = os.path.expandvars(name)
-    if unset := re.search(r"\$\{?(\w+)", expanded):
-        raise ConfigError(f"encrypted: keys: {name}: the environment variable {unset[1]} is not set")
-    path = Path(expanded).expanduser()
-    try:
-        raw = path.read_bytes()
-        shared = path.stat().st_mode & 0o077
-    except OSError as error:
-        raise ConfigError(f"encrypted: cannot read the key file {path}: {error.strerror}") from None
-    if shared:
-        logger.warning("the key file %s can be read by others than its owner", path)
-    if len(raw) == KEY_BYTES:
-        return raw
-    text = raw.strip()
-    for decode in (binascii.unhexlify, lambda text: base64.b64decode(text, validate=True)):
-        try:
-            material = decode(text)
-        except ValueError:
-            continue
-        if len(material) == KEY_BYTES:
-            return bytes(material)
-    raise ConfigError(f"encrypted: {path} must hold 32 bytes, raw, in hex or in base64; it holds {len(raw)} bytes")
+def _derive(key: bytes, purpose: bytes, message: bytes, nbytes: int) -> bytes:
+    """A keyed hash: whoever lacks ``key`` cannot tell it from random bytes; purposes are independent of each other."""
+    return hashlib.blake2b(message, digest_size=nbytes, key=key, person=purpose).digest()

@@ -18,7 +18,7 @@ from lmcache import metrics
 from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError, ConfigError
 from lmcache.forks import Home
-from lmcache.keys import ChunkKey
+from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.eviction import Place
@@ -67,7 +67,7 @@ class StorageManager:
         self._home = Home("this storage")
         memory = config.memory
         check_policy(memory.eviction, "memory.eviction")
-        policy = EVICTION_POLICIES.get(memory.eviction)()
+        policy = EVICTION_POLICIES.get(memory.eviction)
         backends = build_tiers(config.tiers) if tiers is None else tiers
         self._write_back = config.demotion == "on_evict" and bool(backends)
         self.pool = PinnedPool(
@@ -82,9 +82,10 @@ class StorageManager:
         metrics.MEMORY_USED_BYTES.set_function(lambda: held.used_bytes if (held := pool()) else 0)
         self._memory = MemoryTier(
             self.pool,
-            policy,
+            policy(),
             low_watermark=memory.low_watermark,
             quotas=config.quotas,
+            quota_policy=policy,
             write_back=self._write_back,
         )
         self._deadlines = Deadlines()
@@ -131,13 +132,12 @@ class StorageManager:
         buffer: PoolBuffer,
         place: Place | None = None,
         *,
-        tenant: str = "",
         on_written: Callable[[bool], None] | None = None,
     ) -> None:
         """Store a chunk, taking the handle over. Visible in L1 at once; lower tiers follow in the background.
 
         place: where it stands in its chain, for eviction policies that care.
-        tenant: whose quota of memory it counts towards. What the quota has no room for goes to lower tiers only.
+        Memory keeps no more of a tenant than its quota; what that has no room for goes to lower tiers only.
         on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
         Such a chunk is written now, also where writing waits for demotion.
         """
@@ -146,12 +146,14 @@ class StorageManager:
             if self._frozen:
                 buffer.release()
             else:
-                self._memory.insert(key, buffer, place=place, tenant=tenant)
+                self._memory.insert(key, buffer, place=place)
             if on_written is not None:
                 on_written(False)
             return
-        if self._write_back and on_written is None:
-            self._memory.insert(key, buffer, place=place, tenant=tenant)
+        # What a quota may turn out at any time is written at once, also where other chunks wait for demotion.
+        at_once = self._memory.has_quota(key)
+        if self._write_back and on_written is None and not at_once:
+            self._memory.insert(key, buffer, place=place)
             self._write_ahead()
             return
         report = None if on_written is None else _first_success(on_written, len(self._tiers))
@@ -159,7 +161,7 @@ class StorageManager:
             settled = None if report is None else _settled(report)
             if not tier.writes.put(key, buffer.share(), settled=settled) and report is not None:
                 report(False)
-        self._memory.insert(key, buffer, place=place, tenant=tenant)
+        self._memory.insert(key, buffer, place=place, settled=at_once)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
@@ -192,7 +194,6 @@ class StorageManager:
         timeout_s: float | None = None,
         *,
         hold_s: float | None = None,
-        tenant: str = "",
     ) -> Lease:
         """A lease on the longest prefix of ``keys`` that can be had.
 
@@ -201,22 +202,19 @@ class StorageManager:
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
         on_done: called once, from whatever thread ends it, without a lock held; it must not block.
         hold_s: how long it holds them once it is done, unless it is renewed (``lease_timeout_s``).
-        tenant: whose quota of memory counts what is promoted.
         """
-        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, tenant, self._promotes)
+        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, self._promotes)
 
     def prefetch(
         self,
         keys: Sequence[ChunkKey],
         sizes: Sequence[int | range],
         timeout_s: float | None = None,
-        *,
-        tenant: str = "",
     ) -> Prefetch:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
         prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always)
+        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always)
         return prefetch
 
     def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
@@ -232,14 +230,17 @@ class StorageManager:
             self._memory.remove(keys)
         return max(counts)
 
-    def clear(self, fingerprint: bytes | None = None, *, tags: bytes | None = None, tier: str | None = None) -> int:
+    def clear(self, fingerprint: bytes | None = None, *, tenant: str | None = None, tier: str | None = None) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
 
-        tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
-        of ``fingerprint`` too. Returns the largest number that one tier had.
+        tenant: its name (see ``lmcache.keys``); "": requests that name none. A place that cannot list its keys loses
+        the other tenants of ``fingerprint`` too. Returns the largest number that one tier had.
         """
+        return self.clear_selected(Selection(fingerprint, None if tenant is None else tenant_id(tenant)), tier=tier)
+
+    def clear_selected(self, selection: Selection, *, tier: str | None = None) -> int:
+        """The same, for who knows a tenant by what keys have of it."""
         self._check_open()
-        selection = Selection(fingerprint, tags)
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):
@@ -329,7 +330,6 @@ class StorageManager:
         on_done: Callable[[Lease], None] | None,
         timeout_s: float | None,
         hold_s: float | None,
-        tenant: str,
         keep: Callable[[ChunkKey], bool],
     ) -> Lease:
         self._home.check()
@@ -343,9 +343,7 @@ class StorageManager:
             lease._finish()
         else:
             try:
-                reading = Reading(
-                    lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep, tenant=tenant
-                )
+                reading = Reading(lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep)
                 reading.start(timeout_s or self._config.read_timeout_s, self._deadlines)
             except BaseException:
                 lease.close()

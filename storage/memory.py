@@ -7,14 +7,17 @@ next holds the lock plays to the policy in order; so a lookup never waits for an
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from lmcache import metrics
-from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import EvictionPolicy, Place
+from lmcache.keys import ChunkKey, tenant_id
+from lmcache.storage.eviction import LRU, EvictionPolicy, Place
 from lmcache.storage.pool import PinnedPool, PoolBuffer
+
+logger = logging.getLogger(__name__)
 
 # One eviction frees at least this share of the pool, so that it does not run for every chunk.
 LOW_WATERMARK = 1 / 64
@@ -24,7 +27,8 @@ class MemoryTier:
     """A map from keys to pool buffers. Thread-safe; nothing here copies bytes or blocks.
 
     low_watermark: share of the pool that one eviction frees at least.
-    quotas: bytes that a tenant's chunks may take up; a tenant that is not named may take all.
+    quotas: bytes that a tenant's chunks may take up, by its name; a tenant that is not named may take all.
+    quota_policy: makes the order of such a tenant's own chunks, so that those of others are not gone through for it.
     write_back: chunks come in dirty; those that were not ``settled`` (written below, or tried) go last.
     """
 
@@ -37,15 +41,16 @@ class MemoryTier:
         *,
         low_watermark: float = LOW_WATERMARK,
         quotas: Mapping[str, int] | None = None,
+        quota_policy: Callable[[], EvictionPolicy] = LRU,
         write_back: bool = False,
     ) -> None:
         self.pool = pool
         self._policy = policy
         self.reserve = int(pool.capacity * low_watermark)
         self._low_watermark = low_watermark
-        self._quotas = dict(quotas or {})
-        self._tenants: dict[ChunkKey, str] = {}  # of chunks whose tenant has a quota
-        self._tenant_bytes = dict.fromkeys(self._quotas, 0)
+        self._quotas = {
+            tenant_id(name): _Quota(name, nbytes, quota_policy()) for name, nbytes in (quotas or {}).items()
+        }
         self._write_back = write_back
         self._dirty: set[ChunkKey] = set()
         self._clean_bytes = 0
@@ -65,7 +70,11 @@ class MemoryTier:
     @property
     def tenant_bytes(self) -> dict[str, int]:
         """Bytes of every tenant that has a quota."""
-        return dict(self._tenant_bytes)
+        return {quota.name: quota.used for quota in self._quotas.values()}
+
+    def has_quota(self, key: ChunkKey) -> bool:
+        """Whether the tenant of a chunk has a quota."""
+        return key.tenant in self._quotas
 
     def leading(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is here."""
@@ -112,7 +121,6 @@ class MemoryTier:
         generation: int | None = None,
         *,
         place: Place | None = None,
-        tenant: str = "",
         settled: bool = False,
     ) -> bool:
         """Take ``buffer`` over; returns whether the chunk is here now.
@@ -126,17 +134,17 @@ class MemoryTier:
             here = key in self._buffers
             if here or self._closed or generation not in (None, self.generation):
                 evicted.append(buffer)
-            elif tenant in self._quotas and not self._make_room_for(tenant, buffer.nbytes, evicted):
-                metrics.QUOTA_REFUSED_BYTES.labels(tenant).inc(buffer.nbytes)
+            elif (quota := self._quotas.get(key.tenant)) and not self._make_room_for(quota, buffer.nbytes, evicted):
+                metrics.QUOTA_REFUSED_BYTES.labels(quota.name).inc(buffer.nbytes)
                 evicted.append(buffer)
             else:
                 here = True
                 self._play_touches()
                 self._buffers[key] = buffer
                 self._policy.add(key, buffer.nbytes, place)
-                if tenant in self._quotas:
-                    self._tenants[key] = tenant
-                    self._tenant_bytes[tenant] += buffer.nbytes
+                if quota is not None:
+                    quota.policy.add(key, buffer.nbytes, place)
+                    quota.count(buffer.nbytes)
                 if self._write_back and not settled:
                     self._dirty.add(key)
                 else:
@@ -208,8 +216,9 @@ class MemoryTier:
             self._dirty.discard(key)
         else:
             self._clean_bytes -= buffer.nbytes
-        if (tenant := self._tenants.pop(key, None)) is not None:
-            self._tenant_bytes[tenant] -= buffer.nbytes
+        if (quota := self._quotas.get(key.tenant)) is not None:
+            quota.policy.remove(key)
+            quota.count(-buffer.nbytes)
         return buffer
 
     def _play_touches(self) -> None:
@@ -217,16 +226,18 @@ class MemoryTier:
             # Last first: the head of a prefix, without which the rest is worth nothing, is evicted last.
             for key in reversed(self._touched.popleft()):
                 self._policy.touch(key)
+                if self._quotas and (quota := self._quotas.get(key.tenant)):
+                    quota.policy.touch(key)
 
     def _evict(self, nbytes: int) -> int:
         """Make room for ``nbytes`` and some more; evicts nothing when that cannot be had beside what is held."""
         goal = max(nbytes - self.pool.free_bytes, self.reserve)  # fragmented: asked again
         with self._lock:
             self._play_touches()
-            victims, freed = self._unheld(goal, lambda key: key not in self._dirty)
+            victims, freed = self._unheld(self._policy, goal, lambda key: key not in self._dirty)
             if freed + self.pool.free_bytes < nbytes and self._dirty:
                 # Not written below in time: they are lost, for who allocates does not wait for a disk.
-                dirty, lost = self._unheld(nbytes - freed, self._dirty.__contains__)
+                dirty, lost = self._unheld(self._policy, nbytes - freed, self._dirty.__contains__)
                 if freed + lost + self.pool.free_bytes >= nbytes:
                     metrics.EVICTED_UNWRITTEN_CHUNKS.inc(len(dirty))
                 victims, freed = victims + dirty, freed + lost
@@ -237,10 +248,12 @@ class MemoryTier:
         metrics.EVICTED_CHUNKS.labels(self.name).inc(len(gone))
         return len(gone)
 
-    def _unheld(self, goal: int, wanted: Callable[[ChunkKey], bool]) -> tuple[list[ChunkKey], int]:
+    def _unheld(
+        self, policy: EvictionPolicy, goal: int, wanted: Callable[[ChunkKey], bool]
+    ) -> tuple[list[ChunkKey], int]:
         """Chunks that may go, first those that should, until they make ``goal`` bytes; and their bytes."""
         victims, nbytes = [], 0
-        for key in self._policy.victims():
+        for key in policy.victims():
             if wanted(key) and not (buffer := self._buffers[key]).shared:
                 victims.append(key)
                 nbytes += buffer.nbytes
@@ -248,19 +261,48 @@ class MemoryTier:
                     break
         return victims, nbytes
 
-    def _make_room_for(self, tenant: str, nbytes: int, evicted: list[PoolBuffer]) -> bool:
+    def _make_room_for(self, quota: _Quota, nbytes: int, evicted: list[PoolBuffer]) -> bool:
         """Evict a tenant's own chunks until ``nbytes`` more fit its quota; False, evicting none, when they cannot."""
-        quota = self._quotas[tenant]
-        over = self._tenant_bytes[tenant] + nbytes - quota
+        over = quota.used + nbytes - quota.nbytes
         if over <= 0:
             return True
-        if nbytes > quota:
+        if nbytes > quota.nbytes:
+            quota.warn(nbytes)
             return False
         self._play_touches()
-        goal = max(over, int(quota * self._low_watermark))
-        victims, freed = self._unheld(goal, lambda key: self._tenants.get(key) == tenant)
+        goal = max(over, int(quota.nbytes * self._low_watermark))
+        victims, freed = self._unheld(quota.policy, goal, lambda key: True)
         if freed < over:
             return False
+        metrics.EVICTED_UNWRITTEN_CHUNKS.inc(len(self._dirty.intersection(victims)))
         evicted += [self._forget(key) for key in victims]
         metrics.EVICTED_CHUNKS.labels(self.name).inc(len(victims))
         return True
+
+
+class _Quota:
+    """What memory may keep of one tenant, and what it does."""
+
+    def __init__(self, name: str, nbytes: int, policy: EvictionPolicy) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self.policy = policy
+        self.used = 0
+        self._warned = False
+        self._gauge = metrics.TENANT_MEMORY_BYTES.labels(name)
+
+    def count(self, nbytes: int) -> None:
+        """So much more is kept."""
+        self.used += nbytes
+        self._gauge.inc(nbytes)  # of all managers of the process
+
+    def warn(self, nbytes: int) -> None:
+        """A chunk is larger than the quota; said once."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "quotas: the quota of %r, %d bytes, is less than a chunk of %d: memory keeps no such chunk of it",
+                self.name,
+                self.nbytes,
+                nbytes,
+            )

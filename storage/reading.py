@@ -62,14 +62,12 @@ class Reading:
         *,
         batch_bytes: int,
         keep: Callable[[ChunkKey], bool],
-        tenant: str = "",
     ) -> None:
         self._lease = lease
         self._tiers = tiers
         self._memory = memory
         self._batch_bytes = batch_bytes
         self._keep = keep
-        self._tenant = tenant
         self._lock = threading.Lock()
         self._current: _Run | None = None
 
@@ -153,7 +151,7 @@ class Reading:
             if self._keep(key):
                 # Which tokens they are, nobody here knows.
                 place = Place(self._lease.keys[at - 1] if at else None, 0, 0)
-                self._memory.insert(key, buffer, run.generation, place=place, tenant=self._tenant, settled=True)
+                self._memory.insert(key, buffer, run.generation, place=place, settled=True)
             else:
                 buffer.release()
 

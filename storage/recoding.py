@@ -59,9 +59,13 @@ class Recoding(StorageBackend):
     inner: StorageBackend
     _scratch: Scratch
 
+    def _name(self, key: ChunkKey) -> ChunkKey | None:
+        """The key under which a chunk is kept inside; None for one that is not kept."""
+        return key
+
     @abstractmethod
-    def _encode(self, key: ChunkKey, payload: memoryview) -> tuple[int, Fill] | None:
-        """Bytes of the stored form, and what writes it there. None for what must not be stored."""
+    def _encode(self, key: ChunkKey, payload: memoryview) -> tuple[int, Fill]:
+        """Bytes of the stored form, and what writes it there."""
 
     @abstractmethod
     def _decode(self, key: ChunkKey, stored: memoryview, payload: memoryview) -> bool:
@@ -72,21 +76,22 @@ class Recoding(StorageBackend):
         """Bytes of the stored forms of the leading run of ``keys``, as far as they are known."""
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
-        return self.inner.contains(keys)
+        return self.inner.contains(self._names(keys))
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
-        sizes = self._stored_sizes(keys, into)
-        return self._read(keys, sizes, lambda index, stored: self._decode(keys[index], stored, into[index].view))
+        names = self._names(keys)
+        sizes = self._stored_sizes(keys[: len(names)], into[: len(names)])
+        return self._read(names, sizes, lambda index, stored: self._decode(keys[index], stored, into[index].view))
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         held = 0
         batch: list[tuple[ChunkKey, PoolBuffer]] = []
         try:
             for key, buffer in zip(keys, buffers, strict=True):
-                encoded = self._encode(key, buffer.view)
-                if encoded is None:
+                name = self._name(key)
+                if name is None:
                     continue
-                nbytes, fill = encoded
+                nbytes, fill = self._encode(key, buffer.view)
                 room = self._scratch.take(nbytes, wait=not batch)
                 if room is None and batch:
                     held += self._flush(batch)
@@ -94,17 +99,20 @@ class Recoding(StorageBackend):
                 if room is None:
                     logger.warning("%s: a chunk of %d bytes is larger than the scratch memory", self.name, nbytes)
                     continue
-                batch.append((key, room))
+                batch.append((name, room))
                 fill(room.view)
             return held + self._flush(batch)
         finally:
             self._scratch.give([room for _, room in batch])
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
-        return self.inner.remove(keys)
+        return self.inner.remove([name for key in keys if (name := self._name(key)) is not None])
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         return self.inner.clear(fingerprint)
+
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        return self.inner.clear_tenant(tenant, fingerprint)
 
     def keys(self) -> list[ChunkKey] | None:
         return self.inner.keys()
@@ -112,6 +120,15 @@ class Recoding(StorageBackend):
     def close(self) -> None:
         self.inner.close()
         self._scratch.close()
+
+    def _names(self, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
+        """The names of the leading run of ``keys`` that have one."""
+        names: list[ChunkKey] = []
+        for key in keys:
+            if (name := self._name(key)) is None:
+                break
+            names.append(name)
+        return names
 
     def _flush(self, batch: list[tuple[ChunkKey, PoolBuffer]]) -> int:
         """Put the batch inside and empty it."""
@@ -122,7 +139,7 @@ class Recoding(StorageBackend):
             batch.clear()
             self._scratch.give(rooms)
 
-    def _read(self, keys: Sequence[ChunkKey], sizes: Sequence[int], use: Callable[[int, memoryview], bool]) -> int:
+    def _read(self, names: Sequence[ChunkKey], sizes: Sequence[int], use: Callable[[int, memoryview], bool]) -> int:
         """Call ``use`` with each stored form in turn, until one is missing or of no use. Returns how many."""
         done = 0
         while done < len(sizes):
@@ -133,7 +150,7 @@ class Recoding(StorageBackend):
                     if room is None:
                         break
                     rooms.append(room)
-                got = self.inner.get(keys[done : done + len(rooms)], rooms) if rooms else 0
+                got = self.inner.get(names[done : done + len(rooms)], rooms) if rooms else 0
                 for room in rooms[:got]:
                     if not use(done, room.view):
                         return done
@@ -146,6 +163,7 @@ class Recoding(StorageBackend):
 
     def _damaged(self, key: ChunkKey, why: str) -> None:
         metrics.CORRUPT_CHUNKS.labels(self.name).inc()
-        logger.warning("%s: removed %s: %s", self.name, key, why)
-        with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
-            self.inner.remove([key])
+        if (name := self._name(key)) is not None:
+            logger.warning("%s: removed %s: %s", self.name, name, why)
+            with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again
+                self.inner.remove([name])

@@ -108,10 +108,12 @@ def _resolve(options: Mapping[str, Any], where: str) -> tuple[type[StorageBacken
             "what each backend needs (in your clone: pip install -e '.[redis]', for example)"
         ) from error
     except ConfigError as error:
-        if known is STORAGE_BACKENDS:
-            hint = f'; write {{type: remote, url: "{name}://..."}}' if name in REMOTE_SCHEMES.names() else ""
-            raise ConfigError(f"{where}: {error}, {REMOTE}{hint}") from None
-        raise ConfigError(f"{where}.url: {error}") from None
+        if known is REMOTE_SCHEMES:
+            raise ConfigError(f"{where}.url: {error}") from None
+        if name in known.names():  # it is known, and says itself what it lacks
+            raise ConfigError(f"{where}: {error}") from None
+        hint = f'; write {{type: remote, url: "{name}://..."}}' if name in REMOTE_SCHEMES.names() else ""
+        raise ConfigError(f"{where}: {error}, {REMOTE}{hint}") from None
     return backend, build(backend.Config, rest, f"{where} ({name})")
 
 

@@ -26,6 +26,7 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.backends.regular_files import open_regular
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.registry import build_backend
+from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Wrapper(StorageBackend):
 
     def clear(self, fingerprint: bytes | None = None) -> int:
         return self._around("clear", (), 0, lambda: self.inner.clear(fingerprint))
+
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        return self._around("clear", (), 0, lambda: self.inner.clear_tenant(tenant, fingerprint))
 
     def keys(self) -> list[ChunkKey] | None:
         return self.inner.keys()
@@ -268,6 +272,13 @@ class Audit(Wrapper):
         count = super().clear(fingerprint)
         with self._lock:
             self._known = {k: v for k, v in self._known.items() if fingerprint not in (None, k.fingerprint)}
+        return count
+
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        count = super().clear_tenant(tenant, fingerprint)
+        gone = Selection(fingerprint, tenant).matches
+        with self._lock:
+            self._known = {k: v for k, v in self._known.items() if not gone(k)}
         return count
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.engine.token_database import TokenDatabase
-from lmcache.keys import ChunkKey, KVFormat, PlaceholderSpan, PlaneFormat, namespace
+from lmcache.keys import NO_TENANT, ChunkKey, KVFormat, PlaceholderSpan, PlaneFormat, namespace, tenant_id, tenant_of
 
 PLANE = PlaneFormat(
     group=0, layers=("a", "b"), heads=2, block_tokens=16, content=128, dtype="bfloat16", kind="full_attention"
@@ -95,6 +95,49 @@ def test_two_tag_sets_share_a_namespace_only_when_they_mean_the_same(a: dict[str
     assert (namespace(b"f" * 16, a) == namespace(b"f" * 16, b)) == (meaning(a) == meaning(b))
 
 
+@pytest.mark.parametrize(
+    ("tags", "tenant"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"cache_salt": "", "tag.tenant": ""}, ""),
+        ({"lora.name": "x", "tag.other": "y"}, ""),
+        ({"cache_salt": "s"}, "s"),
+        ({"cache_salt": "s", "tag.tenant": ""}, "s"),
+        ({"cache_salt": "s", "tag.tenant": "a"}, "a"),
+        ({"tag.tenant": "a", "lora.name": "x"}, "a"),
+    ],
+)
+def test_the_tenant_is_the_tag_of_that_name_else_the_salt_and_keys_carry_it(
+    tags: dict[str, str] | None, tenant: str
+) -> None:
+    assert tenant_of(tags) == tenant
+    (key,) = keys(list(range(64)), tags=tags)
+    assert key.tenant == tenant_id(tenant)
+    assert (key.tenant == NO_TENANT) == (tenant == "")
+
+
+def test_requests_of_one_tenant_share_what_all_their_tags_say_and_no_more() -> None:
+    tokens = list(range(64))
+    many = [{"tag.tenant": "a"}, {"cache_salt": "a"}, {"tag.tenant": "a", "cache_salt": "s"}]
+    many += [{"tag.tenant": "a", "lora.name": "x"}]
+    found = [keys(tokens, tags=tags)[0] for tags in many]
+    assert {key.tenant for key in found} == {tenant_id("a")}
+    assert len(set(found)) == len({key.namespace for key in found}) == len(many)
+
+
+def test_what_a_log_shows_of_a_key_is_of_no_use_in_another_process() -> None:
+    key = keys(list(range(64)))[0]
+    program = "from tests.test_keys import keys; print(keys(list(range(64)))[0])"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = {**os.environ, "PYTHONPATH": root}
+    other = subprocess.check_output([sys.executable, "-c", program], env=env, cwd=root, text=True)
+    assert str(key) == str(ChunkKey.from_bytes(key.to_bytes())), "the same throughout a process"
+    assert other.strip() != str(key)
+    for part in (key.digest, key.namespace[16:]):
+        assert part.hex()[:6] not in str(key)
+
+
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=300), st.lists(st.integers(0, 2**32 - 1), max_size=300))
 def test_prompts_share_exactly_the_chunks_of_their_common_prefix(a: list[int], b: list[int]) -> None:
     ka, kb = keys(a), keys(b)
@@ -144,11 +187,11 @@ def test_placeholders_contribute_content_and_place_from_their_chunk_on() -> None
 def test_chunk_keys_survive_a_round_trip_and_refuse_other_lengths() -> None:
     key = keys([1] * 64)[0]
     assert ChunkKey.from_bytes(key.to_bytes()) == key
-    with pytest.raises(ValueError, match="64 bytes, got 3"):
+    with pytest.raises(ValueError, match="80 bytes, got 3"):
         ChunkKey.from_bytes(b"abc")
 
 
 GOLDEN = (
-    "3f429ada5c781401ee1d731c7cffe1d9a0cbb19c426ae4306bf392398ea50fbe"
-    "ea69ddce3d0550632568ee1a0a8473145c3530bb2f30039ca5e88e8fcc609cfc"
+    "3f429ada5c781401ee1d731c7cffe1d900000000000000000000000000000000a0cbb19c426ae4306bf392398ea50fbe"
+    "f5b0d7161d8c5a5cb28a4200df063e7bc09b7462a6f70f41222c63f36a8972f7"
 )

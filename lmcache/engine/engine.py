@@ -357,10 +357,10 @@ class CacheEngine:
             self.clear()
         return self.storage.clear(tier="memory")
 
-    def clear(self) -> int:
-        """Forget every chunk of this format, in every tier; returns how many."""
+    def clear(self, tenant: str | None = None) -> int:
+        """Forget every chunk of this format, or those of one tenant, in every tier; returns how many."""
         self._check_open()
-        return self.storage.clear(self.database.fingerprint)
+        return self.storage.clear(self.database.fingerprint, tenant=tenant)
 
     def close(self) -> None:
         """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""

@@ -147,9 +147,10 @@ class Client:
         asks = [protocol.Remove(join_keys(part)) for part in _parts(keys)]
         return sum(self._call(lambda channel: _ask(channel, ask, protocol.Count)).count for ask in asks)  # noqa: B023
 
-    def clear(self, fingerprint: bytes | None = None) -> int:
-        """Removes the chunks of one format, or all. Returns how many."""
-        return self._call(lambda channel: _ask(channel, protocol.Clear(fingerprint), protocol.Count)).count
+    def clear(self, fingerprint: bytes | None = None, tenant: bytes | None = None) -> int:
+        """Removes the chunks of one format, of one tenant, or all. Returns how many."""
+        ask = protocol.Clear(fingerprint, tenant)
+        return self._call(lambda channel: _ask(channel, ask, protocol.Count)).count
 
     def close(self) -> None:
         """End every connection; calls under way fail. Idempotent."""

@@ -31,11 +31,10 @@ import msgspec
 import xxhash
 
 from lmcache.errors import ProtocolError
-from lmcache.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
+from lmcache.keys import KEY_BYTES, NAMESPACE_BYTES, ChunkKey
 
 MAGIC: Final = b"LMCS"
-VERSION: Final = 1
-KEY_BYTES: Final = NAMESPACE_BYTES + DIGEST_BYTES
+VERSION: Final = 2
 NONCE_BYTES: Final = 32
 SEAL_BYTES: Final = 16
 MAX_KEYS: Final = 10_240
@@ -82,7 +81,7 @@ class Welcome(Message, frozen=True):
 
 
 class Sizes(Message, frozen=True):
-    """keys: 64 bytes each. Answered by Found with the payload sizes of the leading run that is held."""
+    """keys: KEY_BYTES each. Answered by Found with the payload sizes of the leading run that is held."""
 
     keys: Keys
 
@@ -107,9 +106,10 @@ class Remove(Message, frozen=True):
 
 
 class Clear(Message, frozen=True):
-    """fingerprint: of the format whose chunks go; None for all."""
+    """fingerprint: of the format whose chunks go; None for all. tenant: whose chunks go; None for everybody's."""
 
     fingerprint: bytes | None
+    tenant: bytes | None = None
 
 
 class Found(Message, frozen=True):

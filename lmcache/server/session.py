@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ProtocolError
-from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
+from lmcache.keys import FINGERPRINT_BYTES, TENANT_BYTES, ChunkKey
 from lmcache.server import protocol
 from lmcache.server.channel import Channel
 from lmcache.server.config import ServerConfig
@@ -21,6 +21,7 @@ from lmcache.server.protocol import CODES, SEAL_BYTES, Clear, Count, Failed, Fou
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,9 @@ class Session:
         if isinstance(request, Clear):
             if request.fingerprint is not None and len(request.fingerprint) != FINGERPRINT_BYTES:
                 raise ProtocolError(f"a fingerprint has {FINGERPRINT_BYTES} bytes, got {len(request.fingerprint)}")
-            self._reply(Count(self._store.clear(request.fingerprint)))
+            if request.tenant is not None and len(request.tenant) != TENANT_BYTES:
+                raise ProtocolError(f"a tenant has {TENANT_BYTES} bytes, got {len(request.tenant)}")
+            self._reply(Count(self._store.clear_selected(Selection(request.fingerprint, request.tenant))))
             return
         keys = protocol.split_keys(request.keys)
         if isinstance(request, Sizes):

@@ -1,7 +1,7 @@
 """A folder of chunk files: names, who may remove what, and how a file becomes visible.
 
-<path>/<format fingerprint>/<tag hash>/<digest>.kv                          header (4096 bytes), payload
-<path>/<format fingerprint>/<tag hash>/.tmp-<pid>-<token>-<serial>          the same, while it is written
+<path>/<format fingerprint>/<tenant and tags>/<digest>.kv                          header (4096 bytes), payload
+<path>/<format fingerprint>/<tenant and tags>/.tmp-<pid>-<token>-<serial>          the same, while it is written
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A file that remembers which chunks lie in a place that cannot be listed.
 
-0   4       5         69       77         85
-LMJ1 +or-   chunk key  bytes    xxh3-64            one record after the other; a later one of a key counts
+0   4       5         85       93        101
+LMJ2 +or-   chunk key  bytes    xxh3-64            one record after the other; a later one of a key counts
 
 Processes that share a place share the journal: records are appended whole, and what others append is read when it is
 asked for. A record that is not whole, because a writer was killed or the disk was full, is skipped.
@@ -19,12 +19,12 @@ from pathlib import Path
 import xxhash
 
 from lmcache.errors import ConfigError, OddFileError, StorageError
-from lmcache.keys import ChunkKey
+from lmcache.keys import KEY_BYTES, ChunkKey
 from lmcache.storage.backends.regular_files import create_regular, open_regular
 
-MAGIC = b"LMJ1"
-_FIELDS = struct.Struct("<4sc64sQ")
-_RECORD = struct.Struct("<4sc64sQQ")
+MAGIC = b"LMJ2"
+_FIELDS = struct.Struct(f"<4sc{KEY_BYTES}sQ")
+_RECORD = struct.Struct(f"<4sc{KEY_BYTES}sQQ")
 MOST_READ = 1 << 20
 """Bytes read at once."""
 

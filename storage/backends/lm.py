@@ -37,5 +37,8 @@ class LMServerBackend(StorageBackend):
     def clear(self, fingerprint: bytes | None = None) -> int:
         return self._client.clear(fingerprint)
 
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        return self._client.clear(fingerprint, tenant)
+
     def close(self) -> None:
         self._client.close()

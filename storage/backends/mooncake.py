@@ -21,7 +21,7 @@ from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.forks import Home
-from lmcache.keys import ChunkKey
+from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
 from lmcache.storage.backends.registrations import Registrations
 from lmcache.storage.backends.staging import Staging
@@ -134,7 +134,15 @@ class MooncakeBackend(StorageBackend):
         return codes.count(0)
 
     def clear(self, fingerprint: bytes | None = None) -> int:
-        pattern = f"^{re.escape(self._config.prefix)}/{fingerprint.hex() if fingerprint is not None else ''}.*$"
+        return self._clear("" if fingerprint is None else fingerprint.hex())
+
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        any_format = f"[0-9a-f]{{{2 * FINGERPRINT_BYTES}}}"
+        return self._clear((any_format if fingerprint is None else fingerprint.hex()) + tenant.hex())
+
+    def _clear(self, start: str) -> int:
+        """Remove chunks whose namespace begins with what ``start`` matches."""
+        pattern = f"^{re.escape(self._config.prefix)}/{start}.*$"
         removed: int = self._call("clear", lambda store: store.remove_by_regex(pattern, True))
         if removed < 0:
             raise self._failed("clear", removed)

@@ -43,7 +43,7 @@ def _leave_to_nixl() -> None:
 
 
 class NixlObjects(Place):
-    """One object a chunk: ``<prefix><format fingerprint>/<tag hash>/<digest>.kv``."""
+    """One object a chunk: ``<prefix><format fingerprint>/<tenant and tags>/<digest>.kv``."""
 
     def __init__(self, journal: Path, prefix: str, parameters: dict[str, str], timeout_s: float, staging: int) -> None:
         self._agent = Agent("OBJ", parameters)

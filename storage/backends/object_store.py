@@ -1,6 +1,6 @@
 """L4: one object a chunk in S3, Google Cloud Storage or Azure Blob Storage, by obstore.
 
-    s3://bucket/prefix/<format fingerprint>/<tag hash>/<digest>.kv      header (4096 bytes), payload
+    s3://bucket/prefix/<format fingerprint>/<tenant and tags>/<digest>.kv      header (4096 bytes), payload
 
 An object becomes visible whole or not at all. The first writer of a key wins, where the store knows conditional puts.
 Requests run on threads of the backend's own: its synchronous calls give the interpreter lock up, and were as fast as

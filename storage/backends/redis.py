@@ -1,6 +1,6 @@
 """L4: Redis, Valkey and what speaks their protocol: one key a chunk.
 
-    <prefix><format fingerprint>:<tags and digest>   ->   header (4096 bytes), payload
+    <prefix><format fingerprint>:<tenant, tags and digest>   ->   header (4096 bytes), payload
 
 Header and payload are one value, so a chunk is there whole or not at all. What is kept, for how long and how safely is
 the server's to say (maxmemory, maxmemory-policy, persistence, replicas).
@@ -107,8 +107,17 @@ class RedisBackend(StorageBackend):
         return self._unlink(self._names(keys))
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        return self._clear(b"" if fingerprint is None else fingerprint.hex().encode() + b":", b"")
+
+    def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
+        whose = tenant.hex().encode()
+        return self._clear(b"" if fingerprint is None else fingerprint.hex().encode() + b":" + whose, whose)
+
+    def _clear(self, start: bytes, tenant: bytes) -> int:
+        """Unlink chunks whose name goes on with ``start`` and whose tenant begins with ``tenant``."""
         deadline = time.monotonic() + self._config.clear_timeout_s
-        start = self._prefix + (b"" if fingerprint is None else fingerprint.hex().encode() + b":")
+        start = self._prefix + start
+        tenant_at = len(self._prefix) + 2 * FINGERPRINT_BYTES + 1
         pools = self._pipeline.run(lambda _: self._pipeline.servers.pools(), self._config.timeout_s)
         count = 0
         for pool in pools:
@@ -117,7 +126,7 @@ class RedisBackend(StorageBackend):
                 if time.monotonic() > deadline:
                     raise StorageError(f"not all chunks were removed within {self._config.clear_timeout_s} s")
                 cursor, names = self._scan(pool, cursor, start)
-                count += self._unlink(names)
+                count += self._unlink([name for name in names if name.startswith(tenant, tenant_at)])
                 if cursor == b"0":
                     break
         return count

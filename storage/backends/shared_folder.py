@@ -1,6 +1,6 @@
 """L4: one file a chunk in a folder that several hosts share, over NFS for example.
 
-    <folder>/<format fingerprint>/<tag hash>/<digest>.kv      header (4096 bytes), payload
+    <folder>/<format fingerprint>/<tenant and tags>/<digest>.kv      header (4096 bytes), payload
     <folder>/.writing/                                        files that are not complete yet
 
 What the folder says is what is so: there is no index of our own that could be wrong about other hosts' files. A file is

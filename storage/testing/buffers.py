@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
+from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, KEY_BYTES, TAGS_BYTES, ChunkKey, tenant_id
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 
 
-def make_key(number: int, *, format: int = 0, tags: int = 0) -> ChunkKey:
-    """A distinct key for every number, format and tag."""
+def make_key(number: int, *, format: int = 0, tags: int = 0, tenant: str = "") -> ChunkKey:
+    """A distinct key for every number, format, tag and tenant."""
     fingerprint = format.to_bytes(FINGERPRINT_BYTES, "big")
-    namespace = fingerprint + tags.to_bytes(NAMESPACE_BYTES - FINGERPRINT_BYTES, "big")
+    namespace = fingerprint + tenant_id(tenant) + tags.to_bytes(TAGS_BYTES, "big")
     return ChunkKey(namespace, number.to_bytes(DIGEST_BYTES, "big"))
 
 
@@ -21,8 +21,8 @@ def similar_keys() -> list[ChunkKey]:
 
     The bits are those that tell letters of two cases, ASCII from the rest, and neighbours.
     """
-    raw = random.Random(0).randbytes(NAMESPACE_BYTES + DIGEST_BYTES)
-    keys = [raw, raw[NAMESPACE_BYTES:] + raw[:NAMESPACE_BYTES]]
+    raw, half = random.Random(0).randbytes(KEY_BYTES), KEY_BYTES // 2
+    keys = [raw, raw[half:] + raw[:half]]
     for at in range(len(raw)):
         keys += [raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1 :] for bit in (0x01, 0x20, 0x80)]
     return [ChunkKey.from_bytes(key) for key in keys]

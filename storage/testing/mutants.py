@@ -15,7 +15,7 @@ import xxhash
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, CorruptChunkError, StorageError
-from lmcache.keys import FINGERPRINT_BYTES, NAMESPACE_BYTES, ChunkKey
+from lmcache.keys import FINGERPRINT_BYTES, KEY_BYTES, NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.pool import PAGE
@@ -233,11 +233,12 @@ class NamesAsText(_Renamed):
 
 
 class FieldsInAnyOrder(_Renamed):
-    """Namespace and digest can stand for each other."""
+    """The two halves of a key can stand for each other."""
 
     @staticmethod
     def _name(key: ChunkKey) -> ChunkKey:
-        return ChunkKey(*sorted([key.namespace, key.digest]))
+        raw, half = key.to_bytes(), KEY_BYTES // 2
+        return ChunkKey.from_bytes(b"".join(sorted([raw[:half], raw[half:]])))
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -682,7 +683,7 @@ class AnyHeader(FolderBackend):
             with self.file_of(key).open("rb") as file:
                 header = file.read(HEADER_BYTES)
                 file.readinto(buffer.view)
-            check_chunk(header, ChunkKey.from_bytes(header[16:80]), buffer.view)
+            check_chunk(header, ChunkKey.from_bytes(header[16 : 16 + KEY_BYTES]), buffer.view)
         except FileNotFoundError:
             return False
         except CorruptChunkError:

@@ -51,6 +51,7 @@ class BackendTests:
     """What every backend must do."""
 
     durable = True
+    selects_tenants = False  # True where clear_tenant is exact although keys() is None
 
     @pytest.fixture
     def open_backend(self) -> OpenBackend:
@@ -231,6 +232,21 @@ class BackendTests:
         assert self.get(backend, pool, make_key(0, format=7), 4096) == kept
         assert backend.clear() == 1
         assert backend.contains([make_key(0, format=7)]) == 0
+
+    def test_clear_by_tenant_leaves_the_others(self, backend: StorageBackend, pool: PinnedPool) -> None:
+        mine = [make_key(0, tenant="a"), make_key(0, tenant="a", tags=1), make_key(0, tenant="a", format=7)]
+        others = [make_key(0), make_key(0, tenant="b"), make_key(1, tenant="b", format=7)]
+        for key in (*mine, *others):
+            self.put(backend, pool, key, 4096, seed=1)
+        assert backend.clear_tenant(mine[0].tenant, mine[0].fingerprint) >= 2
+        assert [backend.contains([key]) for key in mine[:2]] == [0, 0]
+        exact = self.selects_tenants or backend.keys() is not None
+        if exact:  # else more may go
+            assert [backend.contains([key]) for key in (mine[2], *others)] == [1, 1, 1, 1]
+        assert backend.clear_tenant(mine[0].tenant) == 1 or not exact
+        assert backend.contains(mine[2:]) == 0
+        if exact:
+            assert [backend.contains([key]) for key in others] == [1, 1, 1]
 
     def test_keys_names_all_that_is_held(self, backend: StorageBackend, pool: PinnedPool) -> None:
         keys = [make_key(n, format=n % 3, tags=n % 2) for n in range(7)]

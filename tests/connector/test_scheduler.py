@@ -13,7 +13,7 @@ import lmcache
 from lmcache.connector.lookup import Answer
 from lmcache.connector.passages import Passages
 from lmcache.connector.scheduler import SchedulerHalf
-from lmcache.keys import PlaceholderSpan
+from lmcache.keys import PlaceholderSpan, tenant_of
 
 CHUNK = 32
 BLOCK = 16
@@ -240,6 +240,7 @@ def test_everything_that_changes_kv_is_asked_for_in_its_own_field(client: Client
     ((_, tags, placeholders),) = client.asked
     assert len(tags.pop("lora.files")) == 32
     assert tags == {"lora.name": "l", "lora.path": "/p", "cache_salt": "s", "tag.tenant": "t"}
+    assert tenant_of(tags) == "t"
     assert placeholders == (PlaceholderSpan(3, 7, b"image:" + b"ab" * 32),)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lmcache
+from lmcache import metrics
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache, Plane, chunk_tokens
 from lmcache.errors import ClosedError, ConfigError, LeaseExpiredError, UnsupportedLayoutError
@@ -72,6 +73,40 @@ def test_a_prompt_comes_back_down_to_the_block(open_engine: Open, count: int, op
     assert equal(blocks(target, used), blocks(source, ids[: count // BLOCK]))
     rest = [b for b in range(BLOCKS) if b not in used]
     assert all(torch.isnan(layer[rest]).all() for layer in target), "no other block may be touched"
+
+
+@pytest.mark.parametrize("tags", [{"cache_salt": "a"}, {"tag.tenant": "a", "cache_salt": "s", "lora.name": "x"}])
+def test_a_quota_counts_what_the_requests_of_its_tenant_store_and_read(
+    open_engine: Open, tmp_path: Path, tags: dict[str, str]
+) -> None:
+    source = pages()
+    chunk = PagedCache.from_layers(source).chunk_bytes(32)
+    tiers = [{"type": "disk", "path": str(tmp_path / "kv")}]
+    engine = open_engine(PagedCache.from_layers(source), quotas={"a": 2 * chunk, "b": chunk}, tiers=tiers)
+    ids, tokens = list(range(8)), list(range(128))
+    gauge = metrics.TENANT_MEMORY_BYTES.labels("a")
+    before = gauge._value.get()
+    for count in (32, 64, 96, 128):
+        engine.store(tokens[:count], [ids], tags=tags)
+        assert engine.storage.flush(10)
+    engine.store(tokens, [ids])
+    assert engine.storage.flush(10)
+    assert engine.storage.health().tenant_bytes == {"a": 2 * chunk, "b": 0}
+    assert gauge._value.get() == before + 2 * chunk
+    assert engine.storage.stats()["chunks"] == 2 + 4, "who has no quota has all of memory"
+    with engine.lookup(tokens, tags=tags) as lookup:
+        assert lookup.wait(10)
+        assert lookup.tokens == 128, "the rest is on disk"
+    assert engine.storage.health().tenant_bytes["a"] <= 2 * chunk
+    assert engine.clear("b") == 0
+    assert engine.clear("a") == 4
+    assert engine.storage.health().tenant_bytes["a"] == 0
+    for whose, found in ((tags, 0), (None, 128)):
+        with engine.lookup(tokens, tags=whose) as lookup:
+            assert lookup.wait(10)
+            assert lookup.tokens == found
+    engine.storage.close()
+    assert gauge._value.get() == before
 
 
 @pytest.mark.parametrize("opaque", [False, True])

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from scripted import WAIT_S, Gate, ScriptedBackend
@@ -60,7 +61,7 @@ def settle(condition: Callable[[], bool], what: str) -> None:
         threading.Event().wait(0.002)
 
 
-def keys(*numbers: int, **where: int) -> list[ChunkKey]:
+def keys(*numbers: int, **where: Any) -> list[ChunkKey]:
     return [make_key(number, **where) for number in numbers]
 
 
@@ -68,22 +69,22 @@ def contents(number: int) -> bytes:
     return random.Random(number).randbytes(NBYTES)
 
 
-def store(manager: StorageManager, *numbers: int, tenant: str = "", **where: int) -> None:
+def store(manager: StorageManager, *numbers: int, **where: Any) -> None:
     for number in numbers:
         buffer = manager.allocate(NBYTES)
         assert buffer is not None
         buffer.view[:] = contents(number)
-        manager.put(make_key(number, **where), buffer, tenant=tenant)
+        manager.put(make_key(number, **where), buffer)
 
 
-def plant(tier: ScriptedBackend, *numbers: int, **where: int) -> None:
+def plant(tier: ScriptedBackend, *numbers: int, **where: Any) -> None:
     for number in numbers:
         tier.plant(make_key(number, **where), contents(number))
 
 
-def acquire(manager: StorageManager, *numbers: int, **options: object) -> Lease:
+def acquire(manager: StorageManager, *numbers: int, tenant: str = "", **options: object) -> Lease:
     """A lease that is done."""
-    lease = manager.acquire(keys(*numbers), [NBYTES] * len(numbers), **options)  # type: ignore[arg-type]
+    lease = manager.acquire(keys(*numbers, tenant=tenant), [NBYTES] * len(numbers), **options)  # type: ignore[arg-type]
     assert lease.wait(WAIT_S)
     return lease
 
@@ -96,5 +97,5 @@ def read(manager: StorageManager, *numbers: int, **options: object) -> int:
         return lease.ready
 
 
-def in_memory(manager: StorageManager, *numbers: int, **where: int) -> list[int]:
+def in_memory(manager: StorageManager, *numbers: int, **where: Any) -> list[int]:
     return [number for number in numbers if make_key(number, **where) in manager._memory]

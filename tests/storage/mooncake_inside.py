@@ -139,6 +139,8 @@ def open_store(port: int = PORT, **options: Any) -> MooncakeBackend:
 
 
 class TestMooncake(BackendTests):
+    selects_tenants = True
+
     @pytest.fixture
     def open_backend(self, store: MooncakeBackend) -> Callable[[], StorageBackend]:
         return open_store

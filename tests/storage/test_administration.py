@@ -10,7 +10,7 @@ from managers import NBYTES, Open, acquire, contents, in_memory, keys, open_mana
 from scripted import WAIT_S, Gate, ScriptedBackend, raising
 
 from lmcache.errors import ConfigError, StorageError
-from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
+from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.testing import make_key
 
 __all__ = ["open_manager"]
@@ -218,31 +218,41 @@ def test_keys_are_removed_also_from_the_queue_and_from_one_tier(open_manager: Op
 def test_a_tenant_is_cleared_from_every_tier(open_manager: Open, lists_keys: bool) -> None:
     tier = ScriptedBackend(lists_keys=lists_keys)
     manager = open_manager(tier)
-    for tags in (1, 2):
-        store(manager, 0, 1, tags=tags)
-        store(manager, 0, format=7, tags=tags)
+    for tenant in ("a", "b", ""):
+        store(manager, 0, 1, tenant=tenant)
+        store(manager, 1, tenant=tenant, tags=5)  # with an adapter, say
+        store(manager, 0, format=7, tenant=tenant)
     manager.flush(WAIT_S)
-    one, two = make_key(0, tags=1), make_key(0, tags=2)
-    assert manager.clear(tags=one.namespace[FINGERPRINT_BYTES:]) >= 3
-    assert in_memory(manager, 0, 1, tags=1) == in_memory(manager, 0, format=7, tags=1) == []
-    assert in_memory(manager, 0, 1, tags=2) == [0, 1]
+    assert manager.clear(tenant="a") >= 4
+    assert not [key for key in manager._memory._buffers if key.tenant == tenant_id("a")]
+    assert in_memory(manager, 0, 1, tenant="b") == in_memory(manager, 0, 1) == [0, 1]
     # A place that cannot list its keys loses more, for what must go is gone.
-    left = {two, make_key(1, tags=2), make_key(0, format=7, tags=2)}
+    left = {
+        key
+        for tenant in ("b", "")
+        for key in (
+            *keys(0, 1, tenant=tenant),
+            make_key(1, tenant=tenant, tags=5),
+            make_key(0, tenant=tenant, format=7),
+        )
+    }
     assert tier.holds() == (left if lists_keys else set())
+    manager.clear(tenant="")
+    assert in_memory(manager, 0, 1, tenant="b") == [0, 1]
+    assert in_memory(manager, 0, 1) == []
 
 
 def test_one_format_of_a_tenant_is_cleared_from_one_tier(open_manager: Open) -> None:
     tier = ScriptedBackend()
     manager = open_manager(tier)
-    store(manager, 0, tags=1)
-    store(manager, 0, format=7, tags=1)
+    store(manager, 0, tenant="a")
+    store(manager, 0, format=7, tenant="a")
     manager.flush(WAIT_S)
-    key = make_key(0, tags=1)
-    assert manager.clear(key.fingerprint, tags=key.namespace[FINGERPRINT_BYTES:], tier=TIER) == 1
-    assert in_memory(manager, 0, tags=1) == [0]
-    assert tier.holds() == {make_key(0, format=7, tags=1)}
+    assert manager.clear(make_key(0).fingerprint, tenant="a", tier=TIER) == 1
+    assert in_memory(manager, 0, tenant="a") == [0]
+    assert tier.holds() == {make_key(0, format=7, tenant="a")}
     assert manager.clear(tier="memory") == 2
-    assert tier.holds() == {make_key(0, format=7, tags=1)}
+    assert tier.holds() == {make_key(0, format=7, tenant="a")}
 
 
 def test_frozen_storage_takes_nothing_and_serves_what_it_has(open_manager: Open) -> None:
@@ -274,11 +284,11 @@ def test_a_quota_bounds_a_tenants_memory_also_by_promotion(open_manager: Open) -
     store(manager, *range(6, 12), tenant="small")
     manager.flush(WAIT_S)
     assert manager.health().tenant_bytes["small"] <= 3 * NBYTES
-    assert tier.holds() == set(keys(*range(12))), "lower tiers have no quota"
+    assert tier.holds() == set(keys(*range(12), tenant="small")), "lower tiers have no quota"
     assert read(manager, *range(12), tenant="small") == 12
     assert manager.health().tenant_bytes["small"] <= 3 * NBYTES
     store(manager, *range(20, 30), tenant="other")
-    assert in_memory(manager, *range(20, 30)) == list(range(20, 30))
+    assert in_memory(manager, *range(20, 30), tenant="other") == list(range(20, 30))
 
 
 @pytest.mark.parametrize(("promote", "kept_after"), [("always", 1), ("second_hit", 2), ("never", None)])
@@ -305,6 +315,20 @@ def test_write_back_writes_before_it_evicts_and_not_at_once(open_manager: Open) 
     assert len(tier.chunks) < 60
     for number in range(60):
         assert read(manager, number) == 1, f"chunk {number} was evicted before it was written"
+
+
+def test_write_back_loses_nothing_that_a_quota_turns_out(open_manager: Open) -> None:
+    tier = ScriptedBackend()
+    manager = open_manager(tier, demotion="on_evict", quotas={"small": 2 * NBYTES, "tiny": NBYTES // 2})
+    for number in range(6):
+        store(manager, number, tenant="small")
+        store(manager, number, tenant="tiny")
+        assert manager.flush(WAIT_S)
+    store(manager, 0)
+    assert manager.flush(WAIT_S)
+    assert manager.health().tenant_bytes == {"small": 2 * NBYTES, "tiny": 0}
+    assert tier.holds() == {*keys(*range(6), tenant="small"), *keys(*range(6), tenant="tiny")}
+    assert read(manager, *range(6), tenant="tiny") == 6
 
 
 def test_write_back_writes_the_rest_at_the_end(open_manager: Open) -> None:
@@ -376,8 +400,7 @@ def test_a_tier_that_hangs_while_it_lists_its_keys_does_not_hold_up_a_clear(
 
     monkeypatch.setattr(tier, "keys", hanging)
     (key,) = keys(1)
-    tags = key.namespace[FINGERPRINT_BYTES:]
-    cleared = threading.Thread(target=manager.clear, args=(key.fingerprint,), kwargs={"tags": tags})
+    cleared = threading.Thread(target=manager.clear, args=(key.fingerprint,), kwargs={"tenant": ""})
     cleared.start()
     cleared.join(WAIT_S / 2)
     hung = cleared.is_alive()

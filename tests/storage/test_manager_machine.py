@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from scripted import WAIT_S, Gate, ScriptedBackend, raising
 
 from lmcache.config import load_config
 from lmcache.errors import StorageError
-from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
+from lmcache.keys import ChunkKey
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.testing import make_key
@@ -21,7 +22,8 @@ from lmcache.storage.testing import make_key
 CAPACITY = 10
 PLACES = ("memory", "scripted", "scripted-2")
 numbers = st.integers(0, 5)
-worlds = st.sampled_from([{}, {}, {"format": 1}, {"tags": 1}])
+WORLDS: list[dict[str, Any]] = [{}, {}, {"format": 1}, {"tags": 1}, {"tenant": "small"}, {"tenant": "small", "tags": 1}]
+worlds = st.sampled_from(WORLDS)
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -69,8 +71,8 @@ class ManagerMachine(RuleBasedStateMachine):
             tier.breaker == "closed" and not tier.hung_threads for tier in health
         )
 
-    @rule(first=numbers, count=st.integers(1, 6), world=worlds, tenant=st.sampled_from(["", "", "small"]))
-    def put(self, first: int, count: int, world: dict[str, int], tenant: str) -> None:
+    @rule(first=numbers, count=st.integers(1, 6), world=worlds)
+    def put(self, first: int, count: int, world: dict[str, Any]) -> None:
         for number in range(first, first + count):
             key = make_key(number, **world)
             buffer = self.manager.allocate(NBYTES)
@@ -79,14 +81,14 @@ class ManagerMachine(RuleBasedStateMachine):
                 return
             data = self.contents(key)
             buffer.view[:] = data
-            self.manager.put(key, buffer, tenant=tenant)
+            self.manager.put(key, buffer)
             self.allowed[key].add(data)
-            assert tenant or self.manager.contains([key]) == 1, "what was put is visible at once"
+            assert world.get("tenant") or self.manager.contains([key]) == 1, "what was put is visible at once"
 
     @rule(first=numbers, world=worlds)
-    def store_and_evict(self, first: int, world: dict[str, int]) -> None:
+    def store_and_evict(self, first: int, world: dict[str, Any]) -> None:
         """What is below has to be read again."""
-        self.put(first, 4, world, "")
+        self.put(first, 4, world)
         self.evict_all()
 
     @rule()
@@ -97,12 +99,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.clear(tier="memory")
 
     @rule(first=numbers, world=worlds)
-    def evict_and_read(self, first: int, world: dict[str, int]) -> None:
+    def evict_and_read(self, first: int, world: dict[str, Any]) -> None:
         self.evict_all()
         self.read(first, 6, world, hold=False, late=False)
 
     @rule(first=numbers, count=st.integers(1, 8), world=worlds, hold=st.booleans(), late=st.booleans())
-    def read(self, first: int, count: int, world: dict[str, int], hold: bool, late: bool) -> None:
+    def read(self, first: int, count: int, world: dict[str, Any], hold: bool, late: bool) -> None:
         keys = [make_key(number, **world) for number in range(first, first + count)]
         hangs = any(isinstance(fault, Gate) for tier in self.tiers for fault in tier.before.values())
         timeout_s = 0.01 if late or hangs else WAIT_S
@@ -123,7 +125,7 @@ class ManagerMachine(RuleBasedStateMachine):
         lease.close()
 
     @rule(first=numbers, world=worlds, cancel=st.booleans())
-    def prefetch(self, first: int, world: dict[str, int], cancel: bool) -> None:
+    def prefetch(self, first: int, world: dict[str, Any], cancel: bool) -> None:
         keys = [make_key(number, **world) for number in range(first, first + 4)]
         prefetch = self.manager.prefetch(keys, [NBYTES] * 4, timeout_s=0.05)
         if cancel:
@@ -131,7 +133,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert prefetch.wait(WAIT_S)
 
     @rule(first=numbers, count=st.integers(1, 3), world=worlds)
-    def remove(self, first: int, count: int, world: dict[str, int]) -> None:
+    def remove(self, first: int, count: int, world: dict[str, Any]) -> None:
         keys = [make_key(number, **world) for number in range(first, first + count)]
         healthy = self.healthy()
         self.manager.remove(keys)
@@ -139,7 +141,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.forget(keys)
 
     @rule(world=worlds, by=st.sampled_from(["all", "format", "tenant"]), refuse=st.sampled_from([True, False, False]))
-    def clear(self, world: dict[str, int], by: str, refuse: bool) -> None:
+    def clear(self, world: dict[str, Any], by: str, refuse: bool) -> None:
         self.clears += 1
         if self.clears % 3:
             return  # not so often that there is never anything
@@ -153,14 +155,13 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.clear(key.fingerprint)
             gone = [each for each in self.allowed if each.fingerprint == key.fingerprint]
         else:
-            tags = key.namespace[FINGERPRINT_BYTES:]
-            self.manager.clear(tags=tags)
-            gone = [each for each in self.allowed if each.namespace[FINGERPRINT_BYTES:] == tags]
+            self.manager.clear(tenant=world.get("tenant", ""))
+            gone = [each for each in self.allowed if each.tenant == key.tenant]
         # Also when a tier refuses: it is cleared before it is read again.
         self.forget(gone)
 
     @rule(first=numbers, world=worlds)
-    def clear_what_refuses(self, first: int, world: dict[str, int]) -> None:
+    def clear_what_refuses(self, first: int, world: dict[str, Any]) -> None:
         self.store_and_evict(first, world)
         self.tiers[0].before["clear"] = raising(StorageError("refused"))
         self.manager.clear()
@@ -173,7 +174,7 @@ class ManagerMachine(RuleBasedStateMachine):
         way=st.permutations(PLACES).map(lambda places: places[:2]),
         move=st.booleans(),
     )
-    def transfer(self, first: int, world: dict[str, int], way: list[str], move: bool) -> None:
+    def transfer(self, first: int, world: dict[str, Any], way: list[str], move: bool) -> None:
         keys = [make_key(number, **world) for number in range(first, first + 3)]
         do = self.manager.move if move else self.manager.copy
         assert 0 <= do(keys, way[0], way[1], timeout_s=0.05) <= 3
@@ -199,7 +200,7 @@ class ManagerMachine(RuleBasedStateMachine):
             tier.before["get"] = Gate()
 
     @rule(index=st.integers(0, 1), number=numbers, world=worlds, how=st.sampled_from(["evict", "garble", "cut"]))
-    def damage(self, index: int, number: int, world: dict[str, int], how: str) -> None:
+    def damage(self, index: int, number: int, world: dict[str, Any], how: str) -> None:
         chunks, key = self.tiers[index].chunks, make_key(number, **world)
         found = chunks.get(key)
         if found is not None:

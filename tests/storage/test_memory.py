@@ -29,12 +29,12 @@ def insert(tier: MemoryTier, *numbers: int, tenant: str = "", settled: bool = Fa
     for number in numbers:
         buffer = tier.allocate(PAGE)
         assert buffer is not None
-        came.append(tier.insert(make_key(number), buffer, tenant=tenant, settled=settled))
+        came.append(tier.insert(make_key(number, tenant=tenant), buffer, settled=settled))
     return came
 
 
-def held(tier: MemoryTier) -> set[int]:
-    return {number for number in range(200) if make_key(number) in tier}
+def held(tier: MemoryTier, tenant: str = "") -> set[int]:
+    return {number for number in range(200) if make_key(number, tenant=tenant) in tier}
 
 
 def let_go(handles: list[PoolBuffer]) -> None:
@@ -88,24 +88,50 @@ def test_a_quota_evicts_the_tenants_own_chunks_only(pool: PinnedPool) -> None:
     tier = MemoryTier(pool, LRU(), quotas={"small": 4 * PAGE})
     insert(tier, *range(100, 110))
     assert insert(tier, *range(10), tenant="small") == [True] * 10
-    assert held(tier) == {*range(6, 10), *range(100, 110)}
+    assert held(tier, "small") == set(range(6, 10))
+    assert held(tier) == set(range(100, 110))
     assert tier.tenant_bytes == {"small": 4 * PAGE}
     insert(tier, *range(110, 120), tenant="unknown")
     assert tier.tenant_bytes == {"small": 4 * PAGE}
+
+
+def test_a_quota_goes_by_use_and_looks_at_no_chunks_of_others(pool: PinnedPool) -> None:
+    class NotAsked(LRU):
+        def victims(self) -> Iterator[ChunkKey]:
+            raise AssertionError("all chunks are gone through")
+
+    tier = MemoryTier(pool, NotAsked(), quotas={"small": 4 * PAGE})
+    insert(tier, *range(40))
+    insert(tier, *range(4), tenant="small")
+    let_go(tier.pin([make_key(0, tenant="small")]))
+    insert(tier, 4, 5, tenant="small")
+    assert held(tier, "small") == {0, 3, 4, 5}
+    tier.remove([make_key(0, tenant="small")])
+    insert(tier, 6, 7, tenant="small")
+    assert held(tier, "small") == {4, 5, 6, 7}
+    assert held(tier) == set(range(40))
+
+
+def test_a_quota_smaller_than_a_chunk_is_said_once(pool: PinnedPool, caplog: pytest.LogCaptureFixture) -> None:
+    tier = MemoryTier(pool, LRU(), quotas={"a": PAGE // 2})
+    assert insert(tier, 1, 2, tenant="a") == [False, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"quotas: the quota of 'a', {PAGE // 2} bytes, is less than a chunk of {PAGE}: memory keeps no such chunk of it"
+    ]
 
 
 def test_a_quota_whose_chunks_are_held_refuses(pool: PinnedPool) -> None:
     tier = MemoryTier(pool, LRU(), quotas={"small": 2 * PAGE})
     insert(tier, 0, 1, tenant="small")
     refused = metrics.QUOTA_REFUSED_BYTES.labels("small")._value.get()
-    handles = tier.pin([make_key(0), make_key(1)])
+    handles = tier.pin([make_key(0, tenant="small"), make_key(1, tenant="small")])
     assert insert(tier, 2, tenant="small") == [False]
     assert metrics.QUOTA_REFUSED_BYTES.labels("small")._value.get() == refused + PAGE
     let_go(handles)
     large = tier.allocate(3 * PAGE)
     assert large is not None
-    assert not tier.insert(make_key(3), large, tenant="small"), "larger than the quota"
-    assert held(tier) == {0, 1}
+    assert not tier.insert(make_key(3, tenant="small"), large), "larger than the quota"
+    assert held(tier, "small") == {0, 1}
     tier.clear()
     assert tier.tenant_bytes == {"small": 0}
     assert pool.used_bytes == 0

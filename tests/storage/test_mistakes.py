@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lmcache.cli import app
 from lmcache.errors import ConfigError
 from lmcache.storage.host_memory import available_bytes
 from lmcache.storage.pool import PinnedPool
-from lmcache.storage.registry import build_backend
+from lmcache.storage.registry import build_backend, check_backend
 from lmcache.storage.testing import make_key, take
 
 __all__ = ["open_manager"]
@@ -39,6 +40,25 @@ def test_the_config_command_looks_into_tiers_policies_and_codec(setting: str, me
     result = CliRunner().invoke(app, ["config", setting])
     assert result.exit_code == 1
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "module", "extra"),
+    [
+        ("encrypted", "cryptography", "encryption", "encryption"),
+        ("zstd", "zstandard", "compression", "zstd"),
+    ],
+)
+def test_a_tier_whose_package_is_missing_says_that_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, kind: str, package: str, module: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"lmcache.storage.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError) as caught:
+        check_backend({"type": kind}, "tiers[0]")
+    assert str(caught.value) == f"tiers[0]: {kind} needs {package}; in your clone: pip install -e '.[{extra}]'"
 
 
 def test_the_config_command_opens_nothing(tmp_path: Path) -> None:

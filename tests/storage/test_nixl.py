@@ -183,7 +183,7 @@ def test_processes_share_the_index_and_a_torn_record_is_skipped(service: Any, tm
     data = [put(one, pool, make_key(n), CHUNK, seed=n) for n in range(2)]
     two = open_objects(service, index)
     with index.open("ab") as file:
-        file.write(b"LMJ1+torn")
+        file.write(b"LMJ2+torn")
     data.append(put(one, pool, make_key(2), CHUNK, seed=2))
     assert [get(two, pool, make_key(n), CHUNK) for n in range(3)] == data
     one.remove([make_key(1)])

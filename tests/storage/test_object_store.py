@@ -22,7 +22,7 @@ from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool
 from experiments.redis_servers import wait_until
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
-from lmcache.keys import ChunkKey
+from lmcache.keys import NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.backends.object_store import ObjectStoreBackend
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -87,7 +87,7 @@ def reachable(port: int) -> bool:
     return True
 
 
-def hashed_key(number: int, namespace: bytes = bytes(32)) -> ChunkKey:
+def hashed_key(number: int, namespace: bytes = bytes(NAMESPACE_BYTES)) -> ChunkKey:
     """As real keys are: spread over the whole range."""
     return ChunkKey(namespace, hashlib.blake2b(number.to_bytes(8, "big"), digest_size=32).digest())
 
@@ -141,7 +141,7 @@ def test_thousands_of_keys_are_looked_up_in_two_rounds_and_then_in_none(
 
 def test_a_missing_key_ends_the_run_wherever_it_is(options: dict[str, Any], pool: PinnedPool, opened: Opened) -> None:
     backend = opened({**options, "lookups": 4, "index_ttl_s": 0})
-    namespaces = [bytes(32), bytes(31) + b"\1"]
+    namespaces = [bytes(NAMESPACE_BYTES), bytes(NAMESPACE_BYTES - 1) + b"\1"]
     keys = [hashed_key(n, namespaces[n % 2]) for n in range(60)]
     buffer = take(pool, 100)
     backend.put(keys, [buffer] * len(keys))

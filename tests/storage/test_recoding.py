@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import os
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -15,15 +14,19 @@ import pytest
 pytest.importorskip("zstandard", reason="zstandard is not installed")
 pytest.importorskip("cryptography", reason="cryptography is not installed")
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from lmcache import metrics
-from lmcache.errors import ConfigError
-from lmcache.keys import ChunkKey, namespace
+from lmcache.engine.engine import pack_tokens
+from lmcache.keys import ROOT_DIGEST, ChunkKey, chunk_digest, namespace, tenant_id
+from lmcache.storage import encryption
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.compression import Zstd
 from lmcache.storage.encryption import OVERHEAD
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.recoding import Scratch
 from lmcache.storage.registry import build_backend
+from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 
 put, get = BackendTests.put, BackendTests.get
@@ -51,6 +54,7 @@ def zstd(path: Path, inner: dict[str, Any] | None = None, **options: Any) -> dic
 
 
 class RecodingTests(BackendTests):
+    selects_tenants = True
     options: Callable[[Path], dict[str, Any]]
 
     @pytest.fixture
@@ -64,6 +68,10 @@ class TestZstd(RecodingTests):
 
 class TestEncrypted(RecodingTests):
     options = encrypted
+
+
+class TestEncryptedWhileKeysRotate(RecodingTests):
+    options = staticmethod(lambda path: encrypted(path, keys=[key_file(path, 1), key_file(path, 0)]))
 
 
 class TestZstdOverEncrypted(RecodingTests):
@@ -274,126 +282,240 @@ def unreadable(why: str) -> float:
     return metrics.UNREADABLE_CHUNKS.labels(why)._value.get()
 
 
+def name_of(backend: Any, key: ChunkKey) -> ChunkKey:
+    """What an encrypted chunk is called inside."""
+    (name,) = backend._generations[0]._names([key])
+    return name
+
+
+def prompt(tokens: list[int], tags: dict[str, str] | None = None) -> ChunkKey:
+    space = namespace(b"some model's KV.", tags)
+    return ChunkKey(space, chunk_digest(space, ROOT_DIGEST, pack_tokens(tokens), 0))
+
+
+def guessed(folder: Path, guesses: list[list[int]], spaces: list[bytes]) -> int:
+    """How many guesses of a prompt somebody confirms who can list names, and knows how keys are made."""
+    seen = [path.relative_to(folder).parts for path in folder.rglob("*.kv")]
+    assert seen
+    names = {parts[-1].removesuffix(".kv") for parts in seen}
+    spaces = [*spaces, *{bytes.fromhex("".join(parts[-3:-1])) for parts in seen}]
+    digests = {chunk_digest(space, ROOT_DIGEST, pack_tokens(guess), 0).hex() for guess in guesses for space in spaces}
+    return len(digests & names)
+
+
+@pytest.mark.parametrize("inner", [disk, lambda path: {"type": "remote", "url": f"fs://{path}/kv"}])
+@pytest.mark.parametrize("tags", [None, {"cache_salt": "unknown"}, {"tag.tenant": "a", "lora.name": "x"}])
+def test_who_can_list_names_confirms_no_guess_of_a_prompt(
+    tmp_path: Path,
+    pool: PinnedPool,
+    opened: Opened,
+    inner: Callable[[Path], dict[str, Any]],
+    tags: dict[str, str] | None,
+) -> None:
+    known = list(range(63))
+    guesses = [[*known, token] for token in range(500)]
+    key = prompt(guesses[321], tags)
+    plain = opened(inner(tmp_path / "plain"))
+    put(plain, pool, key, CHUNK, seed=1)
+    assert guessed(tmp_path / "plain", guesses, []) == 1, "the attack works where nothing is encrypted"
+    backend = opened(encrypted(tmp_path, inner(tmp_path)))
+    data = put(backend, pool, key, CHUNK, seed=1)
+    assert guessed(tmp_path / "kv", guesses, [key.namespace]) == 0
+    assert get(backend, pool, key, CHUNK) == data
+    everything = b"".join(bytes(path) + path.read_bytes() for path in (tmp_path / "kv").rglob("*") if path.is_file())
+    parts = [key.digest, key.fingerprint, key.namespace[32:], *([key.tenant] if tags else [])]
+    for part in parts:
+        assert part not in everything
+        assert part.hex().encode() not in everything
+
+
+def test_the_backend_inside_is_told_names_only(
+    tmp_path: Path, pool: PinnedPool, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(encrypted(tmp_path, keys=[key_file(tmp_path, 0), key_file(tmp_path, 1)]))
+    told: list[object] = []
+    for method in ("sizes", "contains", "get", "put", "remove", "clear", "clear_tenant"):
+        original = getattr(backend.inner, method)
+        monkeypatch.setattr(
+            backend.inner, method, lambda *args, original=original: (told.append(args[:1]), original(*args))[1]
+        )
+    key = make_key(5, format=6, tags=7, tenant="a")
+    put(backend, pool, key, CHUNK, seed=1)
+    assert get(backend, pool, key, CHUNK) is not None
+    assert get(backend, pool, key, CHUNK + 1) is None
+    assert (backend.contains([key]), backend.sizes([key]), backend.remove([key])) == (1, [CHUNK], 1)
+    backend.clear(key.fingerprint)
+    backend.clear_tenant(key.tenant, key.fingerprint)
+    assert len(told) > 7
+    for part in (key.digest, key.fingerprint, key.tenant, key.namespace[32:]):
+        assert repr(part)[2:-1] not in repr(told)
+    assert backend.keys() is None, "names cannot be turned back into keys"
+
+
+def test_tenants_and_formats_are_cleared_by_their_names(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
+    options = {"keys": [key_file(tmp_path, 0), key_file(tmp_path, 1)], "tenants": {"a": [key_file(tmp_path, 2)]}}
+    # A wrapper around passes it on, as the manager's clear does.
+    backend = opened({"type": "audit", "inner": {"type": "zstd", "inner": encrypted(tmp_path, **options)}})
+    of = {
+        (tenant, format, tags): make_key(1, tenant=tenant, format=format, tags=tags)
+        for tenant in ("a", "b", "")
+        for format in (1, 2)
+        for tags in (0, 1)
+    }
+    for key in of.values():
+        put(backend, pool, key, CHUNK, seed=1)
+
+    def left() -> set[tuple[str, int, int]]:
+        return {meaning for meaning, key in of.items() if backend.contains([key])}
+
+    # Chunks of before the tenant had a key of its own, and of before a rotation, too.
+    early = opened(encrypted(tmp_path, keys=[key_file(tmp_path, 1)]))
+    put(early, pool, of["a", 1, 0], CHUNK, seed=1)
+    assert clear_backend(backend, Selection(of["a", 1, 0].fingerprint, tenant_id("a"))) == 3
+    assert left() == {meaning for meaning in of if meaning[:2] != ("a", 1)}
+    assert get(early, pool, of["a", 1, 0], CHUNK) is None
+    assert clear_backend(backend, Selection(tenant=tenant_id("b"))) == 4
+    assert left() == {meaning for meaning in of if meaning[0] == "" or meaning[:2] == ("a", 2)}
+    assert clear_backend(backend, Selection(of["", 2, 0].fingerprint)) == 4
+    assert left() == {("", 1, 0), ("", 1, 1)}
+    assert clear_backend(backend, Selection()) == 2
+
+
 def test_the_medium_holds_neither_payload_nor_key(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
     backend = opened(encrypted(tmp_path))
     secret = b"what the user wrote " * 500
     store(backend, pool, make_key(1), secret)
     store(backend, pool, make_key(2), secret)
-    one, two = (stored_bytes(backend, make_key(n), pool) for n in (1, 2))
+    one, two = (stored_bytes(backend, name_of(backend, make_key(n)), pool) for n in (1, 2))
     assert len(one) == len(secret) + OVERHEAD
     assert secret[:20] not in one
     assert Path(key_file(tmp_path)).read_bytes() not in one
-    assert one[20:] != two[20:]
+    assert one[32:] != two[32:]
 
 
-@pytest.mark.parametrize("place", [0, 4, 19, 20, 31, 32, 5000, -17, -16, -1])
+def test_no_two_writings_share_a_key_and_nonce_even_where_random_numbers_repeat(
+    tmp_path: Path, pool: PinnedPool, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[bytes, bytes]] = []
+
+    class Recorded:
+        def __init__(self, key: bytes) -> None:
+            self.key, self.cipher = key, AESGCM(key)
+
+        def encrypt_into(self, nonce: bytes, *rest: Any) -> int:
+            used.append((self.key, bytes(nonce)))
+            return self.cipher.encrypt_into(nonce, *rest)
+
+    monkeypatch.setattr(encryption, "AESGCM", Recorded)
+    backend = opened(encrypted(tmp_path))
+    for _ in range(20):
+        store(backend, pool, make_key(1), b"x" * 100)
+        backend.remove([make_key(1)])
+    monkeypatch.setattr(encryption.os, "urandom", bytes)  # a machine that was cloned, say
+    for number, tenant in ((2, ""), (3, ""), (2, "a")):
+        store(backend, pool, make_key(number, tenant=tenant), b"x" * 100)
+    assert len({key for key, _ in used}) == len({nonce for _, nonce in used}) == len(used) == 23
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 31, 32, 5000, -17, -16, -1])
 def test_a_changed_ciphertext_is_a_miss_and_counted(
     tmp_path: Path, pool: PinnedPool, opened: Opened, place: int
 ) -> None:
     backend = opened(encrypted(tmp_path))
     put(backend, pool, make_key(1), CHUNK, seed=1)
-    raw = bytearray(stored_bytes(backend, make_key(1), pool))
+    name = name_of(backend, make_key(1))
+    raw = bytearray(stored_bytes(backend, name, pool))
     raw[place] ^= 1
     backend.remove([make_key(1)])
-    store(backend.inner, pool, make_key(1), bytes(raw))
-    why = "no key" if 4 <= place < 20 else "not authentic"
-    before = unreadable(why)
+    store(backend.inner, pool, name, bytes(raw))
+    before = unreadable("not authentic")
     buffer = take(pool, CHUNK)
     assert backend.get([make_key(1)], [buffer]) == 0
-    if why == "not authentic" and place != 0:
+    if place > 3 or place < 0:
         assert not any(buffer.view), "what is not authentic stays nowhere"
     buffer.release()
-    assert unreadable(why) == before + 1
-    assert backend.contains([make_key(1)]) == (why == "no key")
+    assert unreadable("not authentic") == before + 1
+    assert backend.contains([make_key(1)]) == 0
 
 
-@pytest.mark.parametrize("other", [make_key(2), make_key(1, format=1), make_key(1, tags=1)])
+@pytest.mark.parametrize("other", [make_key(2), make_key(1, format=1), make_key(1, tags=1), make_key(1, tenant="a")])
 def test_a_ciphertext_under_another_name_does_not_decrypt(
     tmp_path: Path, pool: PinnedPool, opened: Opened, other: ChunkKey
 ) -> None:
     backend = opened(encrypted(tmp_path))
     put(backend, pool, make_key(1), CHUNK, seed=1)
-    store(backend.inner, pool, other, stored_bytes(backend, make_key(1), pool))
+    store(backend.inner, pool, name_of(backend, other), stored_bytes(backend, name_of(backend, make_key(1)), pool))
     before = unreadable("not authentic")
     assert get(backend, pool, other, CHUNK) is None
     assert unreadable("not authentic") == before + 1
     assert get(backend, pool, make_key(1), CHUNK) is not None
 
 
-def test_another_key_reads_nothing_and_removes_nothing_unless_told_to(
-    tmp_path: Path, pool: PinnedPool, opened: Opened
-) -> None:
+def test_another_key_finds_nothing_and_removes_nothing(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
     mine = opened(encrypted(tmp_path))
     data = put(mine, pool, make_key(1), CHUNK, seed=1)
-    before = unreadable("no key")
     theirs = opened(encrypted(tmp_path, keys=[key_file(tmp_path, 1)]))
+    assert theirs.contains([make_key(1)]) == theirs.remove([make_key(1)]) == theirs.clear(make_key(1).fingerprint) == 0
     assert get(theirs, pool, make_key(1), CHUNK) is None
-    assert unreadable("no key") == before + 1
+    other = put(theirs, pool, make_key(1), CHUNK, seed=2)
     assert get(mine, pool, make_key(1), CHUNK) == data
-    assert (
-        get(opened(encrypted(tmp_path, keys=[key_file(tmp_path, 1)], remove_unknown=True)), pool, make_key(1), CHUNK)
-        is None
-    )
-    assert get(mine, pool, make_key(1), CHUNK) is None
+    assert get(theirs, pool, make_key(1), CHUNK) == other
 
 
 def test_keys_rotate(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
     old, new = key_file(tmp_path, 0), key_file(tmp_path, 1)
-    data = put(opened(encrypted(tmp_path, keys=[old])), pool, make_key(1), CHUNK, seed=1)
+    before = opened(encrypted(tmp_path, keys=[old]))
+    data = {n: put(before, pool, make_key(n), CHUNK + n, seed=n) for n in (1, 3)}
     both = opened(encrypted(tmp_path, keys=[new, old]))
-    assert get(both, pool, make_key(1), CHUNK) == data
-    fresh = put(both, pool, make_key(2), CHUNK, seed=2)
+    data |= {n: put(both, pool, make_key(n), CHUNK + n, seed=n) for n in (0, 2, 4)}
+    keys = [make_key(n) for n in range(6)]
+    assert both.sizes(keys) == [CHUNK + n for n in range(5)], "one run, whichever key each was written with"
+    assert both.contains(keys) == 5
+    buffers = [take(pool, CHUNK + n) for n in range(6)]
+    assert both.get(keys, buffers) == 5
+    assert [bytes(buffer.view) for buffer in buffers[:5]] == [data[n] for n in range(5)]
+    for buffer in buffers:
+        buffer.release()
     only = opened(encrypted(tmp_path, keys=[new]))
-    assert get(only, pool, make_key(2), CHUNK) == fresh
-    assert get(only, pool, make_key(1), CHUNK) is None
+    assert [only.contains([key]) for key in keys] == [1, 0, 1, 0, 1, 0]
+    put(both, pool, make_key(1), CHUNK + 1, seed=1)
+    assert only.contains([make_key(1)]) == 1, "what is written is written with the new key"
+    assert both.remove([make_key(1)]) == 1, "under both keys"
+    assert both.remove(keys) == 4
+    assert both.contains(keys) == 0
+    assert get(before, pool, make_key(1), CHUNK + 1) is None
 
 
 def test_tenants_have_keys_of_their_own(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
-    def of(salt: str) -> ChunkKey:
-        return ChunkKey(namespace(bytes(16), {"cache_salt": salt} if salt else {}), bytes(32))
+    def of(tags: dict[str, str]) -> ChunkKey:
+        return ChunkKey(namespace(bytes(16), tags), bytes(32))
 
-    tenants = [{"tags": {"cache_salt": "a"}, "keys": [key_file(tmp_path, 1)]}]
-    backend = opened(encrypted(tmp_path, tenants=tenants))
-    data = {salt: put(backend, pool, of(salt), CHUNK, seed=len(salt)) for salt in ("a", "other", "")}
-    for salt, content in data.items():
-        assert get(backend, pool, of(salt), CHUNK) == content
-    ids = {salt: stored_bytes(backend, of(salt), pool)[4:20] for salt in data}
-    assert ids["a"] != ids["other"] == ids[""]
+    own, theirs = key_file(tmp_path, 1), key_file(tmp_path, 0)
+    backend = opened(encrypted(tmp_path, tenants={"a": [own]}))
+    of_a = [{"cache_salt": "a"}, {"tag.tenant": "a"}, {"tag.tenant": "a", "cache_salt": "s", "lora.name": "x"}]
+    of_a += [{"cache_salt": "a", "lmcache.kind": "segment"}]  # passages of blends
+    others = [{"cache_salt": "other"}, {}, {"tag.tenant": "b", "cache_salt": "a"}]
+    for number, tags in enumerate((*of_a, *others)):
+        data = put(backend, pool, of(tags), CHUNK, seed=number)
+        assert get(backend, pool, of(tags), CHUNK) == data
+    only_a, only_default = opened(encrypted(tmp_path, keys=[own])), opened(encrypted(tmp_path, keys=[theirs]))
+    assert [only_a.contains([of(tags)]) for tags in (*of_a, *others)] == [1] * 4 + [0] * 3
+    assert [only_default.contains([of(tags)]) for tags in (*of_a, *others)] == [0] * 4 + [1] * 3
     # Without a key for everybody else, they are not stored.
-    strict = opened(encrypted(tmp_path, disk(tmp_path / "strict"), keys=[], tenants=tenants))
-    assert store(strict, pool, of("b"), b"x" * 100) == 0
-    assert store(strict, pool, of("a"), b"x" * 100) == 1
-    assert strict.contains([of("b")]) == 0
+    strict = opened(encrypted(tmp_path, disk(tmp_path / "strict"), keys=[], tenants={"a": [own]}))
+    assert store(strict, pool, of({"cache_salt": "b"}), b"x" * 100) == 0
+    assert store(strict, pool, of({"cache_salt": "a"}), b"x" * 100) == 1
+    assert strict.contains([of({"cache_salt": "b"})]) == strict.remove([of({"cache_salt": "b"})]) == 0
 
 
-def test_keys_come_in_three_spellings_and_through_a_variable(
-    tmp_path: Path, pool: PinnedPool, opened: Opened, monkeypatch: pytest.MonkeyPatch
+def test_logs_show_names_and_never_keys(
+    tmp_path: Path, pool: PinnedPool, opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
-    raw = Path(key_file(tmp_path)).read_bytes()
-    data = put(opened(encrypted(tmp_path)), pool, make_key(1), CHUNK, seed=1)
-    for name, content in (("hex", raw.hex() + "\n"), ("base64", base64.b64encode(raw).decode() + "\n")):
-        file = tmp_path / name
-        file.write_text(content)
-        file.chmod(0o600)
-        monkeypatch.setenv("KEY_FILE", str(file))
-        assert get(opened(encrypted(tmp_path, keys=["$KEY_FILE"])), pool, make_key(1), CHUNK) == data
-
-
-def test_keys_that_cannot_be_used_are_refused_and_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    bad = tmp_path / "bad"
-    bad.write_text("topsecret" * 5)
-    for keys, message in (
-        ([str(bad)], "must hold 32 bytes"),
-        ([str(tmp_path / "none")], "No such file"),
-        ([], "needs"),
-        (["$NO_SUCH_KEY/key"], "the environment variable NO_SUCH_KEY is not set"),
-        (["${NO_SUCH_KEY}"], "the environment variable NO_SUCH_KEY is not set"),
-    ):
-        with pytest.raises(ConfigError, match=message) as caught:
-            build_backend(encrypted(tmp_path, keys=keys), "test")
-        assert "topsecret" not in str(caught.value)
-    open_to_all = Path(key_file(tmp_path, 3))
-    os.chmod(open_to_all, 0o644)
-    build_backend(encrypted(tmp_path, keys=[str(open_to_all)]), "test").close()
-    assert "can be read by others" in caplog.text
-    assert open_to_all.read_bytes().hex() not in caplog.text
+    backend = opened(encrypted(tmp_path))
+    key = prompt(list(range(64)), {"cache_salt": "a"})
+    store(backend.inner, pool, name_of(backend, key), b"LME2" + bytes(200))
+    with caplog.at_level(logging.DEBUG):
+        assert get(backend, pool, key, 204 - OVERHEAD) is None
+    assert "not authentic" in caplog.text
+    for part in (key.digest, key.tenant, key.namespace[32:]):
+        assert part.hex()[:6] not in caplog.text

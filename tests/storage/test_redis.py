@@ -27,6 +27,8 @@ put, get = BackendTests.put, BackendTests.get
 
 
 class TestValkey(BackendTests):
+    selects_tenants = True
+
     @pytest.fixture
     def open_backend(self, url: str) -> OpenBackend:
         return cleared(url)

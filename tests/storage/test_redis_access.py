@@ -43,6 +43,8 @@ def tls(certificates: Certificates) -> dict[str, object]:
 
 @needs_redis
 class TestRedisOverTLSWithALeastPrivilegedUser(BackendTests):
+    selects_tenants = True
+
     @pytest.fixture
     def open_backend(self, secured: RedisServer, tls: dict[str, object]) -> OpenBackend:
         return cleared(f"rediss://127.0.0.1:{secured.port}", **tls, ttl_s=600)

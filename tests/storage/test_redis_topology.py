@@ -51,6 +51,8 @@ def cluster(transport: Transport) -> Iterator[list[RedisServer]]:
 
 
 class TestCluster(BackendTests):
+    selects_tenants = True
+
     @pytest.fixture
     def open_backend(self, cluster: list[RedisServer], transport: Transport) -> OpenBackend:
         return cleared(f"redis+cluster://127.0.0.1:{cluster[1].port},127.0.0.1:{cluster[0].port}", **transport.options)
@@ -73,6 +75,8 @@ def watched(transport: Transport) -> Iterator[tuple[RedisServer, RedisServer, Re
 
 
 class TestSentinel(BackendTests):
+    selects_tenants = True
+
     @pytest.fixture
     def open_backend(self, watched: tuple[RedisServer, RedisServer, RedisServer], transport: Transport) -> OpenBackend:
         # The first sentinel is not there: the second is asked.

@@ -222,7 +222,7 @@ def folder(path: Path, _: str) -> dict[str, Any]:
 
 def packed(path: Path, name: str) -> dict[str, Any]:
     key = path / "key"
-    key.write_bytes(bytes(range(32)))
+    key.write_bytes(random.Random(1).randbytes(32))
     key.chmod(0o600)
     inner = {"type": "zstd", "scratch": 1 << 20, "inner": folder(path / "kv", name)}
     return {"type": "encrypted", "scratch": 1 << 20, "keys": [str(key)], "inner": inner}

@@ -16,7 +16,7 @@ from in_files import InFiles
 
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
-from lmcache.keys import ChunkKey
+from lmcache.keys import NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.backends.blackhole import BlackholeBackend
 from lmcache.storage.backends.shared_folder import SharedFolderBackend
 from lmcache.storage.base import StorageBackend
@@ -108,7 +108,8 @@ def test_many_keys_are_looked_up_by_one_listing(
     folder, count = open_folder(tmp_path), 500
     buffer = take(pool, 16)
     keys = [
-        ChunkKey(bytes(32), hashlib.blake2b(bytes([n % 256, n // 256]), digest_size=32).digest()) for n in range(count)
+        ChunkKey(bytes(NAMESPACE_BYTES), hashlib.blake2b(bytes([n % 256, n // 256]), digest_size=32).digest())
+        for n in range(count)
     ]
     assert folder.put(keys, [buffer] * count) == count
     buffer.release()

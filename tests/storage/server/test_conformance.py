@@ -27,6 +27,7 @@ def process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 class OverAProcess(BackendTests):
     durable = False
+    selects_tenants = True
     overrides: tuple[str, ...] = ()
 
     @pytest.fixture

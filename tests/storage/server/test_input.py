@@ -175,7 +175,7 @@ NONSENSE = {
         "cannot be read",
     ),
     "missing sizes": (encode_frame(protocol.Get(KEYS, [10])), "1 sizes for 2 keys"),
-    "half a key": (encode_frame(protocol.Sizes(KEYS[:-1])), "64 bytes each"),
+    "half a key": (encode_frame(protocol.Sizes(KEYS[:-1])), "80 bytes each"),
     "unknown field": (
         resealed(protocol._encoder.encode({"type": "Clear", "fingerprint": None, "x": 1})),
         "cannot be read",
