@@ -21,11 +21,11 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.eviction import Place
+from lmcache.storage.joining import Ends, Joining
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory import MemoryTier
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.promotion import promotion
-from lmcache.storage.reading import Reading
 from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy
 from lmcache.storage.selection import Selection
 from lmcache.storage.tier import LowerTier, TierHealth
@@ -89,6 +89,9 @@ class StorageManager:
             name = f"{backend.name}-{count + 1}" if count else backend.name
             self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name))
         self._transfers = Transfers(self._memory, self._tiers, config.read_batch)
+        self._joining = Joining(
+            self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue
+        )
         self._promotes = promotion(config.promote)
         self._leases: set[Lease] = set()
         self._lock = threading.Lock()
@@ -163,8 +166,14 @@ class StorageManager:
             sizes += found
         return sizes
 
-    def contains(self, keys: Sequence[ChunkKey]) -> int:
-        """Length of the leading run of ``keys`` that is in some tier."""
+    def contains(self, keys: Sequence[ChunkKey], *, below: bool = True) -> int:
+        """Length of the leading run of ``keys`` that is in some tier.
+
+        below: also ask the tiers below memory, and wait for each for up to a second. The thread that runs the model asks
+        without, and has its answer at once.
+        """
+        if not below:
+            return self._memory.leading(keys)
         count = 0
         while count < len(keys):
             found = self._memory.leading(keys[count:]) or self._leading_below(keys[count:])
@@ -182,17 +191,21 @@ class StorageManager:
         *,
         hold_s: float | None = None,
         tenant: str = "",
+        ends: Ends | None = None,
     ) -> Lease:
-        """A lease on the longest prefix of ``keys`` that can be had.
+        """A lease on the longest prefix of ``keys`` that can be had. Asks no tier itself, so it returns at once.
 
         sizes: payload bytes of each, or the range that they are in; a chunk of another size is damaged.
 
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
+        Chunks that another lease is having read are waited for, not read again.
         on_done: called once, from whatever thread ends it, without a lock held; it must not block.
+        ends: given how many of ``keys`` are held, the keys and sizes of which one may be held behind them (the first
+        that can be had; ``Lease.end`` says which). Asked once no more of ``keys`` can be had.
         hold_s: how long it holds them once it is done, unless it is renewed (``lease_timeout_s``).
         tenant: whose quota of memory counts what is promoted.
         """
-        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, tenant, self._promotes)
+        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, tenant, self._promotes, ends)
 
     def prefetch(
         self,
@@ -205,15 +218,20 @@ class StorageManager:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
         prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always)
+        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, tenant, always, join=False)
         return prefetch
 
-    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
+    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None, wait: bool = True) -> int:
         """Forget chunks, in every tier that answers in time, or in the one of that name.
 
-        Returns the largest number that one tier had.
+        wait: for lower tiers; without, they forget them in the background.
+        Returns the largest number that one tier had (without ``wait``: that memory had).
         """
         counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
+        if not wait:
+            for each in self._lower(tier):
+                each.remove_soon(keys)
+            return max(counts, default=0)
         counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
         if self._means_memory(tier):
             # Once more, for what a read found in a tier before that tier was asked.
@@ -272,6 +290,7 @@ class StorageManager:
             tier.close()
         for lease in list(self._leases):
             lease.close()
+        self._joining.cancel(lambda key: True)
         self._deadlines.close()
         self._memory.close()
         self.pool.close()
@@ -308,6 +327,9 @@ class StorageManager:
         hold_s: float | None,
         tenant: str,
         keep: Callable[[ChunkKey], bool],
+        ends: Ends | None = None,
+        *,
+        join: bool = True,
     ) -> Lease:
         lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
         lease._on_closed = self._forget
@@ -315,18 +337,12 @@ class StorageManager:
             if self._closed:
                 raise ClosedError("the storage manager is closed")
             self._leases.add(lease)
-        lease._extend(self._memory.pin(keys))
-        if lease.ready == len(keys) or not self._tiers:
-            lease._finish()
-        else:
-            try:
-                reading = Reading(
-                    lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep, tenant=tenant
-                )
-                reading.start(timeout_s or self._config.read_timeout_s, self._deadlines)
-            except BaseException:
-                lease.close()
-                raise
+        limit_s = timeout_s or self._config.read_timeout_s
+        try:
+            self._joining.read(lease, limit_s, keep=keep, tenant=tenant, ends=ends, join=join)
+        except BaseException:
+            lease.close()
+            raise
         self._watch(lease)
         return lease
 

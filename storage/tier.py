@@ -173,6 +173,16 @@ class LowerTier:
         self.writes.drop(set(keys).__contains__, timeout_s / 2)
         return self.ask(lambda: self.backend.remove(keys), 0, max(0.0, deadline - time.monotonic()))
 
+    def remove_soon(self, keys: Sequence[ChunkKey]) -> None:
+        """The same, in the background: nobody waits for it."""
+        self.writes.drop(set(keys).__contains__)
+        limit_s = self._timeout_s
+        self._asks.submit(
+            lambda: self.guarded(lambda: self.backend.remove(keys), 0, transfers=False),  # type: ignore[arg-type]
+            limit_s,
+            lambda: self.hung(limit_s),
+        )
+
     def clear(self, selection: Selection, timeout_s: float) -> int:
         """Drop queued writes and stored chunks. Does not ask the breaker.
 

@@ -149,7 +149,7 @@ class Blending:
             own = array[segment.start : segment.stop]
             if segment.stop <= start or len(own) < self.config.min_tokens:
                 continue
-            held = self.store.holds(own, tags=tags)
+            held = self.store.holds(own, below=False, tags=tags)
             if not held and (layers := self._read(tables, segment)):
                 held = self.store.put(own, segment.start, layers, tags=tags)
             if held:

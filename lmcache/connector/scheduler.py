@@ -165,6 +165,8 @@ class SchedulerHalf:
         pending, tracked.pending = tracked.pending, None
         if pending is None:
             return
+        # What was found is in a tier, so it is not stored again.
+        tracked.stored = max(tracked.stored, pending.matched or 0)
         if num_external_tokens <= 0:
             self._client.release(pending.lookup_id)
             return
