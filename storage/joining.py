@@ -68,7 +68,14 @@ class Joining:
         self._by_key: dict[ChunkKey, tuple[Flight, int]] = {}
 
     def read(
-        self, lease: Lease, timeout_s: float, *, keep: Keep, tenant: str = "", ends: Ends | None = None, join: bool = True
+        self,
+        lease: Lease,
+        timeout_s: float,
+        *,
+        keep: Keep,
+        tenant: str = "",
+        ends: Ends | None = None,
+        join: bool = True,
     ) -> None:
         """Read what ``lease`` lacks; it is done after ``timeout_s`` at the latest. See ``StorageManager.acquire``."""
         Search(self, lease, time.monotonic() + timeout_s, keep, tenant, join, ends).start()
@@ -89,7 +96,7 @@ class Joining:
             flight.carrier._finish()
 
     def join(self, search: Search) -> bool:
-        """Have the search wait for its next key, in the flight that reads it or in a new one; False: there are too many.
+        """Have the search wait for its next key, in the flight that reads it or a new one; False: there are too many.
 
         No lock is held by who calls: the search may hear of its flight before this returns.
         """

@@ -169,8 +169,8 @@ class StorageManager:
     def contains(self, keys: Sequence[ChunkKey], *, below: bool = True) -> int:
         """Length of the leading run of ``keys`` that is in some tier.
 
-        below: also ask the tiers below memory, and wait for each for up to a second. The thread that runs the model asks
-        without, and has its answer at once.
+        below: also ask the tiers below memory, and wait for each for up to a second. The thread that runs the model
+        asks without, and has its answer at once.
         """
         if not below:
             return self._memory.leading(keys)

@@ -45,6 +45,12 @@ class Release(msgspec.Struct, tag=True, frozen=True):
     lookup_id: int
 
 
+class Settle(msgspec.Struct, tag=True, frozen=True):
+    """Answer now, with what is held."""
+
+    lookup_id: int
+
+
 class Clear(msgspec.Struct, tag=True, frozen=True):
     lookup_id: int
 
@@ -52,15 +58,16 @@ class Clear(msgspec.Struct, tag=True, frozen=True):
 class Reply(msgspec.Struct, frozen=True):
     """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed.
 
-    reach: where what can be blended ends, if that is further.
+    reach: where what can be blended ends, if that is further. reading: no answer yet; so much is held already.
     """
 
     lookup_id: int
     tokens: int
     reach: int = 0
+    reading: bool = False
 
 
-_Request = Acquire | Release | Clear
+_Request = Acquire | Release | Settle | Clear
 
 
 class Answer(NamedTuple):
@@ -76,6 +83,7 @@ class Held:
     def __init__(self) -> None:
         self.lookup: Lookup | None = None
         self.found: Found | None = None
+        self.settled = self.answered = False
 
     def close(self) -> None:
         for each in (self.lookup, self.found):
@@ -172,6 +180,8 @@ class LookupServer:
         if isinstance(request, Release):
             if held := self.take(request.lookup_id):
                 held.close()
+        elif isinstance(request, Settle):
+            self._settle(client, request.lookup_id)
         elif isinstance(request, Clear):
             count = self._engine.clear() + (self._blending.clear() if self._blending else 0)
             self._answer(client, Reply(request.lookup_id, count))
@@ -183,41 +193,69 @@ class LookupServer:
                 request.tokens,
                 tags=request.tags,
                 placeholders=request.placeholders,
-                on_done=lambda done: self._looked_up(client, request, done.tokens, time.monotonic() - asked_at),
+                on_done=lambda done: self._looked_up(client, request, held, done.tokens, time.monotonic() - asked_at),
             )
+            if not held.lookup.done and (tokens := held.lookup.tokens):
+                self._answer(client, Reply(request.lookup_id, tokens, reading=True))
 
-    def _looked_up(self, client: bytes, request: Acquire, exact: int, seconds: float) -> None:
+    def _settle(self, client: bytes, lookup_id: int) -> None:
+        """Whoever asked waits no longer."""
+        with self._lock:
+            held = self._lookups.get(lookup_id)
+        if held is None or held.lookup is None:
+            return
+        held.settled = True
+        if held.lookup.done:  # passages are being looked for
+            self._finish(client, held, Reply(lookup_id, held.lookup.tokens))
+        held.lookup.settle()
+
+    def _finish(self, client: bytes, held: Held, reply: Reply) -> None:
+        """Give a lookup its one answer, unless it has it."""
+        with self._lock:
+            first, held.answered = not held.answered, True
+        if first:
+            self._answer(client, reply)
+
+    def _looked_up(self, client: bytes, request: Acquire, held: Held, exact: int, seconds: float) -> None:
         """The exact prefix is held; passages behind it are next."""
-        if self._blending is None or request.passages is None or 4 * exact >= len(request.tokens):
-            self._answer(client, Reply(request.lookup_id, exact))
+        reply = Reply(request.lookup_id, exact)
+        if self._blending is None or request.passages is None or held.settled or 4 * exact >= len(request.tokens):
+            self._finish(client, held, reply)
             return
         left = max(_LEAST_S, self._engine.config.read_timeout_s - seconds)
         try:
-            self._finders.submit(self._find, client, request, self._blending, exact, time.monotonic() + left)
+            self._finders.submit(self._find, client, request, held, self._blending, exact, time.monotonic() + left)
         except RuntimeError:  # closed
-            self._answer(client, Reply(request.lookup_id, exact))
+            self._finish(client, held, reply)
 
-    def _find(self, client: bytes, request: Acquire, blending: Blending, exact: int, ends_at: float) -> None:
+    def _find(
+        self, client: bytes, request: Acquire, held: Held, blending: Blending, exact: int, ends_at: float
+    ) -> None:
         found = None
         with self._lock:
             gone = request.lookup_id not in self._lookups
-        if gone:  # released while it queued: nobody waits for an answer
+        if gone or held.settled:  # released while it queued, or answered: nobody waits for passages
             return
         try:
-            left = max(_LEAST_S, ends_at - time.monotonic())
+            left = ends_at - time.monotonic()
+            if left <= 0:  # others took all of its time
+                self._finish(client, held, Reply(request.lookup_id, exact))
+                return
+            left = max(_LEAST_S, left)
             found = blending.find(request.tokens, request.passages or Passages(), exact, request.tags, left)
         # The entry of a thread: whatever fails here, there are no passages.
         except Exception:
             metrics.LOOKUP_ERRORS.inc()
             logger.exception("lmcache: passages of a prompt could not be looked up")
-        if found is not None:
-            with self._lock:
-                held = self._lookups.get(request.lookup_id)
-                if held is not None:
-                    held.found = found
-            if held is None:  # released meanwhile
-                found.close()
-        self._answer(client, Reply(request.lookup_id, exact, found.reach if found else 0))
+        with self._lock:
+            wanted = request.lookup_id in self._lookups and not held.answered
+            held.answered = True
+            if wanted:
+                held.found = found
+        if wanted:
+            self._answer(client, Reply(request.lookup_id, exact, found.reach if found else 0))
+        elif found is not None:  # released, or answered, meanwhile
+            found.close()
 
     def _fail(self, client: bytes, body: bytes) -> None:
         try:
@@ -262,6 +300,7 @@ class LookupClient:
             self._sockets.append(socket)
         self._next_id = 0
         self._answers: dict[int, list[Answer]] = {}
+        self._so_far: dict[int, dict[zmq.Socket[bytes], int]] = {}
 
     def acquire(
         self,
@@ -280,6 +319,7 @@ class LookupClient:
         while (count := self.answer(lookup_id, max(0.0, deadline - time.monotonic()))) is None:
             if time.monotonic() >= deadline:
                 self._answers.pop(lookup_id, None)
+                self._so_far.pop(lookup_id, None)
                 return False
         return count.tokens >= 0
 
@@ -292,14 +332,25 @@ class LookupClient:
                 return Answer(0)
             if len(answers) == len(self._sockets):
                 del self._answers[lookup_id]
+                self._so_far.pop(lookup_id, None)
                 return Answer(*map(min, zip(*answers, strict=True)))
             left = deadline - time.monotonic()
             if not self._receive(max(0.0, left)) and left <= 0:
                 return None
 
+    def so_far(self, lookup_id: int) -> int:
+        """What every worker is known to hold of a lookup that is not answered yet."""
+        held = self._so_far.get(lookup_id, {})
+        return min(held.values()) if len(held) == len(self._sockets) else 0
+
+    def settle(self, lookup_id: int) -> None:
+        """Have the workers answer now, with what they hold."""
+        self._send(Settle(lookup_id))
+
     def release(self, lookup_id: int) -> None:
         """Let the workers go of what they hold."""
         self._answers.pop(lookup_id, None)
+        self._so_far.pop(lookup_id, None)
         self._send(Release(lookup_id))
 
     def close(self) -> None:
@@ -327,5 +378,7 @@ class LookupClient:
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
             if reply.lookup_id in self._answers:
-                self._answers[reply.lookup_id].append(Answer(reply.tokens, reply.reach))
+                self._so_far.setdefault(reply.lookup_id, {})[socket] = reply.tokens
+                if not reply.reading:
+                    self._answers[reply.lookup_id].append(Answer(reply.tokens, reply.reach))
         return bool(ready)

@@ -108,7 +108,7 @@ def test_garbage_does_not_stop_the_server(
         socket.send(body)
     socket.send(msgspec.msgpack.encode({"type": "Acquire", "lookup_id": 7, "tokens": 5, "tags": {}}))
     assert socket.poll(10_000)
-    assert msgspec.msgpack.decode(socket.recv()) == {"lookup_id": 7, "tokens": -1, "reach": 0}
+    assert msgspec.msgpack.decode(socket.recv()) == {"lookup_id": 7, "tokens": -1, "reach": 0, "reading": False}
     socket.close(0)
     context.term()
     assert client.answer(client.acquire(TOKENS, {}, ()), 10) == (64, 0)

@@ -28,6 +28,8 @@ class Client:
         self.passages: list[Passages | None] = []
         self.asked: list[tuple[bytes, dict[str, str], Sequence[PlaceholderSpan]]] = []
         self.released: list[int] = []
+        self.settled: list[int] = []
+        self.partly = 0
 
     def acquire(
         self,
@@ -42,6 +44,12 @@ class Client:
 
     def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
         return None if self.held is None else Answer(self.held, self.reach)
+
+    def so_far(self, lookup_id: int) -> int:
+        return self.partly
+
+    def settle(self, lookup_id: int) -> None:
+        self.settled.append(lookup_id)
 
     def release(self, lookup_id: int) -> None:
         self.released.append(lookup_id)

@@ -1,4 +1,4 @@
-"""How long vLLM waits for the cache: real engines over tiers that are slow or hang. Run by hand, prints one JSON line each.
+"""How long vLLM waits for the cache: real engines over tiers that are slow or hang. Run by hand; a JSON line each.
 
     python tests/connector/waits.py FOLDER [answers | frozen | prefixes | reset | hang] ...
 
@@ -44,8 +44,12 @@ class Engine:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
+        from lmcache.config import LMCacheConfig
+
         torch.set_num_threads(1)
-        kv = None if tiers is None else KVTransferConfig(**connector(tiers=tiers, **options))
+        # Of the code before there was patience, too.
+        default = {"patience": 1.0} if "patience" in LMCacheConfig.model_fields else {}
+        kv = None if tiers is None else KVTransferConfig(**connector(tiers=tiers, **{**default, **options}))
         self.llm = LLM(
             model=str(model),
             dtype="float32",
@@ -213,7 +217,9 @@ def hang(model: Path, folder: Path, tier: str) -> Any:
     warm.run([prompt(600, n) for n in range(2)], 4)
     warm.evict_memory()
     warm.llm.llm_engine.engine_core.shutdown()
-    engine = Engine(model, [{"type": "faults", "operations": ["get"], "hang_rate": 1.0, "hang_s": 60, "inner": inner}], **options)
+    engine = Engine(
+        model, [{"type": "faults", "operations": ["get"], "hang_rate": 1.0, "hang_s": 60, "inner": inner}], **options
+    )
     return engine.run([prompt(600, 0)], 4)
 
 
@@ -229,7 +235,10 @@ RUNS = {
 def main(folder: Path, scenarios: list[str]) -> None:
     if len(scenarios) == 2 and scenarios[1] in ("vllm", *RUNS[scenarios[0]]):
         name, tier = scenarios
-        print("@@" + json.dumps({"case": f"{name} {tier}", "result": globals()[name](folder / "model", folder / "tier", tier)}))
+        print(
+            "@@"
+            + json.dumps({"case": f"{name} {tier}", "result": globals()[name](folder / "model", folder / "tier", tier)})
+        )
         sys.stdout.flush()
         os._exit(0)  # threads that hang would hold up the interpreter's end
     import tiny_models
@@ -239,7 +248,11 @@ def main(folder: Path, scenarios: list[str]) -> None:
         for tier in RUNS[name]:
             shutil.rmtree(folder / "tier", ignore_errors=True)
             done = subprocess.run(
-                [sys.executable, __file__, str(folder), name, tier], capture_output=True, text=True, check=False, timeout=600
+                [sys.executable, __file__, str(folder), name, tier],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
             )
             lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("@@")]
             print(lines[-1] if lines else f"{name} {tier} failed:\n{done.stderr[-3000:]}", flush=True)
