@@ -38,13 +38,15 @@ UNREADABLE_CHUNKS = Counter(
 )
 
 TIER_HITS = Counter("lmcache_tier_hits", "chunks served", ["tier"])
-TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier"])
+TIER_ERRORS = Counter("lmcache_tier_errors", "operations of a tier that raised or hung", ["tier", "operation"])
 TIER_SHED_BYTES = Counter(
     "lmcache_tier_shed_bytes", "bytes not written: the queue was full, or the tier failed", ["tier"]
 )
 TIER_REFUSED_BYTES = Counter("lmcache_tier_refused_bytes", "bytes that a tier had no room for", ["tier"])
 TIER_REFUSED_CHUNKS = Counter("lmcache_tier_refused_chunks", "chunks that a tier did not take", ["tier"])
-TIER_BREAKER_OPEN = Gauge("lmcache_tier_breaker_open", "1 while a tier is left alone", ["tier"])
+TIER_BREAKER_OPEN = Gauge(
+    "lmcache_tier_breaker_open", "1 while reads, or writes, of a tier are left alone", ["tier", "operation"]
+)
 CORRUPT_CHUNKS = Counter(
     "lmcache_corrupt_chunks", "chunks that were not what they should be, and were removed", ["tier"]
 )

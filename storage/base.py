@@ -66,7 +66,8 @@ class StorageBackend(ABC):
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         """Fill ``into[i]`` with the payload of ``keys[i]``; stop at the first miss. Returns how many were filled.
 
-        A payload whose length is not ``into[i].nbytes`` is a miss.
+        A payload whose length is not ``into[i].nbytes`` is a miss. Where the place fails, or the time is over, after some
+        have come, those may be returned as if the next were a miss; StorageError when none has.
         """
 
     @abstractmethod

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from lmcache.forks import Home
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +30,7 @@ class Deadlines:
     """One daemon thread, started with the first deadline. What it calls must be quick and wait for nothing."""
 
     def __init__(self) -> None:
+        self._home = Home("this clock")
         self._due: list[tuple[float, int, Deadline]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -37,6 +40,7 @@ class Deadlines:
 
     def at(self, when: float, call: Callable[[], object]) -> Deadline:
         """Have ``call`` called at ``when`` (of ``time.monotonic``); never after close()."""
+        self._home.check()
         deadline = Deadline(call)
         with self._changed:
             if self._closed:
@@ -54,6 +58,8 @@ class Deadlines:
         return deadline
 
     def close(self) -> None:
+        if self._home.left:
+            return
         with self._changed:
             self._closed = True
             self._due.clear()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.deadlines import Deadline
 from lmcache.storage.pool import PoolBuffer
@@ -27,6 +28,7 @@ class Lease:
     ) -> None:
         self.keys = keys
         self.sizes = sizes
+        self._home = Home("the storage of this lease")
         self._buffers: list[PoolBuffer] = []
         self._timeout_s = timeout_s
         self._on_done = on_done
@@ -87,6 +89,7 @@ class Lease:
         """Wait until done; False when it is not after ``timeout_s``."""
         if self._done:
             return True
+        self._home.check()
         with self._changed:
             return self._changed.wait_for(lambda: self._done, timeout_s)
 
@@ -95,6 +98,7 @@ class Lease:
 
         So the first can be used while the next are being read.
         """
+        self._home.check()
         with self._changed:
             self._changed.wait_for(lambda: self._done or len(self._buffers) >= count, timeout_s)
             return len(self._buffers) >= count
@@ -105,6 +109,8 @@ class Lease:
 
     def close(self) -> None:
         """Let go. Reads that still run end in memory, unheld. Idempotent."""
+        if self._home.left:
+            return
         with self._changed:
             first, self._closed = not self._closed, True
             buffers, self._buffers = self._buffers, []

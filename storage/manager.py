@@ -17,6 +17,7 @@ from functools import partial
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError, ConfigError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
@@ -58,6 +59,7 @@ class StorageManager:
         self, config: LMCacheConfig, *, pin: bool = False, tiers: Sequence[StorageBackend] | None = None
     ) -> None:
         self._config = config
+        self._home = Home("this storage")
         memory = config.memory
         check_policy(memory.eviction, "memory.eviction")
         policy = EVICTION_POLICIES.get(memory.eviction)()
@@ -108,6 +110,7 @@ class StorageManager:
 
         timeout_s: how long to wait for leases and writes to end; by default not at all.
         """
+        self._home.check()
         ends_at = time.monotonic() + timeout_s
         buffer = None
         while not self._frozen:
@@ -136,6 +139,7 @@ class StorageManager:
         on_written: called once, from whatever thread: True when a lower tier has the chunk, False when none will.
         Such a chunk is written now, also where writing waits for demotion.
         """
+        self._home.check()
         if self._frozen or (on_written is not None and not self._tiers):
             if self._frozen:
                 buffer.release()
@@ -157,6 +161,7 @@ class StorageManager:
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """Payload bytes of each of the leading run of ``keys`` that is in some tier."""
+        self._home.check()
         sizes: list[int] = []
         while len(sizes) < len(keys):
             rest = keys[len(sizes) :]
@@ -172,6 +177,7 @@ class StorageManager:
         below: also ask the tiers below memory, and wait for each for up to a second. The thread that runs the model
         asks without, and has its answer at once.
         """
+        self._home.check()
         if not below:
             return self._memory.leading(keys)
         count = 0
@@ -227,6 +233,7 @@ class StorageManager:
         wait: for lower tiers; without, they forget them in the background.
         Returns the largest number that one tier had (without ``wait``: that memory had).
         """
+        self._home.check()
         counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
         if not wait:
             for each in self._lower(tier):
@@ -244,6 +251,7 @@ class StorageManager:
         tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
         of ``fingerprint`` too. Returns the largest number that one tier had.
         """
+        self._home.check()
         selection = Selection(fingerprint, tags)
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
@@ -255,10 +263,12 @@ class StorageManager:
     def copy(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
         """Copy what tier ``source`` has of ``keys`` to tier ``target`` ("memory" or a backend's name); returns how many
         are known to be there by ``timeout_s`` (``read_timeout_s``)."""
+        self._home.check()
         return len(self._transfers.copy(keys, source, target, timeout_s or self._config.read_timeout_s))
 
     def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
         """The same, and ``source`` forgets what was copied."""
+        self._home.check()
         return len(self._transfers.move(keys, source, target, timeout_s or self._config.read_timeout_s))
 
     def freeze(self) -> None:
@@ -271,11 +281,17 @@ class StorageManager:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every queued write is done; False when some are not by then."""
+        self._home.check()
         deadline = time.monotonic() + timeout_s
         return all([tier.writes.flush(max(0.0, deadline - time.monotonic())) for tier in self._tiers])
 
     def close(self) -> None:
-        """Write what is queued, within ``close_timeout_s``, and let go of everything. Idempotent."""
+        """Write what is queued, within ``close_timeout_s``, and let go of everything. Idempotent.
+
+        In a child of the process that opened it, by fork, this does nothing, and everything else is a ClosedError.
+        """
+        if self._home.left:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -303,7 +319,9 @@ class StorageManager:
             "free_bytes": self.pool.free_bytes,
             "leases": len(self._leases),
             "pending_write_bytes": sum(tier.writes.pending_bytes for tier in self._tiers),
-            "open_breakers": sum(tier.breaker.is_open for tier in self._tiers),
+            "open_breakers": sum(
+                side.breaker.is_open for tier in self._tiers for side in (tier.read_side, tier.write_side)
+            ),
         }
 
     def health(self) -> StorageHealth:
@@ -331,6 +349,7 @@ class StorageManager:
         *,
         join: bool = True,
     ) -> Lease:
+        self._home.check()
         lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
         lease._on_closed = self._forget
         with self._lock:
@@ -382,14 +401,14 @@ class StorageManager:
 
     def _leading_below(self, keys: Sequence[ChunkKey]) -> int:
         for tier in self._tiers:
-            if found := tier.ask(lambda: tier.backend.contains(keys), 0, ASK_TIMEOUT_S):  # noqa: B023
+            if found := tier.ask(lambda: tier.contains(keys), 0, ASK_TIMEOUT_S):  # noqa: B023
                 return found
         return 0
 
     def _sizes_below(self, keys: Sequence[ChunkKey]) -> list[int]:
         nothing: list[int] = []
         for tier in self._tiers:
-            if found := tier.ask(lambda: tier.backend.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
+            if found := tier.ask(lambda: tier.sizes(keys), nothing, ASK_TIMEOUT_S):  # noqa: B023
                 return found
         return nothing
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from lmcache.errors import BufferStateError, ClosedError, ConfigError
+from lmcache.forks import Home
 from lmcache.storage import host_memory
 from lmcache.storage.allocators import PAGE, build_allocator
 
@@ -48,6 +49,7 @@ class PinnedPool:
         self.numa_node = host_memory.bind_to_node(self.address, self.capacity, numa_node, cuda=pin)
         host_memory.touch(self.address, self.capacity)
         self._pinned = pin and host_memory.pin(self.address, self.capacity)
+        self._home = Home("this pool")
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
         self._waiting = 0
@@ -70,6 +72,7 @@ class PinnedPool:
         """A buffer of ``nbytes``, or None when nothing free is long enough. Never waits."""
         if nbytes <= 0:
             raise ValueError(f"nbytes must be positive, got {nbytes}")
+        self._home.check()
         size = self._allocator.rounded(nbytes)
         if size > self.largest and not self._warned:
             self._warned = True
@@ -85,6 +88,7 @@ class PinnedPool:
 
     def share_leading(self, buffers: Sequence[PoolBuffer]) -> list[PoolBuffer]:
         """New handles on the leading run of ``buffers`` that nobody has released meanwhile."""
+        self._home.check()
         with self._lock:
             for count, buffer in enumerate(buffers):
                 if buffer._released:
@@ -95,6 +99,8 @@ class PinnedPool:
 
     def release_all(self, buffers: Iterable[PoolBuffer]) -> None:
         """Release many handles. BufferStateError at the first that already was; those before it are released."""
+        if self._home.left:
+            return
         with self._lock:
             try:
                 for buffer in buffers:
@@ -116,6 +122,7 @@ class PinnedPool:
 
     def wait_released(self, seen: int, timeout_s: float) -> bool:
         """Wait until ``releases`` is no longer ``seen``; False when it still is after ``timeout_s``."""
+        self._home.check()
         with self._released:
             self._waiting += 1
             try:
@@ -125,6 +132,8 @@ class PinnedPool:
 
     def close(self) -> None:
         """Give the memory back; while a buffer is held, or a view looks at it, that waits for them. Idempotent."""
+        if self._home.left:
+            return
         with self._released:
             if self._closed:
                 return

@@ -20,6 +20,7 @@ from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.memory import MemoryTier
+from lmcache.storage.pace import SHARE
 from lmcache.storage.pool import PoolBuffer
 from lmcache.storage.tier import LowerTier
 from lmcache.storage.workers import Job
@@ -37,6 +38,7 @@ class _Run:
         self.index = index  # of the tier
         self.first = first  # key
         self.limit_s = limit_s
+        self.ends_at = time.monotonic() + limit_s
         self.generation = generation
         self.sizes: list[int] = []
         self.asked = 0  # sizes that batches were made of
@@ -133,12 +135,12 @@ class Reading:
         tier, first = self._tiers[run.index], run.first
         keys = self._lease.keys[first : first + WINDOW_CHUNKS]
         nothing: list[int] = []
-        sizes = tier.guarded(lambda: tier.backend.sizes(keys), nothing, transfers=False, ends_at=ends_at)
+        sizes = tier.guarded(lambda: tier.sizes(keys), nothing, transfers=False, ends_at=ends_at)
         for offset, size in enumerate(sizes):
             if not self._lease.fits(first + offset, size):
                 metrics.CORRUPT_CHUNKS.labels(tier.name).inc()
                 logger.warning("removed %s from tier %s: a chunk of %d bytes", keys[offset], tier.name, size)
-                tier.guarded(partial(tier.backend.remove, keys[offset : offset + 1]), 0, ends_at=ends_at)
+                tier.remove_now(keys[offset : offset + 1])
                 sizes = sizes[:offset]
                 break
         run.sizes = sizes
@@ -157,7 +159,7 @@ class Reading:
             return
         first = run.first + offset
         keys = self._lease.keys[first : first + len(buffers)]
-        got = tier.guarded(lambda: tier.backend.get(keys, buffers), 0, ends_at=ends_at)
+        got = tier.guarded(lambda: tier.get(keys, buffers), 0, ends_at=ends_at)
         self._memory.pool.release_all(buffers[got:])
         held = self._memory.pool.share_leading(buffers[:got])
         self._land(run, offset, held, len(buffers))
@@ -173,12 +175,14 @@ class Reading:
         self._on_progress()
 
     def _room(self, run: _Run) -> list[PoolBuffer]:
-        """Buffers for the next batch."""
+        """Buffers for the next batch: as many as should come in a small part of the time that is left."""
+        seconds = min(self._timeout_s * SHARE, (run.ends_at - time.monotonic()) / 2)
+        most = self._tiers[run.index].read_pace.batch_bytes(seconds, self._batch_bytes)
         buffers: list[PoolBuffer] = []
         nbytes = 0
         while run.asked < len(run.sizes) and len(buffers) < BATCH_CHUNKS:
             size = run.sizes[run.asked]
-            if buffers and nbytes + size > self._batch_bytes:
+            if buffers and nbytes + size > most:
                 break
             try:
                 buffer = self._memory.allocate(size)

@@ -1,9 +1,10 @@
-"""A lower tier as the manager runs it: a backend, its threads, its breaker and its health."""
+"""A lower tier as the manager runs it: a backend, its threads, its breakers and its health."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import random
 import threading
 import time
@@ -15,9 +16,11 @@ from lmcache import metrics
 from lmcache.config import LMCacheConfig
 from lmcache.errors import CorruptChunkError
 from lmcache.keys import ChunkKey
-from lmcache.storage.base import StorageBackend
-from lmcache.storage.breaker import CircuitBreaker
+from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.breaker import Side, SideHealth
 from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.owed import OwedRemovals
+from lmcache.storage.pace import Pace
 from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.workers import Job, Workers
 from lmcache.storage.writing import WriteQueue
@@ -36,20 +39,45 @@ class TierHealth:
     """How a lower tier fares."""
 
     name: str
-    breaker: str
-    """``closed``, ``open`` or ``half_open``."""
-    failures: int
-    """Failures in a row."""
-    last_error: str | None
-    last_error_age_s: float | None
+    reads: SideHealth
+    writes: SideHealth
+    """Also removals."""
     latency_s: float | None
     """Exponentially weighted mean of the calls that moved bytes."""
+    read_bytes_per_s: float | None
+    write_bytes_per_s: float | None
+    """Means of one call, which say how large the next batches are; None before the first."""
     queue_bytes: int
     """Bytes that wait to be written, or are being written."""
     hung_threads: int
     """Calls that ran out of time and have not come back."""
     owes_clear: bool
     """Whether it could not be cleared yet, and will be before it is used again."""
+    owed_removals: int
+    """Chunks (or selections of them) that count as not there, and are not known to be gone for good."""
+
+    @property
+    def breaker(self) -> str:
+        """The worse of both: ``open``, ``half_open`` or ``closed``."""
+        return max(self.reads.breaker, self.writes.breaker, key=["closed", "half_open", "open"].index)
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row, of the side that has more of them."""
+        return max(self.reads.failures, self.writes.failures)
+
+    @property
+    def last_error(self) -> str | None:
+        return self._latest.last_error
+
+    @property
+    def last_error_age_s(self) -> float | None:
+        return self._latest.last_error_age_s
+
+    @property
+    def _latest(self) -> SideHealth:
+        sides = [side for side in (self.reads, self.writes) if side.last_error_age_s is not None]
+        return min(sides, key=lambda side: side.last_error_age_s or 0.0, default=self.reads)
 
 
 class LowerTier:
@@ -65,39 +93,77 @@ class LowerTier:
     ) -> None:
         self.backend = backend
         self.name = name or backend.name
-        self.breaker = CircuitBreaker(config.breaker)
+        self.read_side = Side(self.name, "read", config.breaker)
+        self.write_side = Side(self.name, "write", config.breaker)
         self._retry = config.retry
         self._timeout_s = config.read_timeout_s
         self._owed: set[Selection] = set()  # what could not be cleared yet
         self._stopping = threading.Event()
-        self._last_error: tuple[str, float] | None = None
         self._latency_s: float | None = None
+        self.read_pace, self.write_pace = Pace(), Pace()
         threads = config.read_threads
         self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
         self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
         self.writes = WriteQueue(self, queue_bytes, config.read_timeout_s, deadlines)
+        self.owed = OwedRemovals(self.name, self.remove_now, self.writes.returning, self._timeout_s)
+
+    def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        """The backend's, without what counts as removed."""
+        return self.backend.sizes(self.owed.leading(keys))
+
+    def contains(self, keys: Sequence[ChunkKey]) -> int:
+        """The backend's, without what counts as removed."""
+        return self.backend.contains(self.owed.leading(keys))
+
+    def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
+        """The backend's, without what counts as removed, also meanwhile."""
+        began_at = time.monotonic()
+        try:
+            count = self.backend.get(keys, into)
+        except Exception:
+            self.read_pace.failed(sum(buffer.nbytes for buffer in into), time.monotonic() - began_at)
+            raise
+        if count:
+            self.read_pace.moved(sum(buffer.nbytes for buffer in into[:count]), time.monotonic() - began_at)
+        return len(self.owed.leading(keys[:count]))
+
+    def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
+        """The backend's."""
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        began_at = time.monotonic()
+        try:
+            count = self.backend.put(keys, buffers)
+        except Exception:
+            self.write_pace.failed(nbytes, time.monotonic() - began_at)
+            raise
+        if count:
+            self.write_pace.moved(nbytes, time.monotonic() - began_at)
+        return count
 
     @property
     def available(self) -> bool:
         """Whether a read may be tried now."""
-        return self.breaker.ready and self._reads.working
+        return self.read_side.breaker.ready and self._reads.working
 
     def guarded(
         self,
         call: Callable[[], T],
         otherwise: T,
         *,
+        side: Side | None = None,
         transfers: bool = True,
         always: bool = False,
         ends_at: float | None = None,
     ) -> T:
         """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged.
 
+        side: whose breaker is asked and told: that of reads unless given.
         transfers: whether it moves bytes. Such a call is tried again. A quick look into an index says little about
         reads that come late, so its success closes an open breaker, but does not make up for failures.
         always: do not ask the breaker. ends_at: when an answer is late, by default ``read_timeout_s`` from now.
         """
-        if not always and not self.breaker.allows():
+        side = side or self.read_side
+        if not always and not side.breaker.allows():
             return otherwise
         started = time.monotonic()
         ends_at = started + self._timeout_s if ends_at is None else ends_at
@@ -109,42 +175,36 @@ class LowerTier:
                 break
             # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
             except Exception as error:
+                if side is self.write_side and transfers and not _final(error):
+                    self.owed.doubt()
                 if not transfers or attempt >= self._retry.attempts or not self._pause(error, attempt, ends_at):
-                    self.failed(str(error) or type(error).__name__)
+                    side.failed(str(error) or type(error).__name__)
                     return otherwise
             attempt += 1
         took = time.monotonic() - started
+        if side is self.write_side and transfers and took > self._timeout_s / 2:
+            self.owed.doubt()  # inside of it the backend may have given an attempt up, which may land late
+        self.owed.answered(started)
         if transfers:
             known = took if self._latency_s is None else self._latency_s
             self._latency_s = known + LATENCY_WEIGHT * (took - known)
         # An answer after the deadline came too late for whoever asked: it does not speak for the tier.
-        if time.monotonic() <= ends_at and (transfers or self.breaker.is_open):
-            self._succeeded()
+        if time.monotonic() <= ends_at and (transfers or side.breaker.is_open):
+            side.succeeded()
         else:
-            self.breaker.undecided()
+            side.breaker.undecided()
         return result
 
-    def failed(self, why: str) -> None:
-        """Count a failure; the breaker opens after some."""
-        metrics.TIER_ERRORS.labels(self.name).inc()
-        self._last_error = why, time.monotonic()
-        was_open = self.breaker.is_open
-        self.breaker.failed()
-        metrics.TIER_BREAKER_OPEN.labels(self.name).set(self.breaker.is_open)
-        if not was_open:
-            then = "; it is left alone for a while" if self.breaker.is_open else ""
-            logger.warning("tier %s: %s%s", self.name, why, then)
-
-    def hung(self, limit_s: float) -> None:
+    def hung(self, side: Side, limit_s: float) -> None:
         """A call did not end in time: a failure, and its thread is replaced."""
         metrics.TIER_HUNG_CALLS.labels(self.name).inc()
-        self.failed(f"a call did not end within {limit_s:.3g} s")
+        side.failed(f"a call did not end within {limit_s:.3g} s")
 
     def read(self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None] | None = None) -> Job | None:
         """Run ``call`` on a reading thread; None when there is none. A call that takes longer is a failure."""
 
         def late() -> None:
-            self.hung(limit_s)
+            self.hung(self.read_side, limit_s)
             if on_late is not None:
                 on_late()
 
@@ -154,24 +214,47 @@ class LowerTier:
         """A running read will not be waited for."""
         self._reads.overdue(job)
 
-    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float) -> T:
+    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float, side: Side | None = None) -> T:
         """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
-        if not self.breaker.ready:
+        side = side or self.read_side
+        if not side.breaker.ready:
             return otherwise
-        return self._wait(self._asks, call, otherwise, timeout_s, transfers=False)
+        return self._wait(self._asks, call, otherwise, timeout_s, side=side, transfers=False)
 
     def transfer(self, call: Callable[[], T], otherwise: T, timeout_s: float, unwanted: Callable[[T], None]) -> T:
         """The same for a call that moves bytes. unwanted: takes the result when nobody waits for it any more."""
-        if not self.breaker.ready:
+        if not self.read_side.breaker.ready:
             return otherwise
         return self._wait(self._reads, call, otherwise, timeout_s, unwanted=unwanted)
 
     def remove(self, keys: Sequence[ChunkKey], timeout_s: float) -> int:
-        """Forget chunks, also queued ones and those that are being written."""
+        """Forget chunks, also queued ones and those that are being written.
+
+        Those that cannot be removed now, or that a write may bring back, count as not there until they are gone.
+        """
         deadline = time.monotonic() + timeout_s
         # A write under way could be seen once more between this removal and its own undoing.
         self.writes.drop(set(keys).__contains__, timeout_s / 2)
-        return self.ask(lambda: self.backend.remove(keys), 0, max(0.0, deadline - time.monotonic()))
+        nothing: int | None = None
+        began_at = time.monotonic()
+        left = max(0.0, deadline - began_at)
+        removed = self.ask(lambda: self.backend.remove(keys), nothing, left, self.write_side)
+        self.owed.settle(keys, removed is not None, began_at)
+        if removed is None:
+            logger.warning("tier %s: %d chunks cannot be removed now; it is tried again", self.name, len(keys))
+        return removed or 0
+
+    def remove_now(self, what: Sequence[ChunkKey] | Selection, *, always: bool = False) -> bool:
+        """Take chunks out of the place, on the calling thread; whether that succeeded."""
+
+        def remove() -> bool:
+            if isinstance(what, Selection):
+                clear_backend(self.backend, what)
+            else:
+                self.backend.remove(what)
+            return True
+
+        return self.guarded(remove, False, side=self.write_side, transfers=False, always=always)
 
     def remove_soon(self, keys: Sequence[ChunkKey]) -> None:
         """The same, in the background: nobody waits for it."""
@@ -193,10 +276,19 @@ class LowerTier:
         nothing: int | None = None
         with self.writes.held_back(selection.matches, timeout_s / 2):
             left = max(0.0, deadline - time.monotonic())
+            began_at = time.monotonic()
             cleared = self._wait(
-                self._asks, lambda: clear_backend(self.backend, selection), nothing, left, transfers=False, always=True
+                self._asks,
+                lambda: clear_backend(self.backend, selection),
+                nothing,
+                left,
+                side=self.write_side,
+                transfers=False,
+                always=True,
             )
-        if cleared is None:
+        if cleared is not None:
+            self.owed.settle([selection], True, began_at)
+        else:
             self._owed.add(selection)
             logger.error("tier %s: could not be cleared now; it will be before it is used again", self.name)
         return cleared or 0
@@ -204,23 +296,30 @@ class LowerTier:
     def close(self) -> None:
         """Stop; what is still queued is dropped. A call that hangs is left behind on its daemon thread."""
         self._stopping.set()
+        self.owed.close()
         if self.writes.close(CLOSE_S):
+            if self.owed:
+                self._wait(self._asks, lambda: self.owed.pay(math.inf), None, CLOSE_S, transfers=False, always=True)
+            if self.owed:
+                logger.error(
+                    "tier %s: closed while %d removals are owed: chunks may come back", self.name, len(self.owed)
+                )
             self._wait(self._asks, self.backend.close, None, CLOSE_S, transfers=False, always=True)
         for workers in (self._reads, self._asks):
             workers.close()
 
     def health(self) -> TierHealth:
-        message, at = self._last_error or (None, None)
         return TierHealth(
             name=self.name,
-            breaker=self.breaker.state,
-            failures=self.breaker.failures,
-            last_error=message,
-            last_error_age_s=None if at is None else time.monotonic() - at,
+            reads=self.read_side.health(),
+            writes=self.write_side.health(),
             latency_s=self._latency_s,
+            read_bytes_per_s=self.read_pace.bytes_per_s,
+            write_bytes_per_s=self.write_pace.bytes_per_s,
             queue_bytes=self.writes.pending_bytes,
             hung_threads=self._reads.lost + self._asks.lost + self.writes.hung_threads,
             owes_clear=bool(self._owed),
+            owed_removals=len(self.owed),
         )
 
     def _wait(
@@ -230,17 +329,19 @@ class LowerTier:
         otherwise: T,
         timeout_s: float,
         *,
+        side: Side | None = None,
         transfers: bool = True,
         always: bool = False,
         unwanted: Callable[[T], None] | None = None,
     ) -> T:
+        side = side or self.read_side
         answer = _Answer[T](unwanted)
         ends_at = time.monotonic() + timeout_s
 
         def job() -> None:
-            answer.give(self.guarded(call, otherwise, transfers=transfers, always=always, ends_at=ends_at))
+            answer.give(self.guarded(call, otherwise, side=side, transfers=transfers, always=always, ends_at=ends_at))
 
-        running = workers.submit(job, timeout_s, lambda: self.hung(timeout_s))
+        running = workers.submit(job, timeout_s, lambda: self.hung(side, timeout_s))
         if running is None:
             return otherwise
         if answer.wait(timeout_s):
@@ -250,13 +351,14 @@ class LowerTier:
 
     def _clear_what_is_owed(self) -> None:
         for selection in list(self._owed):
+            began_at = time.monotonic()
             clear_backend(self.backend, selection)
             self._owed.discard(selection)
+            self.owed.settle([selection], True, began_at)
 
     def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
         """Wait before the next attempt; False when there should be none."""
-        causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
-        if isinstance(error, CorruptChunkError) or any(getattr(cause, "errno", None) in FINAL for cause in causes):
+        if isinstance(error, CorruptChunkError) or _final(error):
             return False
         pause = self._retry.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
         if time.monotonic() + pause >= ends_at or self._stopping.wait(pause):
@@ -264,12 +366,11 @@ class LowerTier:
         metrics.TIER_RETRIES.labels(self.name).inc()
         return True
 
-    def _succeeded(self) -> None:
-        was_open = self.breaker.is_open
-        self.breaker.succeeded()
-        if was_open:
-            metrics.TIER_BREAKER_OPEN.labels(self.name).set(0)
-            logger.warning("tier %s: answers again", self.name)
+
+def _final(error: Exception) -> bool:
+    """Whether trying again does not mend it. A write that failed so will not land late either."""
+    causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
+    return any(getattr(cause, "errno", None) in FINAL for cause in causes)
 
 
 class _Answer(Generic[T]):

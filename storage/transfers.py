@@ -10,6 +10,7 @@ from functools import partial
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.memory import MemoryTier
+from lmcache.storage.pace import SHARE
 from lmcache.storage.pool import PoolBuffer
 from lmcache.storage.tier import LowerTier
 
@@ -67,23 +68,24 @@ class Transfers:
             else:
                 tier = self._tiers[source]
                 left = max(0.0, ends_at - time.monotonic())
+                most = tier.read_pace.batch_bytes(left * SHARE, self._batch_bytes)
                 nothing: Held = []
-                held = tier.transfer(partial(self._read, tier, wanted), nothing, left, _let_go)
+                held = tier.transfer(partial(self._read, tier, wanted, most), nothing, left, _let_go)
             if held:
                 yield held
             # Behind a run that ended early lies a key that is not there, or a full batch.
             first += len(held) or 1
 
-    def _read(self, tier: LowerTier, keys: Sequence[ChunkKey]) -> Held:
+    def _read(self, tier: LowerTier, keys: Sequence[ChunkKey], most: int) -> Held:
         buffers: list[PoolBuffer] = []
         got = nbytes = 0
         try:
-            for size in tier.backend.sizes(keys):
-                if (buffers and nbytes + size > self._batch_bytes) or (buffer := self._memory.allocate(size)) is None:
+            for size in tier.sizes(keys):
+                if (buffers and nbytes + size > most) or (buffer := self._memory.allocate(size)) is None:
                     break
                 buffers.append(buffer)
                 nbytes += size
-            got = tier.backend.get(keys[: len(buffers)], buffers) if buffers else 0
+            got = tier.get(keys[: len(buffers)], buffers) if buffers else 0
         finally:
             self._memory.pool.release_all(buffers[got:])
         return list(zip(keys, buffers[:got], strict=False))

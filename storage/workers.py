@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from lmcache.forks import Home
 from lmcache.storage.deadlines import Deadlines
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Workers:
         deadlines: Deadlines,
         on_back: Callable[[], None] = lambda: None,
     ) -> None:
+        self._home = Home("these threads")
         self._name = name
         self._count = count
         self._spare = spare
@@ -59,7 +61,9 @@ class Workers:
             self._start()
 
     def submit(self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None]) -> Job | None:
-        """Run ``call`` when a thread is free; None when none is left, or after close()."""
+        """Run ``call`` when a thread is free; None when none is left, as in a child by fork, or after close()."""
+        if self._home.left:
+            return None
         job = Job(call, limit_s, on_late)
         with self._changed:
             if self._closed or not self._working:

@@ -1,7 +1,8 @@
 """The writes of a lower tier: a queue bounded in bytes, emptied in batches by one thread at a time.
 
 put ──> queued ──> under way ──> settled (written, or not to be)
-           │            └─ dropped meanwhile: undone by its own thread when it returns
+           │  ^         ├─ dropped meanwhile: undone by its own thread when it returns
+           │  └─────────┴─ failed with others in its batch: once more, alone
            └─ dropped: released at once
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lmcache import metrics
 from lmcache.keys import ChunkKey
 from lmcache.storage.deadlines import Deadlines
+from lmcache.storage.pace import SHARE
 from lmcache.storage.pool import PoolBuffer
 from lmcache.storage.workers import Workers
 
@@ -36,6 +38,7 @@ class _Write(NamedTuple):
     key: ChunkKey
     buffer: PoolBuffer
     settled: Settled | None
+    failed: bool = False  # in a batch with others, before
 
 
 class _Batch:
@@ -70,11 +73,16 @@ class WriteQueue:
     def hung_threads(self) -> int:
         return self._workers.lost
 
+    def returning(self) -> set[ChunkKey]:
+        """Keys of writes under way that were dropped, and are undone when they end."""
+        with self._changed:
+            return {key for batch in self._under_way for key in batch.undo}
+
     def put(
         self, key: ChunkKey, buffer: PoolBuffer, *, settled: Settled | None = None, wait_until: float | None = None
     ) -> bool:
         """Queue a write, taking the handle over; False when the queue is full (still, at ``wait_until``) or the
-        breaker open: then the write is shed, and counted.
+        breaker open, or the key's removal is owed: then the write is shed, and counted.
 
         settled: called with the keys of writes that ended, and whether all of them are held below; those that were
         dropped are not. Not called when False is returned.
@@ -83,7 +91,9 @@ class WriteQueue:
             if wait_until is not None and not self._fits(buffer.nbytes):
                 left = max(0.0, wait_until - time.monotonic())
                 self._changed.wait_for(lambda: self._fits(buffer.nbytes) or self._closed, left)
-            taken = self._fits(buffer.nbytes) and not self._closed and self._tier.breaker.ready
+            taken = self._fits(buffer.nbytes) and not self._closed and self._tier.write_side.breaker.ready
+            # Its old bytes, on their way still, could be taken for the new ones.
+            taken = taken and key not in self._tier.owed
             if taken:
                 self._queued.append(_Write(key, buffer, settled))
                 self.pending_bytes += buffer.nbytes
@@ -106,7 +116,7 @@ class WriteQueue:
     @property
     def room_bytes(self) -> int:
         """Bytes that would be taken now."""
-        if self._closed or not self._tier.breaker.ready:
+        if self._closed or not self._tier.write_side.breaker.ready:
             return 0
         return max(0, self._most_bytes - self.pending_bytes)
 
@@ -173,7 +183,7 @@ class WriteQueue:
 
         def late() -> None:
             # Its thread has been replaced: another goes on with the queue.
-            self._tier.hung(self._timeout_s)
+            self._tier.hung(self._tier.write_side, self._timeout_s)
             with self._changed:
                 for batch in batches:
                     batch.late = True
@@ -189,32 +199,47 @@ class WriteQueue:
         batches.append(batch)
         keys = [write.key for write in batch.writes]
         buffers = [write.buffer for write in batch.writes]
-        count = self._tier.guarded(lambda: self._tier.backend.put(keys, buffers), None)
-        if count is None:
-            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(batch.nbytes)
-        else:
-            self._note_refused(max(0, len(keys) - count), batch)
-        self._settle(batch.writes, held=count == len(keys))
+        count = self._tier.guarded(lambda: self._tier.put(keys, buffers), None, side=self._tier.write_side)
         with self._changed:
             undo = list(batch.undo)
-        if undo:
-            # Dropped meanwhile: what was just written must not come back.
-            self._tier.guarded(lambda: self._tier.backend.remove(undo), 0, always=True)
+            ended, again = self._ended(batch, count)
+            self._queued.extendleft(reversed(again))
+        nbytes = sum(write.buffer.nbytes for write in ended)
+        if count is None:
+            metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(nbytes)
+        else:
+            self._note_refused(max(0, len(keys) - count), batch)
+        self._settle(ended, held=count == len(keys))
+        began_at = time.monotonic()
+        undone = not undo or self._tier.remove_now(undo, always=True)  # dropped meanwhile
         with self._changed:
             self._under_way.discard(batch)
-            self.pending_bytes -= batch.nbytes
+            self.pending_bytes -= nbytes
             if not batch.late:
                 self._pumping = False
             self._pump()
             self._changed.notify_all()
+        if undo:
+            self._tier.owed.settle(undo, undone, began_at)
+
+    def _ended(self, batch: _Batch, count: int | None) -> tuple[list[_Write], list[_Write]]:
+        """The writes of a batch that are over, and those that failed and are tried once more (with the lock held)."""
+        tries = count is None and len(batch.writes) > 1 and not self._closed and self._tier.write_side.breaker.ready
+        again = [write._replace(failed=True) for write in batch.writes if tries and write.key not in batch.undo]
+        return [write for write in batch.writes if not tries or write.key in batch.undo], again
 
     def _next(self) -> _Batch | None:
+        most = self._tier.write_pace.batch_bytes(self._timeout_s * SHARE, BATCH_BYTES)
         with self._changed:
             writes: list[_Write] = []
             nbytes = 0
-            while self._queued and not self._holds and nbytes < BATCH_BYTES:
+            while self._queued and not self._holds:
+                nbytes += self._queued[0].buffer.nbytes
+                if writes and (nbytes > most or self._queued[0].failed):
+                    break
                 writes.append(self._queued.popleft())
-                nbytes += writes[-1].buffer.nbytes
+                if writes[0].failed:
+                    break
             if not writes:
                 self._pumping = False
                 self._changed.notify_all()

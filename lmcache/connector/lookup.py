@@ -23,6 +23,7 @@ from lmcache import metrics
 from lmcache.connector.blending import Blending, Found
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, Lookup
+from lmcache.forks import Home
 from lmcache.keys import PlaceholderSpan
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class LookupServer:
     """
 
     def __init__(self, engine: CacheEngine, address: str, blending: Blending | None = None) -> None:
+        self._home = Home("this LookupServer")
         self._engine = engine
         self._blending = blending
         self._finders = ThreadPoolExecutor(_FINDERS, "lmcache-passages")
@@ -136,7 +138,7 @@ class LookupServer:
 
     def close(self) -> None:
         """Stop answering and let go of every lookup. Idempotent."""
-        if self._stopping:
+        if self._stopping or self._home.left:
             return
         self._stopping = True
         self._finders.shutdown(wait=False, cancel_futures=True)
@@ -288,6 +290,7 @@ class LookupClient:
     """The scheduler's side. Used by one thread; nothing here blocks for longer than the caller says."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
+        self._home = Home("this LookupClient")
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._sockets = []
@@ -354,6 +357,8 @@ class LookupClient:
         self._send(Release(lookup_id))
 
     def close(self) -> None:
+        if self._home.left:
+            return
         for socket in self._sockets:
             socket.close(linger=0)
         self._context.term()
@@ -365,6 +370,7 @@ class LookupClient:
         return self._next_id
 
     def _send(self, request: _Request) -> None:
+        self._home.check()
         body = msgspec.msgpack.encode(request)
         for socket in self._sockets:
             try:
@@ -374,6 +380,7 @@ class LookupClient:
                 metrics.LOOKUP_ERRORS.inc()
 
     def _receive(self, wait_s: float) -> bool:
+        self._home.check()
         ready = self._poller.poll(int(wait_s * 1000))
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)

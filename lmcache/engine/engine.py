@@ -23,6 +23,7 @@ from lmcache.engine.layout import PagedCache, chunk_tokens
 from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
+from lmcache.forks import Home
 from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.eviction import Place
@@ -140,6 +141,7 @@ class CacheEngine:
             )
         self.storage = storage or StorageManager(config, pin=cache.device.type == "cuda")
         self._mover = PageMover(cache)
+        self._home = Home("this CacheEngine")
         self._closed = threading.Event()
 
     @classmethod
@@ -337,7 +339,7 @@ class CacheEngine:
 
     def close(self) -> None:
         """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""
-        if not self._closed.is_set():
+        if not self._closed.is_set() and not self._home.left:
             self._closed.set()
             self.storage.close()
 
@@ -357,5 +359,6 @@ class CacheEngine:
         return True
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed.is_set():
             raise ClosedError("this CacheEngine is closed")

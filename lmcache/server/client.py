@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, ProtocolError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.server import protocol
 from lmcache.server.channel import Channel, TlsChannel
@@ -88,6 +89,7 @@ class Client:
     def __init__(self, config: ClientConfig) -> None:
         parts = urlsplit(config.url)
         self._config = config
+        self._home = Home("this client")
         self._address = (parts.hostname or "", parts.port or DEFAULT_PORT)
         self._token = read_token(config.token_file)
         self._tls = _tls_context(config) if parts.scheme == TLS else None
@@ -116,9 +118,15 @@ class Client:
         count = 0
         for part in _parts(keys):
             views = into[count : count + len(part)]
-            good, damaged = self._call(lambda channel: _get(channel, part, views, self._piece_bytes()))  # noqa: B023
+            whole: list[bool] = []
+            try:
+                self._call(lambda channel: _get(channel, part, views, whole, self._piece_bytes()))  # noqa: B023
+            except StorageError:
+                if not count and True not in whole[:1]:
+                    raise
+            good = next((at for at, is_whole in enumerate(whole) if not is_whole), len(whole))
             count += good
-            if damaged:
+            if good < len(whole):
                 self._forget(part[good])
             if good < len(part):
                 break
@@ -145,6 +153,8 @@ class Client:
 
     def close(self) -> None:
         """End every connection; calls under way fail. Idempotent."""
+        if self._home.left:
+            return
         self._closed.set()
         with self._lock:
             idle, self._idle = self._idle, []
@@ -167,6 +177,7 @@ class Client:
 
     def _call(self, exchange: Callable[[Channel], T]) -> T:
         """``exchange`` on a connection, again on another one when that breaks."""
+        self._home.check()
         deadline = time.monotonic() + self._config.timeout_s
         if not self._slots.acquire(timeout=self._config.timeout_s):
             raise StorageError(f"{self._config.url}: all {self._config.connections} connections are in use")
@@ -352,15 +363,15 @@ def _put(
     return count
 
 
-def _get(channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], piece_bytes: int) -> tuple[int, bool]:
-    """How many leading payloads are good, and whether the next one came damaged."""
-    channel.send_frame(protocol.Get(join_keys(keys), [view.nbytes for view in into]))
-    whole: list[bool] = []
-    more = True
+def _get(
+    channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], whole: list[bool], piece_bytes: int
+) -> None:
+    """Go on behind what came in a try before; ``whole`` grows by whether each that comes bears its seal."""
+    more = len(whole) < len(keys)
+    if more:
+        channel.send_frame(protocol.Get(join_keys(keys[len(whole) :]), [view.nbytes for view in into[len(whole) :]]))
     while more:
         more = _receive_found(channel, keys, into, whole, piece_bytes)
-    good = next((at for at, is_whole in enumerate(whole) if not is_whole), len(whole))
-    return good, good < len(whole)
 
 
 def _receive_found(

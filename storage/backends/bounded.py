@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from lmcache.errors import ClosedError, StorageError
+from lmcache.forks import Home
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ class BoundedCaller:
     """
 
     def __init__(self, threads: int, name: str) -> None:
+        self._home = Home("this tier")
         self._free = threading.BoundedSemaphore(threads)
         self._most, self._name = threads, name
         self._jobs: SimpleQueue[_Job[object] | None] = SimpleQueue()
@@ -37,6 +39,7 @@ class BoundedCaller:
 
     def call(self, function: Callable[[], T], timeout_s: float, what: str) -> T:
         """What ``function`` returns or raises; StorageError when that takes longer than ``timeout_s``."""
+        self._home.check()
         deadline = time.monotonic() + timeout_s
         if self._closed:
             raise ClosedError(f"{what}: closed")
@@ -58,7 +61,9 @@ class BoundedCaller:
         return job.result
 
     def close(self, timeout_s: float) -> bool:
-        """Start nothing more, and wait for calls that run; False when some still do after ``timeout_s``."""
+        """Start nothing more, and wait for calls that run; False when some still do, or may, after ``timeout_s``."""
+        if self._home.left:
+            return False
         with self._lock:
             if not self._closed:
                 self._closed = True

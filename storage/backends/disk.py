@@ -24,6 +24,7 @@ from pydantic import ByteSize, Field, model_validator
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk_folder import Folder
 from lmcache.storage.backends.disk_index import DiskIndex, Entry
@@ -78,6 +79,7 @@ class DiskBackend(StorageBackend):
     Config = DiskConfig
 
     def __init__(self, config: DiskConfig) -> None:
+        self._home = Home("this disk tier")
         policy = EVICTION_POLICIES.get(config.eviction)()
         self._folders = [
             Folder(number, path.absolute(), direct=config.direct, fsync=config.fsync, tier=self.name)
@@ -90,6 +92,7 @@ class DiskBackend(StorageBackend):
         self._open()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._home.check()
         sizes: list[int] = []
         for key in keys:
             entry = self._locate(key)
@@ -128,6 +131,7 @@ class DiskBackend(StorageBackend):
         return sum(outcome is True for outcome in outcomes)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
+        self._home.check()
         count, failure = 0, None
         for key in keys:
             there = False
@@ -144,6 +148,7 @@ class DiskBackend(StorageBackend):
         return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
+        self._home.check()
         count = 0
         for folder in self._folders:
             try:
@@ -155,6 +160,7 @@ class DiskBackend(StorageBackend):
 
     def keys(self) -> list[ChunkKey]:
         """By the folders, as other processes write to them too."""
+        self._home.check()
         try:
             return [key for folder in self._folders if folder.opened for _, key, _ in folder.scan()[0]]
         except OSError as error:
@@ -162,6 +168,8 @@ class DiskBackend(StorageBackend):
 
     def close(self) -> None:
         """Waits a moment for transfers that run; new ones raise ClosedError."""
+        if self._home.left:
+            return
         self._io.close(CLOSE_TIMEOUT_S)
         for folder in self._folders:
             folder.account.close()
@@ -215,9 +223,9 @@ class DiskBackend(StorageBackend):
             self.remove([key])
             return False
         except OSError as error:
-            folder.failed(error)
+            folder.failed(error, reading=True)
             raise StorageError(f"cannot read {folder.file_of(key)}: {error}") from error
-        folder.succeeded()
+        folder.succeeded(reading=True)
         if not found and folder.find(key) is None:
             self._index.forget(key)
         return found
@@ -278,7 +286,7 @@ class DiskBackend(StorageBackend):
         """Whether to write there; one that failed is tried again now and then, and settles first what it owes."""
         if self._alone:
             return True
-        if not folder.breaker.allows():
+        if not folder.reads.ready or not folder.writes.allows():
             return False
         try:
             if not folder.opened:

@@ -44,7 +44,8 @@ class Folder(ChunkFiles):
         self.opened = self.failing = False
         self.owed: set[ChunkKey | bytes | None] = set()
         """What could not be removed: keys, formats, or None for everything. It is, before the folder is used again."""
-        self.breaker = CircuitBreaker(BreakerConfig())
+        # Of a file system that has become read-only, what it holds can still be read.
+        self.reads, self.writes = CircuitBreaker(BreakerConfig()), CircuitBreaker(BreakerConfig())
         self._seed = xxhash.xxh3_64_intdigest(os.fsencode(self._root))
         self._fsync = fsync
 
@@ -57,7 +58,7 @@ class Folder(ChunkFiles):
     @property
     def serves(self) -> bool:
         """Whether what it holds may be read."""
-        return self.opened and not self.owed and not self.breaker.is_open
+        return self.opened and not self.owed and self.reads.ready
 
     def rank(self, key: ChunkKey) -> int:
         """A chunk is written to the folder that ranks highest: adding one moves only its share of the keys."""
@@ -110,18 +111,18 @@ class Folder(ChunkFiles):
         stat = os.statvfs(self._root)
         return stat.f_bavail * stat.f_frsize
 
-    def failed(self, error: OSError) -> None:
+    def failed(self, error: OSError, *, reading: bool = False) -> None:
         """Count an error; say so when it is the first of a row."""
         metrics.FOLDER_ERRORS.labels(self._root).inc()
         if error.errno not in _NO_ROOM:
-            self.breaker.failed()
+            (self.reads if reading else self.writes).failed()
         if not self.failing:
             logger.warning("%s: %s", self.path, error)
         self.failing = True
 
-    def succeeded(self) -> None:
-        self.breaker.succeeded()
-        self.failing = False
+    def succeeded(self, *, reading: bool = False) -> None:
+        (self.reads if reading else self.writes).succeeded()
+        self.failing = self.reads.failures > 0 or self.writes.failures > 0
 
     def _read(self, key: ChunkKey, view: memoryview, used_ns: int, direct: bool) -> bool:
         path = self.file_of(key)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
@@ -122,6 +123,7 @@ class IndexedBackend(StorageBackend):
     name: ClassVar[str]
 
     def __init__(self, place: Place, capacity: int, eviction: str) -> None:
+        self._home = Home(f"this {self.name} tier")
         self._place = place
         self._index = ChunkIndex(capacity, eviction)
         self._calls, self._closed = 0, False
@@ -145,6 +147,7 @@ class IndexedBackend(StorageBackend):
         return [key for key, _ in self._place.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
+        self._home.check()
         sizes: list[int] = []
         for key in keys:
             size = self._known(key)
@@ -161,7 +164,7 @@ class IndexedBackend(StorageBackend):
             # The head of a prefix, without which the rest is worth nothing, counts as used last.
             self._index.touch(reversed(keys[:count]))
             if count < len(outcomes):
-                self._failed(keys[count], outcomes[count])
+                self._failed(keys[count], outcomes[count], first=not count)
         return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
@@ -200,6 +203,8 @@ class IndexedBackend(StorageBackend):
 
     def close(self) -> None:
         """Waits a moment for calls that run; new ones raise ClosedError."""
+        if self._home.left:
+            return
         with self._changed:
             if self._closed:
                 return
@@ -213,6 +218,7 @@ class IndexedBackend(StorageBackend):
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """While this lasts the place is open."""
+        self._home.check()
         with self._changed:
             if self._closed:
                 raise ClosedError(f"the {self.name} tier is closed")
@@ -249,13 +255,14 @@ class IndexedBackend(StorageBackend):
                 self._index.unreserve(HEADER_BYTES + buffer.nbytes)
             raise
 
-    def _failed(self, key: ChunkKey, outcome: bool | StorageError) -> None:
+    def _failed(self, key: ChunkKey, outcome: bool | StorageError, *, first: bool) -> None:
         if isinstance(outcome, CorruptChunkError):
             metrics.CORRUPT_CHUNKS.labels(self.name).inc()
             logger.warning("%s: removed %s: %s", self.name, key, outcome)
             self.remove([key])
         elif isinstance(outcome, StorageError):
-            raise outcome
+            if first:
+                raise outcome
         else:
             self._index.forget(key)
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from lmcache.errors import ClosedError
+from lmcache.forks import Home
 
 Job = tuple[int, Callable[[], bool]]
 """Bytes that it moves, and the call that moves them."""
@@ -33,6 +34,7 @@ class IOThreads:
         until_miss: jobs behind one that returned False or raised need not be run.
         Raises whatever a job raised that is no OSError.
         """
+        self._state.home.check()
         batch = _Batch(jobs, until_miss)
         state = self._state
         if len(jobs) == 1:
@@ -68,6 +70,7 @@ class IOThreads:
 
 class _State:
     def __init__(self, most_bytes: int) -> None:
+        self.home = Home("this tier")
         self.changed = threading.Condition()
         self.queue: deque[tuple[_Batch, int]] = deque()
         self.bytes = 0
@@ -110,6 +113,8 @@ class _State:
             return batch, index
 
     def stop(self) -> None:
+        if self.home.left:
+            return
         with self.changed:
             self.stopping = True
             self.changed.notify_all()

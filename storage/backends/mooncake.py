@@ -20,6 +20,7 @@ from pydantic import ByteSize, Field, field_validator
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.bounded import BoundedCaller
 from lmcache.storage.backends.registrations import Registrations
@@ -77,6 +78,7 @@ class MooncakeBackend(StorageBackend):
 
     def __init__(self, config: MooncakeConfig) -> None:
         self._config = config
+        self._home = Home("this Mooncake tier")
         self._new = _import_store()
         self._caller = BoundedCaller(config.threads, "lmcache-mooncake")
         self._headers = Staging(config.threads * BATCH * HEADER_BYTES)
@@ -99,7 +101,12 @@ class MooncakeBackend(StorageBackend):
         count = 0
         for start in range(0, len(keys), BATCH):
             batch = keys[start : start + BATCH]
-            done = self._get(batch, into[start : start + BATCH])
+            try:
+                done = self._get(batch, into[start : start + BATCH])
+            except StorageError:
+                if not count:
+                    raise
+                break
             count += done
             if done < len(batch):
                 break
@@ -139,7 +146,7 @@ class MooncakeBackend(StorageBackend):
         Waits a moment for calls that run; new ones raise ClosedError. While one hangs the client is left as it is: it
         would crash the process to take it away from under that call.
         """
-        if self._closed:
+        if self._closed or self._home.left:
             return
         self._closed = True
         if not self._caller.close(CLOSE_TIMEOUT_S):

@@ -25,6 +25,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from lmcache import metrics
 from lmcache.config import Config
 from lmcache.errors import ConfigError, CorruptChunkError, StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.object_listing import Search
 from lmcache.storage.backends.requests import ByteBudget, Crew, RecentSizes
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_runtime: list[Home] = []
+"""Of the first store that this process opened: the threads of obstore, which all stores share, live in that process."""
 PIECE_BYTES = 1 << 20  # of an object that comes: copied and hashed while the next one is underway
 DELETE_BATCH = 1000  # keys of one request to delete, by S3's rule
 # What obstore and the store behind it raise; the rest would be our own mistake.
@@ -97,6 +100,14 @@ class ObjectStoreBackend(StorageBackend):
 
     def __init__(self, config: ObjectStoreConfig) -> None:
         self._url = config.url
+        self._home = Home("this object store")
+        if not _runtime:
+            _runtime.append(self._home)
+        if _runtime[0].left:
+            raise ConfigError(
+                f"{config.url}: this process was forked from one that uses object stores, whose threads it lacks: "
+                "start it by spawn or forkserver"
+            )
         self._store = _open(config)
         self._index = RecentSizes(config.index_entries, config.index_ttl_s)
         self._budget = ByteBudget(config.in_flight)
@@ -124,15 +135,22 @@ class ObjectStoreBackend(StorageBackend):
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         misses = [len(keys)]
+        came: set[int] = set()
 
         def fetch(item: tuple[int, ChunkKey, Buffer]) -> None:
             number, key, buffer = item
-            if number < min(misses) and not self._fetch(key, buffer.view):
+            if number < min(misses) and self._fetch(key, buffer.view):
+                came.add(number)
+            else:
                 misses.append(number)
 
         numbered = list(zip(range(len(keys)), keys, into, strict=True))
-        self._transfers.map(fetch, numbered)
-        return min(misses)
+        try:
+            self._transfers.map(fetch, numbered)
+        except StorageError:
+            if 0 not in came:
+                raise
+        return next((number for number in range(len(keys)) if number not in came), len(keys))
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         held = self._index.among(keys)
@@ -305,6 +323,7 @@ class ObjectStoreBackend(StorageBackend):
 
     def _guard(self, what: str, call: Callable[[], T]) -> T:
         """``call()``; what the store or its client raises becomes a StorageError."""
+        self._home.check()
         try:
             return call()
         except StorageError:

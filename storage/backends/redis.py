@@ -84,10 +84,13 @@ class RedisBackend(StorageBackend):
                 return False
 
         windows = _windows([HEADER_BYTES + view.nbytes for view in views], self._config.window)
+        batch = Batch(names, lambda i: (command(b"GET", names[i]),), answer, windows, ahead=2)
         try:
-            return self._pipeline.perform(
-                Batch(names, lambda i: (command(b"GET", names[i]),), answer, windows, ahead=2)
-            )
+            return self._pipeline.perform(batch)
+        except StorageError:
+            if not batch.done:
+                raise
+            return batch.done
         finally:
             if damaged:
                 with contextlib.suppress(StorageError):  # it is a miss in any case, and is found again

@@ -17,6 +17,7 @@ from redis.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisClusterException, RedisError, ResponseError
 
 from lmcache.errors import ClosedError, LMCacheError, StorageError
+from lmcache.forks import Home
 from lmcache.storage.backends.redis_servers import RedisConfig, open_servers, parse_url
 from lmcache.storage.backends.redis_wire import ErrorReply, Part, Wire
 from lmcache.storage.retry import retrying
@@ -97,6 +98,8 @@ class Session:
                     outcome = batch.answer(wire, index)
                     if outcome is not True and (stopped is None or index < stopped[0]):
                         stopped = index, outcome
+                    elif outcome is True and index == batch.done:
+                        batch.done += 1
             batch.done = stopped[0] if stopped else stop
         if stopped and isinstance(refusal := stopped[1], ErrorReply):
             raise refused(refusal)
@@ -130,6 +133,7 @@ class Pipeline:
 
     def __init__(self, config: RedisConfig) -> None:
         self._config = config
+        self._home = Home("this Redis tier")
         self._address = str(parse_url(config.url))
         self.servers = open_servers(config)
         self._slots = threading.BoundedSemaphore(config.connections)
@@ -156,6 +160,8 @@ class Pipeline:
 
     def close(self) -> None:
         """End what runs, and close every connection. Idempotent."""
+        if self._home.left:
+            return
         with self._lock:
             self._closed = True
             wires = list(self._wires)
@@ -164,6 +170,7 @@ class Pipeline:
         self.servers.close()
 
     def _try(self, work: Callable[[Session], T], deadline: float) -> T:
+        self._home.check()
         if self._closed:
             raise ClosedError(f"{self._address} is closed")
         if not self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())):

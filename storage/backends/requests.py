@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from lmcache.errors import StorageError
+from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 
 T = TypeVar("T")
@@ -20,11 +21,13 @@ class Crew:
     """At most ``threads`` calls at a time; whoever asks waits until none of his is running any more."""
 
     def __init__(self, threads: int, name: str) -> None:
+        self._home = Home("this object store")
         self._executor = ThreadPoolExecutor(threads, name)
         self._closed = False
 
     def map(self, call: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """``call`` of each item, in order. After the first that raises no other is begun, and its error is raised."""
+        self._home.check()
         if not items:
             return []
 
@@ -50,6 +53,8 @@ class Crew:
 
     def close(self) -> None:
         """Begin nothing more, and wait for what is running."""
+        if self._home.left:
+            return
         # Not by cancel_futures: whoever waits for a future that is dropped so waits for ever.
         self._closed = True
         self._executor.shutdown(wait=True)

@@ -45,7 +45,7 @@ SWEEP_SHARE = 1 / 32
 # What a file that was removed, perhaps by another host, answers.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 # Other hosts' processes cannot be asked whether they live.
-_WRITER = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+_HOST, _TOKEN = socket.gethostname(), secrets.token_hex(4)
 _serial = itertools.count()
 
 
@@ -282,7 +282,7 @@ class SharedFolderBackend(StorageBackend):
 
 
 def _temporary_name() -> str:
-    return f"{_WRITER}-{next(_serial)}"
+    return f"{_HOST}-{os.getpid()}-{_TOKEN}-{next(_serial)}"  # not those of a child by fork
 
 
 def _transfer(call: Callable[[int, list[memoryview], int], int], file: int, views: list[memoryview]) -> int:

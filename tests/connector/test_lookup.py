@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +22,7 @@ from lmcache.connector.lookup import LookupClient, LookupServer, Reply, socket_p
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
+from lmcache.errors import ClosedError
 
 TOKENS = pack_tokens(list(range(64)))
 
@@ -150,6 +152,34 @@ def test_the_socket_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.M
     folder.chmod(0o755)
     with pytest.raises(PermissionError, match="mode 0700"):
         socket_path("e", 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_by_fork_is_refused_and_closes_nothing_of_its_parent(
+    engine: CacheEngine, server: LookupServer, client: LookupClient, tmp_path: Path
+) -> None:
+    asks: list[Callable[[], object]] = [
+        lambda: client.acquire(TOKENS, {}, ()),
+        lambda: engine.lookup(TOKENS),
+        lambda: engine.store(TOKENS, [[1, 2, 3, 4]]),
+        engine.clear,
+    ]
+
+    def work() -> None:
+        for ask in asks:
+            with pytest.raises(ClosedError, match=f"opened by process {os.getppid()}, not this one"):
+                ask()
+        for each in (server, client, engine):
+            each.close()
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert (tmp_path / "s").exists()
+    assert client.answer(client.acquire(TOKENS, {}, ()), 10) == (64, 0)
 
 
 def test_thousands_of_answers_during_a_long_call_do_not_block_anyone(

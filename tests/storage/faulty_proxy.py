@@ -6,12 +6,14 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 
 
 class FaultyProxy:
     """Forwards to ``127.0.0.1:port``; its fields may be changed at any time and hold for what comes after.
 
     hang: accept, pass nothing on.       slow_s: pause before every 64 KiB of an answer.
+    rate: bytes a second that pass each way, of all connections together; None: all that can.
     reset_after: reset the connection after so many bytes of an answer. cut_after: the same of a request.
     flip_after: flip a bit of the byte at this place of an answer.
     replace: bytes that become others in answers, where they come in one piece.
@@ -21,6 +23,9 @@ class FaultyProxy:
         self._target = port
         self.mend()
         self.requests = 0
+        self.passed_bytes = [0, 0]  # of requests, of answers
+        self._free_at = [0.0, 0.0]  # when the link is free again
+        self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._sockets: set[socket.socket] = set()
         self._resetting: set[socket.socket] = set()
@@ -33,6 +38,7 @@ class FaultyProxy:
         """From now on pass everything on."""
         self.hang = False
         self.slow_s = 0.0
+        self.rate: float | None = None
         self.reset_after: int | None = None
         self.cut_after: int | None = None
         self.flip_after: int | None = None
@@ -86,6 +92,17 @@ class FaultyProxy:
             self._sockets.discard(one)
             self._resetting.discard(one)
 
+    def _take_the_link(self, answer: bool, nbytes: int) -> None:
+        """Wait until so many bytes have passed a link of this rate."""
+        with self._lock:
+            self.passed_bytes[answer] += nbytes
+            if self.rate is None:
+                return
+            now = time.monotonic()
+            self._free_at[answer] = max(now, self._free_at[answer]) + nbytes / self.rate
+            wait_s = self._free_at[answer] - now
+        self._stopping.wait(wait_s)
+
     def _pump(self, source: socket.socket, sink: socket.socket, answer: bool, passed: list[int]) -> None:
         """passed: bytes of the request, and of the answer, that is under way; a piece of one ends the other."""
         with contextlib.suppress(OSError):
@@ -108,6 +125,7 @@ class FaultyProxy:
                         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         self._resetting.add(one)  # its close() sends the RST; a shutdown would be a polite FIN
                     break
+                self._take_the_link(answer, len(data))
                 sink.sendall(data)
                 passed[answer] += len(data)
         for one in (source, sink):

@@ -276,7 +276,7 @@ def test_a_folder_that_fails_costs_only_its_chunks_and_comes_back(
         assert all(get(disk, pool, make_key(n), CHUNK) == fresh[n] for n in fresh), "the other takes its chunks"
         assert disk.remove([make_key(bad[0])]) == 0
     assert sum(str(paths[0]) in r.message and r.levelno >= logging.WARNING for r in caplog.records) == 1
-    disk._folders[0].breaker._open_until = 0
+    disk._folders[0].reads._open_until = disk._folders[0].writes._open_until = 0
     put(disk, pool, make_key(bad[0] + 100), CHUNK, seed=0)
     for n in range(101, 110):
         put(disk, pool, make_key(n), CHUNK, seed=0)

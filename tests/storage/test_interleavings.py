@@ -218,12 +218,12 @@ def test_a_failing_tier_is_left_alone_until_a_probe_succeeds(open_manager: Open)
         with acquire(manager, n) as lease:
             assert lease.wait(WAIT_S)
             check(lease, n)
-    assert metrics.TIER_BREAKER_OPEN.labels("held")._value.get() == 1
+    assert metrics.TIER_BREAKER_OPEN.labels("held", "read")._value.get() == 1
     tier.fail = set()
 
     def recovered() -> bool:
         acquire(manager, 1000).wait(WAIT_S)
-        return metrics.TIER_BREAKER_OPEN.labels("held")._value.get() == 0
+        return metrics.TIER_BREAKER_OPEN.labels("held", "read")._value.get() == 0
 
     settle(recovered, "the breaker never closes again")
 

@@ -237,10 +237,10 @@ def test_a_failing_tier_is_a_miss_then_left_alone_then_probed(open_manager: Open
     tier = Scripted()
     tier.error = OSError("broken")
     manager = open_manager(tier, breaker={"failures": 2, "cooldown_s": 0.05})
-    errors = metrics.TIER_ERRORS.labels("scripted")._value.get()
+    errors = metrics.TIER_ERRORS.labels("scripted", "read")._value.get()
     for _ in range(4):
         assert acquire(manager, 1).ready == 0
-    assert metrics.TIER_ERRORS.labels("scripted")._value.get() >= errors + 2
+    assert metrics.TIER_ERRORS.labels("scripted", "read")._value.get() >= errors + 2
     assert manager.stats()["open_breakers"] == 1
     tier.error = None
     tier.data = {make_key(0): b"x" * SIZE}
