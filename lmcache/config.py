@@ -143,6 +143,10 @@ class LMCacheConfig(Config):
     lookup_timeout_s: float = Field(
         2.0, gt=0, description="the scheduler takes a lookup that is unanswered for this long beyond reads as a miss"
     )
+    state: Path = Field(
+        Path("~/.local/state/lmcache"),
+        description="folder of what must survive a restart (clears that tiers owe) and has no tier's folder to lie in",
+    )
     lookup_queue: int = Field(
         128, ge=1, description="reads from lower tiers that wait or are under way at once; more are misses, counted"
     )

@@ -25,9 +25,10 @@ from lmcache.storage.eviction import Place
 from lmcache.storage.joining import Ends, Joining
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory import MemoryTier
+from lmcache.storage.owed_files import FOLDER, OwedFiles
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.promotion import promotion
-from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy
+from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy, place_of
 from lmcache.storage.selection import Selection
 from lmcache.storage.tier import LowerTier, TierHealth
 from lmcache.storage.transfers import Transfers
@@ -89,7 +90,9 @@ class StorageManager:
         for backend in backends:
             count = sum(tier.backend.name == backend.name for tier in self._tiers)
             name = f"{backend.name}-{count + 1}" if count else backend.name
-            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name))
+            # Tiers that were opened elsewhere have no place that a later process would know again.
+            files = _owed_files(config, len(self._tiers)) if tiers is None else None
+            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name, files))
         self._transfers = Transfers(self._memory, self._tiers, config.read_batch)
         self._joining = Joining(
             self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue
@@ -238,22 +241,44 @@ class StorageManager:
         if not wait:
             for each in self._lower(tier):
                 each.remove_soon(keys)
+            if tier is None:
+                self._joining.cancel(set(keys).__contains__)
             return max(counts, default=0)
+        if tier is None:
+            self._joining.cancel(set(keys).__contains__)
         counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
         if self._means_memory(tier):
             # Once more, for what a read found in a tier before that tier was asked.
             self._memory.remove(keys)
         return max(counts)
 
-    def clear(self, fingerprint: bytes | None = None, *, tags: bytes | None = None, tier: str | None = None) -> int:
+    def clear(
+        self,
+        fingerprint: bytes | None = None,
+        *,
+        tags: bytes | None = None,
+        tier: str | None = None,
+        wait: bool = True,
+    ) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
 
         tags: the tag part of a namespace, its last 16 bytes. A place that cannot list its keys loses the other tenants
         of ``fingerprint`` too. Returns the largest number that one tier had.
+
+        wait: for lower tiers, up to ``read_timeout_s`` each; without, this returns at once, with what memory had, and
+        they are cleared in the background. Either way nothing of it is read any more, also after a restart, and what is
+        put from now on is kept.
         """
         self._home.check()
         selection = Selection(fingerprint, tags)
+        if not wait:
+            for each in self._lower(tier):
+                each.clear_soon(selection)
+            self._joining.cancel(selection.matches)
+            return self._memory.clear(selection.matches) if self._means_memory(tier) else 0
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
+        if tier is None:
+            self._joining.cancel(selection.matches)
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):
             # Once more, for what a read found in a tier before that tier was cleared.
@@ -421,6 +446,13 @@ class StorageManager:
             known = [self._memory.name, *(tier.name for tier in self._tiers)]
             raise ConfigError(f"unknown tier {name!r}; known: {', '.join(known)}")
         return found
+
+
+def _owed_files(config: LMCacheConfig, tier: int) -> OwedFiles:
+    """In the tier's own folder, where it has one, and else in that of the user's."""
+    place, folder = place_of(config.tiers[tier])
+    folders = [config.state.expanduser() / FOLDER.removeprefix(".")]
+    return OwedFiles([folder / FOLDER, *folders] if folder else folders, place)
 
 
 def _settled(report: Callable[[bool], None]) -> Callable[[Sequence[ChunkKey], bool], None]:

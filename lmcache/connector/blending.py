@@ -156,10 +156,10 @@ class Blending:
                 index.add(own)
 
     def clear(self) -> int:
-        """Forget all passages; how many chunks they had."""
+        """Forget all passages, at once; how many chunks memory had of them."""
         with self._lock:
             self._indexes.clear()
-        return self._engine.storage.clear(self.store.format.kv_format().fingerprint())
+        return self._engine.storage.clear(self.store.format.kv_format().fingerprint(), wait=False)
 
     def _plane(self, name: str) -> Plane:
         """That layer alone, as a plane."""

@@ -185,7 +185,7 @@ class LookupServer:
         elif isinstance(request, Settle):
             self._settle(client, request.lookup_id)
         elif isinstance(request, Clear):
-            count = self._engine.clear() + (self._blending.clear() if self._blending else 0)
+            count = self._engine.clear(wait=False) + (self._blending.clear() if self._blending else 0)
             self._answer(client, Reply(request.lookup_id, count))
         else:
             held, asked_at = Held(), time.monotonic()

@@ -332,10 +332,13 @@ class CacheEngine:
         """Bytes of the chunk of these token positions, or the range that they are in."""
         return self._packed.sizes(start, stop) if self._packed else self.cache.chunk_bytes(stop - start)
 
-    def clear(self) -> int:
-        """Forget every chunk of this format, in every tier; returns how many."""
+    def clear(self, *, wait: bool = True) -> int:
+        """Forget every chunk of this format, in every tier; returns how many.
+
+        wait: for lower tiers; without, it returns at once, and nothing of it is read any more either.
+        """
         self._check_open()
-        return self.storage.clear(self.database.fingerprint)
+        return self.storage.clear(self.database.fingerprint, wait=wait)
 
     def close(self) -> None:
         """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""

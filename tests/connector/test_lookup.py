@@ -187,7 +187,7 @@ def test_thousands_of_answers_during_a_long_call_do_not_block_anyone(
 ) -> None:
     entered, go = threading.Event(), threading.Event()
 
-    def clear() -> int:
+    def clear(*, wait: bool) -> int:
         entered.set()
         assert go.wait(20)
         return 0
