@@ -80,11 +80,16 @@ class SegmentStore:
         return self._keys(_packed(as_tokens(tokens)), 0, tags, placeholders)
 
     def holds(
-        self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None, placeholders: Sequence[PlaceholderSpan] = ()
+        self,
+        tokens: TokenIds,
+        *,
+        below: bool = True,
+        tags: Mapping[str, str] | None = None,
+        placeholders: Sequence[PlaceholderSpan] = (),
     ) -> bool:
-        """Whether tiers say that they have all of a segment."""
+        """Whether tiers say that they have all of a segment. below: ask those below memory too, and wait for them."""
         keys = self.keys(tokens, tags=tags, placeholders=placeholders)
-        return self._manager.contains(keys) == len(keys)
+        return self._manager.contains(keys, below=below) == len(keys)
 
     def put(
         self,
@@ -95,7 +100,7 @@ class SegmentStore:
         tags: Mapping[str, str] | None = None,
         placeholders: Sequence[PlaceholderSpan] = (),
     ) -> bool:
-        """Store a segment's KV, unless it is held; False when memory has no room for it (a future miss, counted).
+        """Store a segment's KV, unless memory has it; False when there is no room for it (a future miss, counted).
 
         tokens: of the segment alone. stored_at: the position that the first of them had when its keys were turned.
         layers: keys (turned) and values of every layer, each ``[T, H, D]``. placeholders: counted from its first token.
@@ -105,12 +110,12 @@ class SegmentStore:
         self._check_put(len(array), stored_at, layers)
         packed = _packed(array)
         keys = self._keys(packed, 0, tags, placeholders)
-        present = self._manager.contains(keys)
+        present = self._manager.contains(keys, below=False)
         if present == len(keys):
             return True
         if present:
             # What is left of a segment, of another run of the model perhaps: it would stay, and match nothing.
-            self._manager.remove(keys)
+            self._manager.remove(keys, wait=False)
         buffers = self._filled(packed, stored_at, layers)
         if buffers is None:
             metrics.STORE_REFUSED_TOKENS.inc(len(array))
@@ -235,7 +240,7 @@ class SegmentStore:
         except CorruptChunkError as error:
             logger.warning("removed segment %s: %s", wanted.keys[0], error)
             metrics.CORRUPT_CHUNKS.labels("memory").inc()
-            self._manager.remove(wanted.keys)
+            self._manager.remove(wanted.keys, wait=False)
             return "corrupt"
         (record,) = records
         return record if self._has_positions(record.stored_at + wanted.layout.tokens) else "unmovable"

@@ -148,6 +148,16 @@ class LMCacheConfig(Config):
     lookup_timeout_s: float = Field(
         2.0, gt=0, description="the scheduler takes a lookup that is unanswered for this long beyond reads as a miss"
     )
+    state: Path = Field(
+        Path("~/.local/state/lmcache"),
+        description="folder of what must survive a restart (clears that tiers owe) and has no tier's folder to lie in",
+    )
+    lookup_queue: int = Field(
+        128, ge=1, description="reads from lower tiers that wait or are under way at once; more are misses, counted"
+    )
+    patience: float = Field(
+        1.0, ge=0, description="a request waits for the cache this many times as long as its tokens take to compute"
+    )
     lease_timeout_s: float = Field(120.0, gt=0, description="how long found chunks are held for a request that waits")
     close_timeout_s: float = Field(10.0, gt=0, description="how long close() waits for queued writes")
     breaker: BreakerConfig = Field(BreakerConfig(), description="circuit breaker of every lower tier")

@@ -16,6 +16,10 @@ WEIGHTS_CHANGED = Counter("lmcache_weights_changed", "times that the weights tur
 WEIGHTS_UNKNOWN = Counter("lmcache_weights_unknown", "times that the weights of the model could not be named")
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
+LOOKUPS_REFUSED = Counter(
+    "lmcache_lookups_refused", "reads not begun because lookup_queue others were waiting or under way; a miss"
+)
+LOOKUPS_CUT = Counter("lmcache_lookups_cut", "lookups not waited for any longer than computing would take")
 SEGMENT_TOKENS = Counter(
     "lmcache_segment_tokens",
     "tokens of segments, by what became of them: stored, reused, or computed for being missing, incomplete, late, "

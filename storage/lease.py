@@ -33,10 +33,13 @@ class Lease:
         self._timeout_s = timeout_s
         self._on_done = on_done
         self._on_closed: Callable[[Lease], None] | None = None
+        self._on_ended: Callable[[], None] | None = None  # of whoever reads for it, before on_done
         self._expiry: Deadline | None = None
         self._changed = threading.Condition(threading.Lock())
         self._done = False
         self._closed = False
+        self.end: ChunkKey | None = None
+        """The key that was taken from those which may come last, see ``StorageManager.acquire``."""
         self.expires_at = float("inf")
 
     def fits(self, index: int, nbytes: int) -> bool:
@@ -55,10 +58,12 @@ class Lease:
         with self._changed:
             return list(self._buffers)
 
-    def share(self) -> list[PoolBuffer]:
-        """Handles of the caller's own on what is held; they outlive ``close``, and the caller releases them."""
+    def share(self, first: int = 0, stop: int | None = None) -> list[PoolBuffer]:
+        """Handles of the caller's own on what is held of keys ``first`` to ``stop``; they outlive ``close``, and the
+        caller releases them."""
         with self._changed:
-            return self._buffers[0]._pool.share_leading(self._buffers) if self._buffers else []
+            held = self._buffers[first:stop]
+            return held[0]._pool.share_leading(held) if held else []
 
     @property
     def done(self) -> bool:
@@ -98,6 +103,10 @@ class Lease:
             self._changed.wait_for(lambda: self._done or len(self._buffers) >= count, timeout_s)
             return len(self._buffers) >= count
 
+    def settle(self) -> None:
+        """Be done with what is held now. Reads that still run end in memory, unheld."""
+        self._finish()
+
     def close(self) -> None:
         """Let go. Reads that still run end in memory, unheld. Idempotent."""
         if self._home.left:
@@ -128,6 +137,15 @@ class Lease:
             buffers[0]._pool.release_all(buffers)
         return False
 
+    def _end_with(self, key: ChunkKey, size: int | range, buffers: Sequence[PoolBuffer]) -> None:
+        """Take ``key`` instead of those that are not held."""
+        with self._changed:
+            if not self._done and buffers:
+                held = len(self._buffers)
+                self.keys, self.sizes = [*self.keys[:held], key], [*self.sizes[:held], size]
+                self.end = key
+        self._extend(buffers)
+
     def _finish(self) -> None:
         with self._changed:
             if self._done:
@@ -135,6 +153,8 @@ class Lease:
             self.expires_at = time.monotonic() + self._timeout_s
             self._done = True
             self._changed.notify_all()
+        if self._on_ended is not None:
+            self._on_ended()
         if self._on_done is not None:
             self._on_done(self)
 

@@ -22,12 +22,13 @@ from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.eviction import Place
+from lmcache.storage.joining import Ends, Joining
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory import MemoryTier
+from lmcache.storage.owed_files import FOLDER, OwedFiles
 from lmcache.storage.pool import PinnedPool, PoolBuffer
 from lmcache.storage.promotion import promotion
-from lmcache.storage.reading import Reading
-from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy
+from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy, place_of
 from lmcache.storage.selection import Selection
 from lmcache.storage.tier import LowerTier, TierHealth
 from lmcache.storage.transfers import Transfers
@@ -95,8 +96,13 @@ class StorageManager:
         for backend in backends:
             count = sum(tier.backend.name == backend.name for tier in self._tiers)
             name = f"{backend.name}-{count + 1}" if count else backend.name
-            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name))
+            # Tiers that were opened elsewhere have no place that a later process would know again.
+            files = _owed_files(config, len(self._tiers)) if tiers is None else None
+            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name, files))
         self._transfers = Transfers(self._memory, self._tiers, config.read_batch)
+        self._joining = Joining(
+            self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue
+        )
         self._promotes = promotion(config.promote)
         self._leases: set[Lease] = set()
         self._lock = threading.Lock()
@@ -175,9 +181,15 @@ class StorageManager:
             sizes += found
         return sizes
 
-    def contains(self, keys: Sequence[ChunkKey]) -> int:
-        """Length of the leading run of ``keys`` that is in some tier."""
+    def contains(self, keys: Sequence[ChunkKey], *, below: bool = True) -> int:
+        """Length of the leading run of ``keys`` that is in some tier.
+
+        below: also ask the tiers below memory, and wait for each for up to a second. The thread that runs the model
+        asks without, and has its answer at once.
+        """
         self._home.check()
+        if not below:
+            return self._memory.leading(keys)
         count = 0
         while count < len(keys):
             found = self._memory.leading(keys[count:]) or self._leading_below(keys[count:])
@@ -194,16 +206,20 @@ class StorageManager:
         timeout_s: float | None = None,
         *,
         hold_s: float | None = None,
+        ends: Ends | None = None,
     ) -> Lease:
-        """A lease on the longest prefix of ``keys`` that can be had.
+        """A lease on the longest prefix of ``keys`` that can be had. Asks no tier itself, so it returns at once.
 
         sizes: payload bytes of each, or the range that they are in; a chunk of another size is damaged.
 
         Done on return when nothing has to be read. At ``timeout_s`` (``read_timeout_s``) it is done with what it has.
+        Chunks that another lease is having read are waited for, not read again.
         on_done: called once, from whatever thread ends it, without a lock held; it must not block.
+        ends: given how many of ``keys`` are held, the keys and sizes of which one may be held behind them (the first
+        that can be had; ``Lease.end`` says which). Asked once no more of ``keys`` can be had.
         hold_s: how long it holds them once it is done, unless it is renewed (``lease_timeout_s``).
         """
-        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, self._promotes)
+        return self._acquire(keys, sizes, on_done, timeout_s, hold_s, self._promotes, ends)
 
     def prefetch(
         self,
@@ -214,34 +230,62 @@ class StorageManager:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
         prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always)
+        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always, join=False)
         return prefetch
 
-    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None) -> int:
+    def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None, wait: bool = True) -> int:
         """Forget chunks, in every tier that answers in time, or in the one of that name.
 
-        Returns the largest number that one tier had.
+        wait: for lower tiers; without, they forget them in the background.
+        Returns the largest number that one tier had (without ``wait``: that memory had).
         """
         self._check_open()
         counts = [self._memory.remove(keys)] if self._means_memory(tier) else []
+        if not wait:
+            for each in self._lower(tier):
+                each.remove_soon(keys)
+            if tier is None:
+                self._joining.cancel(set(keys).__contains__)
+            return max(counts, default=0)
+        if tier is None:
+            self._joining.cancel(set(keys).__contains__)
         counts += [each.remove(keys, ASK_TIMEOUT_S) for each in self._lower(tier)]
         if self._means_memory(tier):
             # Once more, for what a read found in a tier before that tier was asked.
             self._memory.remove(keys)
         return max(counts)
 
-    def clear(self, fingerprint: bytes | None = None, *, tenant: str | None = None, tier: str | None = None) -> int:
+    def clear(
+        self,
+        fingerprint: bytes | None = None,
+        *,
+        tenant: str | None = None,
+        tier: str | None = None,
+        wait: bool = True,
+    ) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
 
         tenant: its name (see ``lmcache.keys``); "": requests that name none. A place that cannot list its keys loses
         the other tenants of ``fingerprint`` too. Returns the largest number that one tier had.
-        """
-        return self.clear_selected(Selection(fingerprint, None if tenant is None else tenant_id(tenant)), tier=tier)
 
-    def clear_selected(self, selection: Selection, *, tier: str | None = None) -> int:
+        wait: for lower tiers, up to ``read_timeout_s`` each; without, this returns at once, with what memory had, and
+        they are cleared in the background. Either way nothing of it is read any more, also after a restart, and what is
+        put from now on is kept.
+        """
+        selection = Selection(fingerprint, None if tenant is None else tenant_id(tenant))
+        return self.clear_selected(selection, tier=tier, wait=wait)
+
+    def clear_selected(self, selection: Selection, *, tier: str | None = None, wait: bool = True) -> int:
         """The same, for who knows a tenant by what keys have of it."""
         self._check_open()
+        if not wait:
+            for each in self._lower(tier):
+                each.clear_soon(selection)
+            self._joining.cancel(selection.matches)
+            return self._memory.clear(selection.matches) if self._means_memory(tier) else 0
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
+        if tier is None:
+            self._joining.cancel(selection.matches)
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):
             # Once more, for what a read found in a tier before that tier was cleared.
@@ -294,6 +338,7 @@ class StorageManager:
             tier.close()
         for lease in list(self._leases):
             lease.close()
+        self._joining.cancel(lambda key: True)
         self._deadlines.close()
         self._memory.close()
         self.pool.close()
@@ -331,6 +376,9 @@ class StorageManager:
         timeout_s: float | None,
         hold_s: float | None,
         keep: Callable[[ChunkKey], bool],
+        ends: Ends | None = None,
+        *,
+        join: bool = True,
     ) -> Lease:
         self._home.check()
         lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
@@ -338,16 +386,12 @@ class StorageManager:
         with self._lock:
             self._check_open()
             self._leases.add(lease)
-        lease._extend(self._memory.pin(keys))
-        if lease.ready == len(keys) or not self._tiers:
-            lease._finish()
-        else:
-            try:
-                reading = Reading(lease, self._tiers, self._memory, batch_bytes=self._config.read_batch, keep=keep)
-                reading.start(timeout_s or self._config.read_timeout_s, self._deadlines)
-            except BaseException:
-                lease.close()
-                raise
+        limit_s = timeout_s or self._config.read_timeout_s
+        try:
+            self._joining.read(lease, limit_s, keep=keep, ends=ends, join=join)
+        except BaseException:
+            lease.close()
+            raise
         self._watch(lease)
         return lease
 
@@ -412,6 +456,13 @@ class StorageManager:
             known = [self._memory.name, *(tier.name for tier in self._tiers)]
             raise ConfigError(f"unknown tier {name!r}; known: {', '.join(known)}")
         return found
+
+
+def _owed_files(config: LMCacheConfig, tier: int) -> OwedFiles:
+    """In the tier's own folder, where it has one, and else in that of the user's."""
+    place, folder = place_of(config.tiers[tier])
+    folders = [config.state.expanduser() / FOLDER.removeprefix(".")]
+    return OwedFiles([folder / FOLDER, *folders] if folder else folders, place)
 
 
 def _settled(report: Callable[[bool], None]) -> Callable[[Sequence[ChunkKey], bool], None]:

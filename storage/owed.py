@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lmcache.keys import ChunkKey
+from lmcache.storage.owed_files import OwedFiles
 from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class OwedRemovals:
 
     remove: takes keys, or a selection, out of the tier; whether that succeeded.
     returning: keys of writes under way that are to be undone: until those have ended their removal is not final.
+    files: where selections are kept, so that they are owed after a restart too.
     grace_s: how long after the tier has answered again a write that nobody answered may still land.
     """
 
@@ -43,17 +45,22 @@ class OwedRemovals:
         remove: Callable[[Sequence[ChunkKey] | Selection], bool],
         returning: Callable[[], Collection[ChunkKey]],
         grace_s: float,
+        files: OwedFiles | None = None,
     ) -> None:
         self._name = name
         self._remove = remove
         self._returning = returning
         self._grace_s = grace_s
+        self._files = files
         self._changed = threading.Condition()
         self._due: dict[Debt, float] = {}  # when each is tried next
         self._selections: list[Selection] = []  # of those
         self._thread: threading.Thread | None = None
         self._closed = False
         self._doubted_at = self._certain_at = 0.0
+        if files is not None and (left := files.load()):
+            logger.warning("tier %s: owes %d clears of an earlier process", name, len(left))
+            self.settle(left, False, 0.0)
 
     def __len__(self) -> int:
         return len(self._due)
@@ -67,6 +74,17 @@ class OwedRemovals:
         if not self._due:
             return keys
         return list(itertools.takewhile(lambda key: key not in self, keys))
+
+    @property
+    def selections(self) -> Sequence[Selection]:
+        """What of it was a clear."""
+        return self._selections
+
+    def owe(self, selection: Selection) -> None:
+        """It counts as not there, and somebody is about to clear it, who will ``settle`` it."""
+        with self._changed:
+            self._due[selection] = math.inf
+            self._note_selections()
 
     def doubt(self) -> None:
         """A write ended, and nobody knows whether it did."""
@@ -97,7 +115,7 @@ class OwedRemovals:
                 logger.error("tier %s: too many removals are owed: all chunks of their formats are", self._name)
                 formats = {debt if isinstance(debt, Selection) else Selection(debt.fingerprint) for debt in self._due}
                 self._due = dict.fromkeys(formats, due)
-            self._selections = [debt for debt in self._due if isinstance(debt, Selection)]
+            self._note_selections()
             if self._due and self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name=f"lmcache-{self._name}-owed", daemon=True)
                 self._thread.start()
@@ -120,6 +138,14 @@ class OwedRemovals:
             self._closed = True
             self._changed.notify_all()
 
+    def _note_selections(self) -> None:
+        before, self._selections = self._selections, [debt for debt in self._due if isinstance(debt, Selection)]
+        if self._files is not None:
+            for selection in self._selections:
+                self._files.add(selection)
+            for selection in set(before).difference(self._selections):
+                self._files.done(selection)
+
     def _pay(self, debts: Sequence[Debt], what: Sequence[ChunkKey] | Selection) -> None:
         began_at = time.monotonic()
         self.settle(debts, self._remove(what), began_at)
@@ -131,7 +157,7 @@ class OwedRemovals:
                     self._thread = None
                     return
                 if (wait_s := min(self._due.values()) - time.monotonic()) > 0:
-                    self._changed.wait(wait_s)
+                    self._changed.wait(min(wait_s, 60.0))
                     continue
             self.pay(time.monotonic())
 

@@ -52,7 +52,11 @@ class _Run:
 
 
 class Reading:
-    """One lease's reads. ``keep`` says whether a chunk stays in memory when the lease lets go."""
+    """One lease's reads. ``keep`` says whether a chunk stays in memory when the lease lets go.
+
+    parent: what the first key stands behind. on_progress: called, without a lock held, when the lease holds more.
+    wanted: asked before more is read; once it says no, nothing is.
+    """
 
     def __init__(
         self,
@@ -62,8 +66,15 @@ class Reading:
         *,
         batch_bytes: int,
         keep: Callable[[ChunkKey], bool],
+        parent: ChunkKey | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._lease = lease
+        self._parent = parent
+        self._on_progress = on_progress
+        self._wanted = wanted
+        self._lacks: dict[int, int] = {}  # by tier: the key that it was asked for and did not have
         self._tiers = tiers
         self._memory = memory
         self._batch_bytes = batch_bytes
@@ -80,7 +91,10 @@ class Reading:
 
     def _go_on(self, index: int) -> None:
         """Go on with tier ``index``, or the first after it that can be read, at the first key that is not held."""
-        while index < len(self._tiers) and not self._lease.done:
+        while index < len(self._tiers) and not self._lease.done and self._wanted():
+            if self._lacks.get(index) == self._lease.ready:
+                index += 1
+                continue
             left = self._ends_at - time.monotonic()
             # A tier that hangs leaves time for those behind it.
             run = _Run(index, self._lease.ready, left / (len(self._tiers) - index), self._memory.generation)
@@ -105,7 +119,7 @@ class Reading:
     def _work(self, run: _Run, work: Callable[[_Run, float], None]) -> None:
         ends_at = time.monotonic() + run.limit_s
         try:
-            if not self._lease.done and not run.abandoned:
+            if not self._lease.done and not run.abandoned and self._wanted():
                 work(run, ends_at)
         finally:
             with self._lock:
@@ -128,6 +142,8 @@ class Reading:
                 sizes = sizes[:offset]
                 break
         run.sizes = sizes
+        if len(sizes) < len(keys):
+            self._lacks[run.index] = first + len(sizes)
         if sizes:
             self._read(run, ends_at)
 
@@ -150,10 +166,11 @@ class Reading:
         for at, (key, buffer) in enumerate(zip(keys, buffers[:got], strict=False), start=first):
             if self._keep(key):
                 # Which tokens they are, nobody here knows.
-                place = Place(self._lease.keys[at - 1] if at else None, 0, 0)
+                place = Place(self._lease.keys[at - 1] if at else self._parent, 0, 0)
                 self._memory.insert(key, buffer, run.generation, place=place, settled=True)
             else:
                 buffer.release()
+        self._on_progress()
 
     def _room(self, run: _Run) -> list[PoolBuffer]:
         """Buffers for the next batch: as many as should come in a small part of the time that is left."""
@@ -193,7 +210,10 @@ class Reading:
                 self._drop_landed(run)
 
     def _end(self, run: _Run) -> None:
+        if run.cut:
+            self._lacks[run.index] = self._lease.ready  # it had not, or could not give, the next one
         self._lease._extend(self._memory.pin(self._lease.keys[self._lease.ready :]))
+        self._on_progress()
         if run.full or self._lease.ready == len(self._lease.keys):
             self._go_on(len(self._tiers))
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -14,6 +16,8 @@ from lmcache.registry import Registry, split_type
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.eviction import EvictionPolicy
 
+# Options that say where a place is, by which an owed clear finds it again; of a place without one, all do.
+_PLACE = ("url", "path", "paths", "endpoint", "prefix", "bucket")
 _BACKENDS = "lmcache.storage.backends"
 STORAGE_BACKENDS: Registry[type[StorageBackend]] = Registry(
     "storage backend",
@@ -73,6 +77,22 @@ def check_backend(options: Mapping[str, Any], where: str) -> tuple[type[StorageB
     if isinstance(inner := getattr(config, "inner", None), Mapping):
         check_backend(inner, f"{where}.inner")
     return backend, config
+
+
+def place_of(options: Mapping[str, Any]) -> tuple[str, Path | None]:
+    """What tells a tier's place from others, in every process the same, and its folder where it is one of this host."""
+    options = dict(options)
+    while isinstance(options.get("inner"), Mapping):
+        options = dict(options["inner"])
+    named = {name: options[name] for name in _PLACE if options.get(name) is not None}
+    paths = [options.get("path"), *(options.get("paths") or ())]
+    url = urlsplit(str(options.get("url") or ""))
+    if "url" in named:
+        named["url"] = url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()  # whoever logs in
+    if url.scheme == "fs":
+        paths = [url.path]
+    folder = next((Path(path).expanduser() for path in paths if path), None)
+    return json.dumps([options.get("type"), named or options], sort_keys=True, default=str), folder
 
 
 def check_policy(name: str, where: str) -> None:

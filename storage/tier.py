@@ -20,6 +20,7 @@ from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.breaker import Side, SideHealth
 from lmcache.storage.deadlines import Deadlines
 from lmcache.storage.owed import OwedRemovals
+from lmcache.storage.owed_files import OwedFiles
 from lmcache.storage.pace import Pace
 from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.workers import Job, Workers
@@ -52,7 +53,7 @@ class TierHealth:
     hung_threads: int
     """Calls that ran out of time and have not come back."""
     owes_clear: bool
-    """Whether it could not be cleared yet, and will be before it is used again."""
+    """Whether it is not cleared yet, as it was told: what should be gone counts as not there until it is."""
     owed_removals: int
     """Chunks (or selections of them) that count as not there, and are not known to be gone for good."""
 
@@ -90,6 +91,7 @@ class LowerTier:
         queue_bytes: int,
         deadlines: Deadlines,
         name: str | None = None,
+        files: OwedFiles | None = None,
     ) -> None:
         self.backend = backend
         self.name = name or backend.name
@@ -97,7 +99,8 @@ class LowerTier:
         self.write_side = Side(self.name, "write", config.breaker)
         self._retry = config.retry
         self._timeout_s = config.read_timeout_s
-        self._owed: set[Selection] = set()  # what could not be cleared yet
+        self._lock = threading.Lock()
+        self._clearing: set[Selection] = set()  # in the background
         self._stopping = threading.Event()
         self._latency_s: float | None = None
         self.read_pace, self.write_pace = Pace(), Pace()
@@ -105,7 +108,7 @@ class LowerTier:
         self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
         self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
         self.writes = WriteQueue(self, queue_bytes, config.read_timeout_s, deadlines)
-        self.owed = OwedRemovals(self.name, self.remove_now, self.writes.returning, self._timeout_s)
+        self.owed = OwedRemovals(self.name, self.remove_now, self.writes.returning, self._timeout_s, files)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """The backend's, without what counts as removed."""
@@ -171,7 +174,6 @@ class LowerTier:
         attempt = 1
         while True:
             try:
-                self._clear_what_is_owed()
                 result = call()
                 break
             # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
@@ -256,31 +258,58 @@ class LowerTier:
 
         return self.guarded(remove, False, side=self.write_side, transfers=False, always=always)
 
+    def remove_soon(self, keys: Sequence[ChunkKey]) -> None:
+        """The same, and return: from now on they count as not there."""
+        self.writes.drop(set(keys).__contains__)
+        self.owed.settle(keys, False, 0.0)
+
     def clear(self, selection: Selection, timeout_s: float) -> int:
         """Drop queued writes and stored chunks. Does not ask the breaker.
 
-        Waits for a write under way, which is undone by its thread when it takes too long. A tier that cannot be cleared
-        now is cleared before it is used again, so that its chunks do not come back.
+        Waits for a write under way, which is undone by its thread when it takes too long. What cannot be cleared now
+        counts as not there, and is cleared later.
         """
+        self.owed.owe(selection)
+        self.writes.hold(selection.matches)
+        return self._clear_held(selection, timeout_s)
+
+    def clear_soon(self, selection: Selection) -> None:
+        """The same, and return: from now on it counts as not there. What is put from now on is written behind it."""
+        with self._lock:
+            if selection in self._clearing:
+                # No write of these has begun since; the clear that is about to be done, or is being, is theirs too.
+                self.writes.drop(selection.matches)
+                return
+            self._clearing.add(selection)
+        self.owed.owe(selection)
+        self.writes.hold(selection.matches)
+        threading.Thread(
+            target=self._clear_held, args=(selection, self._timeout_s), name=f"lmcache-{self.name}-clear", daemon=True
+        ).start()
+
+    def _clear_held(self, selection: Selection, timeout_s: float) -> int:
+        """Clear while no write begins, which then go on."""
         deadline = time.monotonic() + timeout_s
         nothing: int | None = None
-        with self.writes.held_back(selection.matches, timeout_s / 2):
-            left = max(0.0, deadline - time.monotonic())
+        try:
+            self.writes.wait_ended(timeout_s / 2)
             began_at = time.monotonic()
             cleared = self._wait(
                 self._asks,
                 lambda: clear_backend(self.backend, selection),
                 nothing,
-                left,
+                max(0.0, deadline - began_at),
                 side=self.write_side,
                 transfers=False,
                 always=True,
             )
-        if cleared is not None:
-            self.owed.settle([selection], True, began_at)
-        else:
-            self._owed.add(selection)
-            logger.error("tier %s: could not be cleared now; it will be before it is used again", self.name)
+            self.owed.settle([selection], cleared is not None, began_at)
+        finally:
+            with self._lock:
+                self._clearing.discard(selection)
+            self.writes.go_on()
+        if cleared is None:
+            logger.error("tier %s: could not be cleared now; what it has counts as not there until it is", self.name)
         return cleared or 0
 
     def close(self) -> None:
@@ -310,7 +339,7 @@ class LowerTier:
             write_bytes_per_s=self.write_pace.bytes_per_s,
             queue_bytes=self.writes.pending_bytes,
             hung_threads=self._reads.lost + self._asks.lost + self.writes.hung_threads,
-            owes_clear=bool(self._owed),
+            owes_clear=bool(self.owed.selections),
             owed_removals=len(self.owed),
         )
 
@@ -340,13 +369,6 @@ class LowerTier:
             return answer.take()
         workers.withdraw(running)
         return otherwise
-
-    def _clear_what_is_owed(self) -> None:
-        for selection in list(self._owed):
-            began_at = time.monotonic()
-            clear_backend(self.backend, selection)
-            self._owed.discard(selection)
-            self.owed.settle([selection], True, began_at)
 
     def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
         """Wait before the next attempt; False when there should be none."""

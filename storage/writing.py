@@ -93,7 +93,8 @@ class WriteQueue:
                 self._changed.wait_for(lambda: self._fits(buffer.nbytes) or self._closed, left)
             taken = self._fits(buffer.nbytes) and not self._closed and self._tier.write_side.breaker.ready
             # Its old bytes, on their way still, could be taken for the new ones.
-            taken = taken and key not in self._tier.owed
+            # Where it is being cleared, they wait for that.
+            taken = taken and (self._holds > 0 or key not in self._tier.owed)
             if taken:
                 self._queued.append(_Write(key, buffer, settled))
                 self.pending_bytes += buffer.nbytes
@@ -137,20 +138,41 @@ class WriteQueue:
         with self._changed:
             self._changed.wait_for(lambda: self._under_way.isdisjoint(ending), wait_s)
 
-    @contextmanager
-    def held_back(self, matches: Callable[[ChunkKey], bool], timeout_s: float) -> Iterator[None]:
-        """Drop what matches and start no write meanwhile; waits for those under way, but not longer."""
+    def hold(self, matches: Callable[[ChunkKey], bool]) -> None:
+        """Drop what matches, and start no write until ``go_on``."""
         with self._changed:
             self._holds += 1
+        self.drop(matches)
+
+    def go_on(self) -> None:
+        """Write again, but not what the tier owes the removal of."""
+        with self._changed:
+            self._holds -= 1
+            owed: list[_Write] = []
+            if not self._holds and self._tier.owed:
+                queued, self._queued = self._queued, deque()
+                for write in queued:
+                    (owed if write.key in self._tier.owed else self._queued).append(write)
+                self.pending_bytes -= sum(write.buffer.nbytes for write in owed)
+            self._pump()
+            self._changed.notify_all()
+        metrics.TIER_SHED_BYTES.labels(self._tier.name).inc(sum(write.buffer.nbytes for write in owed))
+        self._settle(owed, held=False)
+
+    def wait_ended(self, timeout_s: float) -> None:
+        """Wait for the writes under way, but not longer."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way, timeout_s)
+
+    @contextmanager
+    def held_back(self, matches: Callable[[ChunkKey], bool], timeout_s: float) -> Iterator[None]:
+        """``hold`` and ``go_on``; waits for writes under way, but not longer."""
+        self.hold(matches)
         try:
-            self.drop(matches)
-            with self._changed:
-                self._changed.wait_for(lambda: not self._under_way, timeout_s)
+            self.wait_ended(timeout_s)
             yield
         finally:
-            with self._changed:
-                self._holds -= 1
-                self._pump()
+            self.go_on()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or under way."""

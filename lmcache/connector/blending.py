@@ -156,17 +156,17 @@ class Blending:
             own = array[segment.start : segment.stop]
             if segment.stop <= start or len(own) < self.config.min_tokens:
                 continue
-            held = self.store.holds(own, tags=tags)
+            held = self.store.holds(own, below=False, tags=tags)
             if not held and (layers := self._read(tables, segment)):
                 held = self.store.put(own, segment.start, layers, tags=tags)
             if held:
                 index.add(own)
 
     def clear(self) -> int:
-        """Forget all passages; how many chunks they had."""
+        """Forget all passages, at once; how many chunks memory had of them."""
         with self._lock:
             self._indexes.clear()
-        return self._engine.storage.clear(self.store.format.kv_format().fingerprint())
+        return self._engine.storage.clear(self.store.format.kv_format().fingerprint(), wait=False)
 
     def _plane(self, name: str) -> Plane:
         """That layer alone, as a plane."""

@@ -48,6 +48,12 @@ class Release(msgspec.Struct, tag=True, frozen=True):
     lookup_id: int
 
 
+class Settle(msgspec.Struct, tag=True, frozen=True):
+    """Answer now, with what is held."""
+
+    lookup_id: int
+
+
 class Clear(msgspec.Struct, tag=True, frozen=True):
     lookup_id: int
 
@@ -56,15 +62,17 @@ class Reply(msgspec.Struct, frozen=True):
     """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed.
 
     reach: where what can be blended ends, if that is further. weights: the worker's token.
+    reading: no answer yet; so much is held already.
     """
 
     lookup_id: int
     tokens: int
     reach: int = 0
     weights: str = ""
+    reading: bool = False
 
 
-_Request = Acquire | Release | Clear
+_Request = Acquire | Release | Settle | Clear
 
 
 class Answer(NamedTuple):
@@ -84,6 +92,7 @@ class Held:
     def __init__(self) -> None:
         self.lookup: Lookup | None = None
         self.found: Found | None = None
+        self.settled = self.answered = False
 
     def close(self) -> None:
         for each in (self.lookup, self.found):
@@ -199,8 +208,11 @@ class LookupServer:
 
     def _handle(self, client: bytes, request: _Request) -> None:
         if isinstance(request, Release):
+            self._take_waiting(request.lookup_id)
             if held := self.take(request.lookup_id):
                 held.close()
+        elif isinstance(request, Settle):
+            self._settle(client, request.lookup_id)
         elif isinstance(request, Clear):
             self._answer(client, Reply(request.lookup_id, self._engine.reset()))
         else:
@@ -221,45 +233,83 @@ class LookupServer:
             request.tokens,
             tags={**request.tags, **names},
             placeholders=request.placeholders,
-            on_done=lambda done: self._looked_up(client, request, self._usable(done), time.monotonic() - asked_at),
+            on_done=lambda done: self._looked_up(
+                client, request, held, self._usable(done), time.monotonic() - asked_at
+            ),
         )
+        if not held.lookup.done and (tokens := held.lookup.tokens):
+            self._answer(client, Reply(request.lookup_id, tokens, reading=True))
 
     def _usable(self, done: Lookup) -> int:
         """Tokens that are held, unless the weights have changed while they were read."""
         return done.tokens if done.fingerprint == self._engine.database.fingerprint else 0
 
-    def _looked_up(self, client: bytes, request: Acquire, exact: int, seconds: float) -> None:
+    def _settle(self, client: bytes, lookup_id: int) -> None:
+        """Whoever asked waits no longer."""
+        if self._take_waiting(lookup_id):
+            self._answer(client, Reply(lookup_id, 0))
+        with self._lock:
+            held = self._lookups.get(lookup_id)
+        if held is None or held.lookup is None:
+            return
+        held.settled = True
+        if held.lookup.done:  # passages are being looked for
+            self._finish(client, held, Reply(lookup_id, self._usable(held.lookup)))
+        held.lookup.settle()
+
+    def _take_waiting(self, lookup_id: int) -> bool:
+        """Forget a lookup that waits for the weights to be known; whether there was one."""
+        left = [each for each in self._waiting if each[1].lookup_id != lookup_id]
+        found, self._waiting = len(left) < len(self._waiting), left
+        return found
+
+    def _finish(self, client: bytes, held: Held, reply: Reply) -> None:
+        """Give a lookup its one answer, unless it has it."""
+        with self._lock:
+            first, held.answered = not held.answered, True
+        if first:
+            self._answer(client, reply)
+
+    def _looked_up(self, client: bytes, request: Acquire, held: Held, exact: int, seconds: float) -> None:
         """The exact prefix is held; passages behind it are next."""
-        if self._blending is None or request.passages is None or 4 * exact >= len(request.tokens):
-            self._answer(client, Reply(request.lookup_id, exact))
+        reply = Reply(request.lookup_id, exact)
+        if self._blending is None or request.passages is None or held.settled or 4 * exact >= len(request.tokens):
+            self._finish(client, held, reply)
             return
         left = max(_LEAST_S, self._engine.config.read_timeout_s - seconds)
         try:
-            self._finders.submit(self._find, client, request, self._blending, exact, time.monotonic() + left)
+            self._finders.submit(self._find, client, request, held, self._blending, exact, time.monotonic() + left)
         except RuntimeError:  # closed
-            self._answer(client, Reply(request.lookup_id, exact))
+            self._finish(client, held, reply)
 
-    def _find(self, client: bytes, request: Acquire, blending: Blending, exact: int, ends_at: float) -> None:
+    def _find(
+        self, client: bytes, request: Acquire, held: Held, blending: Blending, exact: int, ends_at: float
+    ) -> None:
         found = None
         with self._lock:
             gone = request.lookup_id not in self._lookups
-        if gone:  # released while it queued: nobody waits for an answer
+        if gone or held.settled:  # released while it queued, or answered: nobody waits for passages
             return
         try:
-            left = max(_LEAST_S, ends_at - time.monotonic())
+            left = ends_at - time.monotonic()
+            if left <= 0:  # others took all of its time
+                self._finish(client, held, Reply(request.lookup_id, exact))
+                return
+            left = max(_LEAST_S, left)
             found = blending.find(request.tokens, request.passages or Passages(), exact, request.tags, left)
         # The entry of a thread: whatever fails here, there are no passages.
         except Exception:
             metrics.LOOKUP_ERRORS.inc()
             logger.exception("lmcache: passages of a prompt could not be looked up")
-        if found is not None:
-            with self._lock:
-                held = self._lookups.get(request.lookup_id)
-                if held is not None:
-                    held.found = found
-            if held is None:  # released meanwhile
-                found.close()
-        self._answer(client, Reply(request.lookup_id, exact, found.reach if found else 0))
+        with self._lock:
+            wanted = request.lookup_id in self._lookups and not held.answered
+            held.answered = True
+            if wanted:
+                held.found = found
+        if wanted:
+            self._answer(client, Reply(request.lookup_id, exact, found.reach if found else 0))
+        elif found is not None:  # released, or answered, meanwhile
+            found.close()
 
     def _fail(self, client: bytes, body: bytes) -> None:
         try:
@@ -306,6 +356,7 @@ class LookupClient:
             self._sockets.append(socket)
         self._next_id = 0
         self._answers: dict[int, dict[int, Reply]] = {}  # by lookup, then by rank
+        self._so_far: dict[int, dict[int, int]] = {}
 
     @property
     def workers(self) -> int:
@@ -335,6 +386,7 @@ class LookupClient:
                 return Answer(0)
             if len(answers) == len(self._sockets):
                 del self._answers[lookup_id]
+                self._so_far.pop(lookup_id, None)
                 replies = [answers[rank] for rank in range(len(self._sockets))]
                 ranks = tuple(reply.weights for reply in replies)
                 return Answer(min(r.tokens for r in replies), min(r.reach for r in replies), ranks)
@@ -342,9 +394,19 @@ class LookupClient:
             if not self._receive(max(0.0, left)) and left <= 0:
                 return None
 
+    def so_far(self, lookup_id: int) -> int:
+        """What every worker is known to hold of a lookup that is not answered yet."""
+        held = self._so_far.get(lookup_id, {})
+        return min(held.values()) if len(held) == len(self._sockets) else 0
+
+    def settle(self, lookup_id: int) -> None:
+        """Have the workers answer now, with what they hold."""
+        self._send(Settle(lookup_id))
+
     def release(self, lookup_id: int) -> None:
         """Let the workers go of what they hold."""
         self._answers.pop(lookup_id, None)
+        self._so_far.pop(lookup_id, None)
         self._send(Release(lookup_id))
 
     def close(self) -> None:
@@ -376,5 +438,8 @@ class LookupClient:
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
             if reply.lookup_id in self._answers:
-                self._answers[reply.lookup_id][self._sockets.index(socket)] = reply
+                rank = self._sockets.index(socket)
+                self._so_far.setdefault(reply.lookup_id, {})[rank] = reply.tokens
+                if not reply.reading:
+                    self._answers[reply.lookup_id][rank] = reply
         return bool(ready)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,9 @@ from lmcache import metrics
 from lmcache.config import BlendConfig, LMCacheConfig
 from lmcache.connector.ages import BlockAges
 from lmcache.connector.format import adapter_stamp
-from lmcache.connector.lookup import LookupClient
+from lmcache.connector.lookup import Answer, LookupClient
 from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
+from lmcache.connector.pace import Pace
 from lmcache.connector.passages import Passages, passages_of
 from lmcache.keys import PlaceholderSpan
 
@@ -41,6 +42,11 @@ BUSY_WAIT_S, IDLE_WAIT_S = 0.002, 0.02
 # Lookups that are asked for at arrival; requests further back ask when vLLM comes to them, so that a long queue neither
 # floods the tiers nor pins all of memory.
 EARLY_LOOKUPS = 16
+# No request waits for the cache longer than its tokens take to compute (times ``patience``), but for this long it may:
+# a lookup needs some time even where all is in memory.
+LEAST_PATIENCE_S = 0.02
+# How long workers have to answer with what they hold, once they are told that nobody waits any longer.
+SETTLE_S = 0.02
 # After this many unanswered lookups in a row nothing is asked for a while.
 TIMEOUTS, MUTE_S = 3, 30.0
 
@@ -49,7 +55,8 @@ TIMEOUTS, MUTE_S = 3, 30.0
 class _Pending:
     """A lookup that was asked for and not yet used. matched: tokens held, None while that is not known.
 
-    reach: where what can be blended ends, if that is further.
+    reach: where what can be blended ends, if that is further. waits_since: when vLLM first wanted the answer.
+    cut_at: when the workers were told to answer with what they have.
     """
 
     lookup_id: int
@@ -58,6 +65,8 @@ class _Pending:
     matched: int | None = None
     reach: int = 0
     seen_at: float = 0.0
+    waits_since: float | None = None
+    cut_at: float | None = None
     local: int = 0
 
 
@@ -125,6 +134,7 @@ class SchedulerHalf:
         self._recent: list[tuple[float, frozenset[int]]] = []  # (step until which to hold, blocks that were loaded)
         self._timeouts = 0
         self._muted_until = 0.0
+        self._pace = Pace()
         # Tokens of one hash of vLLM's prefix cache; 0: not known.
         self.hash_tokens = 0
 
@@ -145,7 +155,7 @@ class SchedulerHalf:
         if not tracked.readable or self._muted():
             return 0, False
         try:
-            pending = self._current(tracked)
+            pending = self._current(tracked, num_computed_tokens)
         # As above.
         except Exception:
             self._give_up(tracked)
@@ -171,6 +181,8 @@ class SchedulerHalf:
         pending, tracked.pending = tracked.pending, None
         if pending is None:
             return
+        # What was found is in a tier, so it is not stored again.
+        tracked.stored = max(tracked.stored, pending.matched or 0)
         if num_external_tokens <= 0:
             self._client.release(pending.lookup_id)
             return
@@ -223,8 +235,13 @@ class SchedulerHalf:
                 meta.stores.append(store)
             if learn is not None:
                 meta.learns.append(learn)
+        self._time(output, computed, loads=bool(meta.loads))
         self._wait_s = BUSY_WAIT_S if output.total_num_scheduled_tokens else IDLE_WAIT_S
         return meta
+
+    def step_ended(self) -> None:
+        """The results of a step have come."""
+        self._pace.ends()
 
     def loads_failed(self, request_ids: Sequence[str], block_ids: Collection[int] = ()) -> None:
         """Loads that a worker could not do: compute these requests instead of trying again, and store nothing of
@@ -239,6 +256,7 @@ class SchedulerHalf:
 
     def request_finished(self, request: Request) -> None:
         """The request ended, was aborted or failed."""
+        self._pace.results_came()
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None and tracked.pending is not None:
             self._client.release(tracked.pending.lookup_id)
@@ -307,14 +325,23 @@ class SchedulerHalf:
         tracked.pending = _Pending(lookup_id, time.monotonic(), again)
         return tracked.pending
 
-    def _current(self, tracked: _Tracked) -> _Pending:
+    def _time(self, output: SchedulerOutput, computed: Mapping[str, int], *, loads: bool) -> None:
+        """Tell the pace of a step; one that loads says nothing of computing."""
+        of_prompts = 0
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            if (tracked := self._tracked.get(request_id)) and not loads:
+                left = tracked.request.num_prompt_tokens - computed.get(request_id, 0)
+                of_prompts += max(0, min(scheduled, left))
+        self._pace.begins(output.total_num_scheduled_tokens, of_prompts)
+
+    def _current(self, tracked: _Tracked, local: int) -> _Pending:
         pending = tracked.pending or self._ask(tracked)
         fresh = pending.matched is None
         if fresh:
-            self._poll(tracked, pending)
+            self._poll(tracked, pending, local)
         if pending.matched is not None and self._is_stale(pending, fresh):
             pending = self._ask(tracked, again=True)
-            self._poll(tracked, pending)
+            self._poll(tracked, pending, local)
         return pending
 
     def _is_stale(self, pending: _Pending, fresh: bool) -> bool:
@@ -322,13 +349,20 @@ class SchedulerHalf:
         if pending.matched:
             # A lease must outlive the step that loads it, and it runs since the lookup ended, not since it was seen.
             return now - pending.asked_at > self._config.lease_timeout_s / 2
+        if pending.cut_at is not None or pending.seen_at - (pending.waits_since or now) > ASK_AGAIN_S:
+            return False  # this request has waited for the tiers: one deadline is enough
         if fresh:
-            # An old miss may be a hit by now; one that was long in coming is asked for once more, not for ever.
+            # An old miss may be a hit by now; it is asked for once more, not for ever.
             return not pending.again and now - pending.asked_at > ASK_AGAIN_S
         return now - pending.seen_at > ASK_AGAIN_S
 
-    def _poll(self, tracked: _Tracked, pending: _Pending) -> None:
+    def _poll(self, tracked: _Tracked, pending: _Pending, local: int) -> None:
+        if pending.waits_since is None:
+            pending.waits_since = time.monotonic()
         answer = self._client.answer(pending.lookup_id, self._wait_s)
+        if answer is None:
+            self._wait_s = 0.0  # the budget is a step's, not a request's
+            answer = self._out_of_patience(tracked, pending, local)
         if answer is not None:
             if self._are_others(answer.ranks):
                 self._ask(tracked, again=pending.again)
@@ -337,7 +371,6 @@ class SchedulerHalf:
             pending.seen_at = time.monotonic()
             self._timeouts = 0
             return
-        self._wait_s = 0.0  # the budget is a step's, not a request's
         age = time.monotonic() - pending.asked_at
         if age > self._config.read_timeout_s + self._config.lookup_timeout_s:
             logger.warning("lmcache: a lookup was not answered within %.1f s and counts as a miss", age)
@@ -347,6 +380,23 @@ class SchedulerHalf:
             self._timeouts += 1
             if self._timeouts >= TIMEOUTS:
                 self._timeouts, self._muted_until = 0, time.monotonic() + MUTE_S
+
+    def _out_of_patience(self, tracked: _Tracked, pending: _Pending, local: int) -> Answer | None:
+        """The end of a wait that would be longer than computing; None while there is more patience."""
+        now = time.monotonic()
+        if pending.cut_at is None:
+            held = max(local, self._client.so_far(pending.lookup_id))
+            patience_s = self._config.patience * max(0, tracked.request.num_tokens - held) / self._pace.rate
+            if now - (pending.waits_since or now) <= max(patience_s, LEAST_PATIENCE_S):
+                return None
+            pending.cut_at = now
+            metrics.LOOKUPS_CUT.inc()
+            self._client.settle(pending.lookup_id)
+            return self._client.answer(pending.lookup_id, BUSY_WAIT_S)
+        if now - pending.cut_at <= SETTLE_S:
+            return None
+        self._client.release(pending.lookup_id)
+        return Answer(0)
 
     def _store(self, tracked: _Tracked, computed: int, scheduled: int, output: SchedulerOutput) -> Store | None:
         request = tracked.request

@@ -179,6 +179,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._planner.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._planner.step_ended()
         failed, blocks = connector_output.failed_recving, connector_output.invalid_block_ids
         self._planner.loads_failed(tuple(failed or ()), tuple(blocks or ()))
 

@@ -2,7 +2,7 @@
 
 lookup    tokens -> keys -> a lease on the longest cached prefix, whose bytes are in memory and verified
 retrieve  leased chunks -> pages
-store     pages -> chunks that no tier holds yet -> every tier
+store     pages -> chunks that are not in memory -> every tier; what a lower one holds already, it does not write again
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def pack_tokens(tokens: TokenIds) -> bytes:
 class Lookup:
     """The longest cached prefix of a prompt, held in memory until ``close`` or until the lease times out."""
 
-    def __init__(self, spans: list[Span], lease: Lease, fingerprint: bytes) -> None:
-        self._spans = spans
+    def __init__(self, prompt: PromptKeys, lease: Lease, fingerprint: bytes) -> None:
+        self._prompt = prompt
         self._lease = lease
         self.fingerprint = fingerprint
         """Of the format that was looked for."""
@@ -79,7 +79,7 @@ class Lookup:
     def tokens(self) -> int:
         """Tokens that are held now; final once ``done``."""
         ready = self._lease.ready
-        return self._spans[ready - 1].stop if ready else 0
+        return self.all_spans[ready - 1].stop if ready else 0
 
     @property
     def done(self) -> bool:
@@ -88,6 +88,10 @@ class Lookup:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for reads from lower tiers; False when they still run after ``timeout_s``."""
         return self._lease.wait(timeout_s)
+
+    def settle(self) -> None:
+        """Be done with what is held now."""
+        self._lease.settle()
 
     def close(self) -> None:
         """Let go of the chunks. Idempotent."""
@@ -106,12 +110,17 @@ class Lookup:
     @property
     def spans(self) -> list[Span]:
         """The chunks that are held now."""
-        return self._spans[: self._lease.ready]
+        ready = self._lease.ready
+        return self.all_spans[:ready]
 
     @property
     def all_spans(self) -> list[Span]:
-        """Every chunk that was looked for, held or not."""
-        return self._spans
+        """Every chunk that was looked for, held or not; where a tail was found, what is held."""
+        if self._lease.end is None:
+            return self._prompt.chunks
+        count = len(self._lease.keys) - 1
+        tail = next(tail for tail in self._prompt.tails(count) if tail.key == self._lease.end)
+        return [*self._prompt.chunks[:count], tail]
 
 
 class CacheEngine:
@@ -180,23 +189,25 @@ class CacheEngine:
     ) -> Lookup:
         """A lease on the longest cached prefix of ``tokens``, down to the engine's block.
 
-        Chunks that lie in lower tiers are being read into memory when this returns; ``on_done`` is called once,
-        from whatever thread ends the last read (from this one when everything is in memory).
+        Hashes the prompt and looks into memory. Lower tiers are asked, and read, on their own threads after this has
+        returned; ``on_done`` is called once, from whatever thread ends the last read (from this one when nothing is to
+        be read).
         """
         self._check_open()
         database = self.database
-        spans = self._cached_prefix(database.prompt(pack_tokens(tokens), tags, placeholders))
+        prompt = database.prompt(pack_tokens(tokens), tags, placeholders)
 
         def finished(lease: Lease) -> None:
             if on_done is not None:
-                on_done(Lookup(spans, lease, database.fingerprint))
+                on_done(Lookup(prompt, lease, database.fingerprint))
 
         lease = self.storage.acquire(
-            [span.key for span in spans],
-            [self._sizes(span.start, span.stop) for span in spans],
+            [span.key for span in prompt.chunks],
+            [self._sizes(span.start, span.stop) for span in prompt.chunks],
             on_done=finished,
+            ends=lambda count: [(tail.key, self._sizes(tail.start, tail.stop)) for tail in prompt.tails(count)],
         )
-        return Lookup(spans, lease, database.fingerprint)
+        return Lookup(prompt, lease, database.fingerprint)
 
     def retrieve(
         self, lookup: Lookup, block_ids: Sequence[Sequence[int]], *, start: int = 0, stop: int | None = None
@@ -270,8 +281,10 @@ class CacheEngine:
         tags: Mapping[str, str] | None = None,
         placeholders: Sequence[PlaceholderSpan] = (),
     ) -> int:
-        """Store the chunks of ``tokens`` that end after ``start`` and that no tier holds; returns tokens copied.
+        """Store the chunks of ``tokens`` that end after ``start`` and are not in memory; returns tokens copied.
 
+        start: what a lookup has found need not be copied again: give where that ends. Lower tiers are not asked here,
+        for the model would wait for them; a copy is cheap, and a tier does not write what it holds.
         tail: also store the whole blocks behind the last full chunk.
         What finds no room in memory is not stored: a future miss, counted. Raises WeightsChangedError, and stores
         nothing, when the weights turn out to be others than those that the format names.
@@ -281,7 +294,7 @@ class CacheEngine:
         spans = prompt.chunks + (prompt.tails(len(prompt.chunks))[:1] if tail else [])
         parents = dict(zip([span.key for span in spans], [None, *(span.key for span in spans)], strict=False))
         spans = [span for span in spans if span.stop > start]
-        spans = spans[self.storage.contains([span.key for span in spans]) :]
+        spans = spans[self.storage.contains([span.key for span in spans], below=False) :]
         if not spans:
             return 0
         tables = self._mover.tables(block_ids)
@@ -330,7 +343,7 @@ class CacheEngine:
     def _remove(self, span: Span) -> None:
         """Forget a damaged chunk: left where it is, it would be found, and fail, again and again."""
         metrics.CORRUPT_CHUNKS.labels("memory").inc()
-        self.storage.remove([span.key])
+        self.storage.remove([span.key], wait=False)
 
     def _give_back(self, buffers: Sequence[PoolBuffer]) -> None:
         """Release buffers that copies may still be under way to or from, when these have ended."""
@@ -351,16 +364,22 @@ class CacheEngine:
         return self._packed.sizes(start, stop) if self._packed else self.cache.chunk_bytes(stop - start)
 
     def reset(self) -> int:
-        """Forget what this process holds in memory; where ``reset`` says tiers, this format's chunks in every tier."""
+        """Forget what this process holds in memory; where ``reset`` says tiers, this format's chunks in every tier.
+
+        Returns at once; what is forgotten is not read any more.
+        """
         self._check_open()
         if self.config.reset == "tiers":
-            self.clear()
+            self.clear(wait=False)
         return self.storage.clear(tier="memory")
 
-    def clear(self, tenant: str | None = None) -> int:
-        """Forget every chunk of this format, or those of one tenant, in every tier; returns how many."""
+    def clear(self, tenant: str | None = None, *, wait: bool = True) -> int:
+        """Forget every chunk of this format, or those of one tenant, in every tier; returns how many.
+
+        wait: for lower tiers; without, it returns at once, and nothing of it is read any more either.
+        """
         self._check_open()
-        return self.storage.clear(self.database.fingerprint, tenant=tenant)
+        return self.storage.clear(self.database.fingerprint, tenant=tenant, wait=wait)
 
     def close(self) -> None:
         """Write out what is queued (within ``close_timeout_s``) and let go of everything. Idempotent."""
@@ -373,14 +392,6 @@ class CacheEngine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-    def _cached_prefix(self, prompt: PromptKeys) -> list[Span]:
-        count = self.storage.contains([span.key for span in prompt.chunks])
-        found = prompt.chunks[:count]
-        for tail in prompt.tails(count):
-            if self.storage.contains([tail.key]):
-                return [*found, tail]
-        return found
 
     def _has_pages(self, block_ids: Sequence[Sequence[int]], span: Span) -> bool:
         # A sliding window gives pages back early: a chunk that has lost some of them cannot be stored.

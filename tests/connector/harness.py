@@ -14,8 +14,11 @@ ROOT = HERE.parents[1]
 def connector(
     disk: Path | None = None, *, name: str = "LMCacheConnector", policy: str = "recompute", **options: Any
 ) -> dict[str, Any]:
-    """A KVTransferConfig as a mapping."""
-    extra: dict[str, Any] = {"memory": {"capacity": "256MiB"}, **options}
+    """A KVTransferConfig as a mapping.
+
+    With more patience than is the default: tiny models on a busy machine compute faster than a disk is read.
+    """
+    extra: dict[str, Any] = {"memory": {"capacity": "256MiB"}, "patience": 1000.0, **options}
     if disk is not None:
         extra["tiers"] = [{"type": "disk", "path": str(disk), "capacity": "1GiB"}]
     path = {"kv_connector_module_path": "lmcache.connector"} if name == "LMCacheConnector" else {}

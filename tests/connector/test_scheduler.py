@@ -31,6 +31,8 @@ class Client:
         self.resets = 0
         self.ranks: tuple[str, ...] = ()
         self.named: list[tuple[str, ...]] = []
+        self.settled: list[int] = []
+        self.partly = 0
 
     def acquire(
         self,
@@ -47,6 +49,12 @@ class Client:
 
     def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
         return None if self.held is None else Answer(self.held, self.reach, self.ranks)
+
+    def so_far(self, lookup_id: int) -> int:
+        return self.partly
+
+    def settle(self, lookup_id: int) -> None:
+        self.settled.append(lookup_id)
 
     def release(self, lookup_id: int) -> None:
         self.released.append(lookup_id)
@@ -538,3 +546,153 @@ def test_a_prompt_in_pieces_teaches_each_passage_once(client: Client) -> None:
         where = {"new": {"r": 0}} if computed == 0 else {"cached": {"r": computed}}
         learns += scheduler.build_connector_meta(step({"r": scheduled}, **where)).learns
     assert [(learn.start, len(learn.tokens) // 4) for learn in learns] == [(0, 40), (40, 60), (60, 100)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def measured(client: Client, clock: list[float], tokens_per_s: float, **options: Any) -> SchedulerHalf:
+    """A scheduler that has seen a step compute prompts at that rate."""
+    scheduler = half(client, **options)
+    warm = request(400, request_id="warm")
+    client.held = 0
+    scheduler.on_new_request(warm)
+    scheduler.build_connector_meta(step({"warm": 400}, new={"warm": 0}))
+    clock[0] += 400 / tokens_per_s
+    scheduler.step_ended()
+    scheduler.request_finished(warm)
+    client.held = None
+    client.asked.clear()
+    client.released.clear()
+    return scheduler
+
+
+@pytest.mark.parametrize(("patience", "limit_s"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.02)])
+def test_a_request_waits_no_longer_than_its_tokens_take_to_compute(
+    client: Client, clock: list[float], patience: float, limit_s: float
+) -> None:
+    scheduler = measured(client, clock, 1000, patience=patience)
+    live = request(1000)
+    scheduler.on_new_request(live)
+    clock[0] += 5  # in the queue, which is not the cache's fault
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (None, False)
+    clock[0] += 0.99 * limit_s
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (None, False)
+    assert client.settled == []
+    clock[0] += 0.02 * limit_s
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (None, False), "the workers have a moment to answer"
+    assert client.settled == [1]
+    clock[0] += 0.021
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
+    assert client.released == [1]
+    clock[0] += 60
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
+    assert len(client.asked) == 1, "it is not asked for again"
+
+
+def test_what_has_come_when_patience_ends_is_used(client: Client, clock: list[float]) -> None:
+    scheduler = measured(client, clock, 1000)
+    live = request(1000)
+    scheduler.get_num_new_matched_tokens(live, 0)
+    clock[0] += 1.01
+    client.settle = lambda lookup_id: setattr(client, "held", 320)  # type: ignore[method-assign]
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (320, False)
+
+
+@pytest.mark.parametrize(("local", "partly"), [(900, 0), (0, 900), (900, 500)])
+def test_patience_is_for_tokens_that_are_not_there_yet(
+    client: Client, clock: list[float], local: int, partly: int
+) -> None:
+    scheduler = measured(client, clock, 1000)
+    client.partly = partly
+    live = request(1000)
+    scheduler.get_num_new_matched_tokens(live, local)
+    clock[0] += 0.09
+    scheduler.get_num_new_matched_tokens(live, local)
+    assert client.settled == []
+    clock[0] += 0.02
+    scheduler.get_num_new_matched_tokens(live, local)
+    assert client.settled == [1]
+
+
+def test_before_a_rate_is_known_nobody_waits_long(client: Client, clock: list[float]) -> None:
+    client.held = None
+    scheduler = half(client)
+    live = request(500)
+    scheduler.get_num_new_matched_tokens(live, 0)
+    clock[0] += 0.11
+    scheduler.get_num_new_matched_tokens(live, 0)
+    assert client.settled == [1]
+
+
+def test_a_read_that_hangs_costs_one_deadline(client: Client, clock: list[float]) -> None:
+    """Without patience's help: the miss that a deadline ends in is not asked for once more."""
+    client.held = None
+    scheduler = half(client, patience=1e6)
+    live = request(500)
+    scheduler.on_new_request(live)
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (None, False)
+    clock[0] += 10
+    client.held = 0  # the worker's deadline
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
+    clock[0] += 10  # it waits for blocks
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
+    assert len(client.asked) == 1
+
+
+def test_what_was_found_is_not_stored_again(client: Client) -> None:
+    client.held = 64
+    scheduler = half(client)
+    live = request(100)
+    scheduler.get_num_new_matched_tokens(live, 16)
+    scheduler.build_connector_meta(step({"earlier": 16}, new={"earlier": 0}))  # what vLLM has itself
+    scheduler.update_state_after_alloc(live, ([0, 5, 6, 7],), 48)
+    (store,) = scheduler.build_connector_meta(step({"r": 36}, new={"r": 64})).stores
+    assert store.start == 64
+    used = request(100, request_id="s")
+    scheduler.get_num_new_matched_tokens(used, 96)
+    scheduler.update_state_after_alloc(used, ([0, 5, 6, 7],), 0)
+    (store,) = scheduler.build_connector_meta(step({"s": 4}, new={"s": 96})).stores
+    assert store.start == 64
+
+
+def test_the_pace_is_that_of_steps_that_compute_prompts(clock: list[float]) -> None:
+    from lmcache.connector.pace import UNKNOWN_RATE, Pace
+
+    pace = Pace()
+    assert pace.rate == UNKNOWN_RATE
+    pace.begins(8, 0)  # decodes
+    clock[0] += 1
+    pace.ends()
+    assert pace.rate == UNKNOWN_RATE
+    pace.begins(1000, 1000)
+    clock[0] += 1
+    pace.begins(1000, 900)  # launched while the one before runs
+    clock[0] += 1
+    pace.ends()
+    clock[0] += 2
+    pace.ends()
+    assert pace.rate == pytest.approx((0.8 * 1000 + 1000) / (0.8 * 2 + 2))
+    clock[0] += 100  # idle
+    pace.begins(0, 0)
+    assert pace.rate == pytest.approx(500)
+    for _ in range(40):
+        pace.begins(1000, 1000)
+        clock[0] += 0.1
+        pace.ends()
+    assert pace.rate == pytest.approx(10_000, rel=0.01)
+    untold = Pace()
+    untold.begins(1000, 1000)
+    clock[0] += 2
+    untold.begins(0, 0)
+    clock[0] += 50
+    untold.begins(1000, 1000)
+    clock[0] += 2
+    untold.results_came()
+    clock[0] += 50
+    untold.begins(8, 0)
+    assert untold.rate == pytest.approx(500)

@@ -1,0 +1,56 @@
+"""How fast this engine computes prompts, measured step by step by the scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+DECAY = 0.8  # weight of what was known, when a step comes in
+LEAST_TOKENS = 32  # of a step that says something of prompts
+UNKNOWN_RATE = 5_000.0  # tokens a second, until a step was measured: too fast for most, so that nobody waits in vain
+
+
+class Pace:
+    """Tokens a second of steps that mostly compute prompts. Used by one thread.
+
+    A step takes from its beginning, or the end of the one before it where it was launched meanwhile, to its end. Where
+    nobody tells of ends, a step ends when the next begins.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int]] = deque()  # under way: begun at, tokens (0: says nothing)
+        self._ended_at = 0.0
+        self._hears_ends = False
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / self._seconds if self._seconds > 0 else UNKNOWN_RATE
+
+    def begins(self, tokens: int, of_prompts: int) -> None:
+        """A step of so many tokens, ``of_prompts`` of them of prompts."""
+        now = time.monotonic()
+        if not self._hears_ends and self._steps:
+            self._end(now)
+        if tokens:
+            telling = of_prompts >= LEAST_TOKENS and 2 * of_prompts >= tokens
+            self._steps.append((now, tokens if telling else 0))
+
+    def ends(self) -> None:
+        """The oldest step under way has ended."""
+        self._hears_ends = True
+        if self._steps:
+            self._end(time.monotonic())
+
+    def results_came(self) -> None:
+        """Of some step: for those who are not told of ends."""
+        if not self._hears_ends and self._steps:
+            self._end(time.monotonic())
+
+    def _end(self, now: float) -> None:
+        begun, tokens = self._steps.popleft()
+        seconds = now - max(begun, self._ended_at)
+        self._ended_at = now
+        if tokens and seconds > 0:
+            self._tokens = DECAY * self._tokens + tokens
+            self._seconds = DECAY * self._seconds + seconds
