@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
@@ -18,6 +19,7 @@ from lmcache.errors import ConfigError
 
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 NOTIFY_SOCKET_VARIABLE = "NOTIFY_SOCKET"
+RUNTIME_FOLDER_VARIABLE = "XDG_RUNTIME_DIR"
 ConfigT = TypeVar("ConfigT", bound="Config")
 MASK = "***"
 _SECRET_KEY = re.compile(r"(^|_)(password|secret_key|access_key|token)$")
@@ -239,6 +241,11 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}: {error}") from error
     return values
+
+
+def socket_folders() -> list[str]:
+    """Where a local socket may lie, the best first."""
+    return [folder for folder in (tempfile.gettempdir(), os.environ.get(RUNTIME_FOLDER_VARIABLE), "/tmp") if folder]
 
 
 def service_manager_socket() -> str | None:

@@ -24,9 +24,10 @@ from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
-from lmcache.connector.lookup import LookupClient, socket_path
+from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.sockets import meeting_name, socket_path
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
@@ -59,9 +60,14 @@ def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
 
 
 def make_scheduler(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool, hears_of_failures: bool = True
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    name: str,
+    *,
+    whole_request: bool,
+    hears_of_failures: bool = True,
 ) -> SchedulerHalf:
-    """The scheduler half for this engine."""
+    """The scheduler half for this engine. name: its ``meeting_name``."""
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
@@ -78,7 +84,7 @@ def make_scheduler(
             f"blend: one worker only, this engine has {workers} (tensor_parallel_size {parallel.tensor_parallel_size}, "
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}): leave blend out, and prefixes are reused"
         )
-    client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
+    client = LookupClient([socket_path(name, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
     return SchedulerHalf(
@@ -87,13 +93,18 @@ def make_scheduler(
         chunk_tokens=chunk_tokens,
         whole_request=whole_request,
         hold_steps=hold if workers > 1 else 0,
+        loads=transfer.is_kv_consumer,
+        stores=transfer.is_kv_producer,
     )
 
 
 def make_worker(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, name: str, kv_caches: Mapping[str, torch.Tensor]
 ) -> WorkerHalf:
-    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely."""
+    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely.
+
+    name: its ``meeting_name``.
+    """
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
     codec = codec_of(config)
@@ -125,7 +136,7 @@ def make_worker(
         model = adapt(find_model(vllm_config.compilation_config.static_forward_context))
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
-    worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache, blended)
+    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended)
     logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
     return worker
 
@@ -139,9 +150,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._name = meeting_name(vllm_config, role.name)
         if role == KVConnectorRole.SCHEDULER:
             several = len(kv_cache_config.kv_cache_groups) > 1
-            self._scheduler = make_scheduler(vllm_config, kv_cache_config, whole_request=several)
+            self._scheduler = make_scheduler(vllm_config, kv_cache_config, self._name, whole_request=several)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -190,7 +202,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = make_worker(self._vllm_config, self._kv_cache_config, kv_caches)
+        self._worker = make_worker(self._vllm_config, self._kv_cache_config, self._name, kv_caches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is not None:

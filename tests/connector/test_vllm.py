@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,26 @@ def test_a_full_disk_is_a_slower_cache_not_a_dead_vllm(
     assert same(warm, reference("llama"))
     (after,) = vllm_run(tiny_model("llama"), connector(small_disk), [ASK])
     assert same(after, reference("llama"))
+
+
+def test_connectors_side_by_side_keep_apart_and_to_their_roles_in_a_long_temporary_folder(
+    vllm_run: Run, tiny_model: Model, reference: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"memory": {"capacity": "32MiB"}}
+    roles = ["kv_producer", "kv_consumer", "kv_both", "kv_both"]  # the last two are the same in everything
+    children = [connector(role=role, **small) for role in roles]
+    kv = {**connector(name="MultiConnector"), "kv_connector_extra_config": {"connectors": children}}
+    again = [{"reset": "vllm"}, ASK]
+    steps = [ASK, {"chunks": True}, *again, {"forget": [2]}, *again, {"forget": [2, 3]}, *again, {"chunks": True}]
+    with tempfile.TemporaryDirectory(prefix="x" * 60) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        results = vllm_run(tiny_model("llama"), kv, steps)
+    cold, stored, _, first, _, _, second, _, _, neither, stored_later = results
+    for outputs in (cold, first, second, neither):
+        assert same(outputs, reference("llama"))
+    assert cached(first)[0] >= 640
+    assert cached(second)[0] >= 640, "the twin of the connector that forgot everything has it"
+    assert cached(neither)[0] == 0, "a producer promises nothing"
+    for chunks in (stored, stored_later):
+        assert [bool(count) for count in chunks] == [True, False, True, True], "a consumer stores nothing"
+    assert "a lookup was not answered" not in vllm_run.log  # type: ignore[attr-defined]
