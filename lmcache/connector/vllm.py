@@ -24,6 +24,7 @@ from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
+from lmcache.connector.logs import show_logs
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
@@ -54,8 +55,11 @@ VLLM_OPTIONS = frozenset({"use_native", "use_layerwise"})
 
 def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
     """Config file, then kv_connector_extra_config on top. ConfigError for a typo."""
+    show_logs()
     extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
     path = extra.pop(CONFIG_FILE_OPTION, None)
+    if pointless := sorted(name for name in VLLM_OPTIONS if extra.get(name)):
+        logger.warning("lmcache: %s in kv_connector_extra_config changes nothing here", " and ".join(pointless))
     return load_config(path, {name: value for name, value in extra.items() if name not in VLLM_OPTIONS})
 
 
@@ -76,6 +80,9 @@ def make_scheduler(
             "lmcache: kv_load_failure_policy is 'fail' (vLLM's default), so a request whose KV cannot be loaded ends "
             "with an error; set it to 'recompute' and vLLM computes the KV instead"
         )
+    if not (transfer.is_kv_consumer and transfer.is_kv_producer):
+        never = "loaded" if transfer.is_kv_producer else "stored"
+        logger.info("lmcache: kv_role is %s, so nothing is %s", transfer.kv_role, never)
     unit = vllm_format.block_unit(kv_cache_config)
     chunk_tokens = chunk_size(config.chunk_tokens, unit)
     workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -137,7 +144,8 @@ def make_worker(
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
     worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended)
-    logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
+    tiers = [str(tier.get("type")) for tier in config.tiers]
+    logger.info("%s", describe(format, config, tiers, worker.engine.memory_tokens))
     return worker
 
 

@@ -25,9 +25,9 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="0",
-    VLLM_LOGGING_LEVEL="WARNING",
     VLLM_LOGGING_STREAM="ext://sys.stderr",
 )
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 

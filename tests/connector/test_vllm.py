@@ -153,12 +153,17 @@ def test_other_weights_in_the_same_folder_are_another_model(vllm_run: Run, tiny_
 
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "short name"])
 def test_other_names_work_with_scheduler_and_worker_in_their_own_processes(
-    name: str, vllm_run: Run, tiny_model: Model, reference: Run, tmp_path: Path
+    name: str, vllm_run: Run, tiny_model: Model, reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("LMCACHE_LOCAL_DISK", "/kv")
     kv = connector(tmp_path, name=name)
     if name == "short name":
         kv["kv_connector"] = "LMCacheConnector"  # without a module path: found through the plugin entry point
     cold, _, warm = vllm_run(tiny_model("llama"), kv, [ASK, {"reset": "vllm"}, ASK], processes=True)
+    said = vllm_run.log  # type: ignore[attr-defined]
+    assert "memory 256.0MiB holds the KV of 65,536 tokens, below it: disk" in said, "the line at start is seen"
+    assert "are set and not read: LMCACHE_LOCAL_DISK (write tiers: " in said
     assert same(cold, reference("llama"))
     assert same(warm, reference("llama"))
     assert cached(warm)[0] >= 640
