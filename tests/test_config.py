@@ -142,7 +142,7 @@ UPSTREAM = {
 
 @pytest.fixture
 def upstream_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache.config._warned", set())
+    monkeypatch.setattr("lmcache.config._warned", set(), raising=False)
     for name, value in UPSTREAM.items():
         monkeypatch.setenv(name, value)
 
@@ -179,7 +179,7 @@ def test_without_such_variables_nothing_is_said(
 ) -> None:
     for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("lmcache.config._warned", set())
+    monkeypatch.setattr("lmcache.config._warned", set(), raising=False)
     load_config()
     assert not caplog.records
 

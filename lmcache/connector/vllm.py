@@ -91,6 +91,12 @@ def make_scheduler(
             f"blend: one worker only, this engine has {workers} (tensor_parallel_size {parallel.tensor_parallel_size}, "
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}): leave blend out, and prefixes are reused"
         )
+    if workers > 1 and parallel.distributed_executor_backend == "external_launcher":
+        # Every rank would have to see the same hits at the same step, and an answer may come a step later to one.
+        raise ConfigError(
+            "distributed_executor_backend is external_launcher, where every rank has a scheduler of its own: they could "
+            "disagree on what is cached and wait for each other for ever; start vLLM without the connector"
+        )
     client = LookupClient([socket_path(name, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
