@@ -94,7 +94,7 @@ def make_scheduler(
     if workers > 1 and parallel.distributed_executor_backend == "external_launcher":
         # Every rank would have to see the same hits at the same step, and an answer may come a step later to one.
         raise ConfigError(
-            "distributed_executor_backend is external_launcher, where every rank has a scheduler of its own: they could "
+            "distributed_executor_backend is external_launcher, where every rank has its own scheduler: they could "
             "disagree on what is cached and wait for each other for ever; start vLLM without the connector"
         )
     client = LookupClient([socket_path(name, rank) for rank in range(workers)])

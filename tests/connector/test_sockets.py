@@ -131,6 +131,7 @@ def test_an_address_is_not_taken_away_from_whoever_listens(tmp_path: Path, liste
     second = listener.context.socket(zmq.ROUTER)
     with pytest.raises(ConfigError, match=r"another worker listens .* own engine_id"):
         bind(second, address)
+    second.close()
     with listener.context.socket(zmq.DEALER) as client:
         client.connect(address)
         client.send(b"still here")
