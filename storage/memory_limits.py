@@ -120,11 +120,14 @@ def _of_nodes(root: Path) -> Iterator[Room]:
     """Where a cpuset lets the process have memory of some NUMA nodes only."""
     allowed = re.search(r"^Mems_allowed_list:\s+(\S+)$", text(root / "proc/self/status"), re.MULTILINE)
     nodes = root / "sys/devices/system/node"
-    own = set(parse_list(allowed[1])) if allowed else set()
-    if not own or own >= set(parse_list(text(nodes / "online"))):
+    if allowed is None or set(parse_list(text(nodes / "online"))) <= set(parse_list(allowed[1])):
         return
     kinds = r"(?:MemFree|Active\(file\)|Inactive\(file\)|SReclaimable):\s+(\d+) kB"
-    nbytes = sum(int(each) << 10 for node in own for each in re.findall(kinds, text(nodes / f"node{node}/meminfo")))
+    nbytes = sum(
+        int(each) << 10
+        for node in parse_list(allowed[1])
+        for each in re.findall(kinds, text(nodes / f"node{node}/meminfo"))
+    )
     yield Room(
         nbytes, f"its cpuset has memory on NUMA nodes {allowed[1]} only (Mems_allowed_list in /proc/self/status)"
     )
@@ -145,8 +148,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             continue
         folder = root / point.replace("\\040", " ").lstrip("/")
         # A container's mount may begin at its own group, wherever the path counts from.
-        path = PurePosixPath(own[name])
-        inside = path.relative_to(top) if path.is_relative_to(top) and ".." not in path.parts else PurePosixPath()
+        group = PurePosixPath(own[name])
+        inside = group.relative_to(top) if group.is_relative_to(top) and ".." not in group.parts else PurePosixPath()
         for part in (inside, *inside.parents) if inside.parts else (inside,):
             yield folder / part
 

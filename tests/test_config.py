@@ -190,9 +190,7 @@ def test_without_such_variables_nothing_is_said(
 )
 def test_upstreams_names_in_a_configuration_are_errors_that_say_ours(name: str, ours: str) -> None:
     key = name.partition(".")[0]
-    with pytest.raises(
-        ConfigError, match=rf"unknown key {key}; .*; {key} is upstream LMCache's: write .*{ours}"
-    ):
+    with pytest.raises(ConfigError, match=rf"unknown key {key}; .*; {key} is upstream LMCache's: write .*{ours}"):
         load_config(overrides={name: 5})
 
 
