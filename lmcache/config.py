@@ -5,8 +5,10 @@ The only place of the package that reads the environment.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
@@ -14,10 +16,16 @@ from typing import Any, Literal, TypeVar, get_origin
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from lmcache import upstream
 from lmcache.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+# Variables that are ours: a setting, and what our tests and scripts are told.
+_OWN_VARIABLE = re.compile(f"{CONFIG_FILE_VARIABLE}$|LMCACHE_(KERNEL_MODE|SLOW_TESTS|TEST_.*)$")
 NOTIFY_SOCKET_VARIABLE = "NOTIFY_SOCKET"
+RUNTIME_FOLDER_VARIABLE = "XDG_RUNTIME_DIR"
 ConfigT = TypeVar("ConfigT", bound="Config")
 MASK = "***"
 _SECRET_KEY = re.compile(r"(^|_)(password|secret_key|access_key|token)$")
@@ -47,7 +55,8 @@ class Config(BaseModel):
         if isinstance(data, Mapping):
             unknown = sorted(str(k) for k in data if k not in cls.model_fields)
             if unknown:
-                raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(cls.model_fields)}")
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"unknown key {', '.join(unknown)}; known: {known}{upstream.hints(unknown)}")
             return {k: value for k, value in data.items() if value is not None or not cls._is_section(k)}
         return data
 
@@ -241,7 +250,24 @@ def load(
         values = dict(loaded or {})
     for name, value in (overrides or {}).items():
         _merge(values, name.split("."), value)
+    _warn_of_unread_variables(repr(values))
     return build(cls, values, where)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_unread_variables(values: str) -> None:
+    """Say once which LMCACHE_* variables nobody reads. A tier may name one that it reads: ``$NAME`` in ``values``."""
+    names = {name for name in os.environ if not _OWN_VARIABLE.match(name) and f"${name}" not in values} - _warned
+    if unread := upstream.unread(names):
+        _warned.update(names)
+        logger.warning(
+            "these environment variables are set and not read: %s. Settings belong into a YAML file that %s names, or "
+            "into kv_connector_extra_config",
+            ", ".join(unread),
+            CONFIG_FILE_VARIABLE,
+        )
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
@@ -256,6 +282,11 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}: {error}") from error
     return values
+
+
+def socket_folders() -> list[str]:
+    """Where a local socket may lie, the best first."""
+    return [folder for folder in (tempfile.gettempdir(), os.environ.get(RUNTIME_FOLDER_VARIABLE), "/tmp") if folder]
 
 
 def service_manager_socket() -> str | None:

@@ -11,10 +11,12 @@ import mmap
 import os
 import platform
 import re
+import resource
 from pathlib import Path
 from typing import Literal
 
 from lmcache.errors import ConfigError
+from lmcache.storage.memory_limits import huge_page_room, parse_list, require_room, size, text
 
 logger = logging.getLogger(__name__)
 
@@ -26,57 +28,77 @@ MEMINFO = Path("/proc/meminfo")
 NODES = Path("/sys/devices/system/node")
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ANYWHERE = -1
+TOUCH_BYTES = 256 << 20  # between two looks at the limits
 
 
-def map_memory(capacity: int, huge_pages: HugePages) -> mmap.mmap:
-    """``capacity`` bytes of private memory, not touched yet."""
+def map_memory(capacity: int, huge_pages: HugePages) -> tuple[mmap.mmap, bool]:
+    """``capacity`` bytes of private memory, not touched yet, and whether reserved huge pages back it.
+
+    ConfigError when the system, or a cgroup, does not leave that much.
+    """
     if huge_pages == "hugetlb":
-        size = _huge_page_bytes()
-        try:
-            return mmap.mmap(-1, -(-capacity // size) * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
-        except OSError as error:
-            logger.warning(
-                "%d reserved huge pages of %d KiB were refused (%s): raise vm.nr_hugepages; "
-                "transparent huge pages are asked for instead",
-                -(-capacity // size),
-                size >> 10,
-                error,
-            )
-    available = available_bytes()
-    if available is not None and capacity > available:
-        # The system would grant it, and kill somebody when it is touched.
-        raise ConfigError(f"memory.capacity is {capacity} bytes, of which only {available} are available: lower it")
+        memory = _map_reserved(capacity, _huge_page_bytes())
+        if memory is not None:
+            return memory, True
+    require_room(capacity)
     try:
         memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ConfigError(
-            f"memory.capacity is {capacity} bytes, which the system refuses ({error}): lower it"
+            f"memory.capacity is {capacity} bytes, which the system refuses ({error}{_ulimits('AS', 'DATA')}): lower it"
         ) from error
     if huge_pages:
         _ask_for_transparent_pages(memory)
-    return memory
+    return memory, False
 
 
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not tell."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(MEMINFO), re.MULTILINE)
-    return int(found[1]) << 10 if found else None
+def _map_reserved(capacity: int, page: int) -> mmap.mmap | None:
+    pages = -(-capacity // page)
+    room = huge_page_room(page)
+    if room is not None and pages * page > room.nbytes:
+        refusal = room.why  # the mapping would be granted, and end in a SIGBUS
+    else:
+        try:
+            return mmap.mmap(-1, pages * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)
+        except OSError as error:
+            refusal = f"{error}"
+    logger.warning(
+        "%d reserved huge pages of %d KiB were refused (%s): raise vm.nr_hugepages, or that limit; "
+        "transparent huge pages are asked for instead",
+        pages,
+        page >> 10,
+        refusal,
+    )
+    return None
+
+
+def _ulimits(*names: str) -> str:
+    """What this process's resource limits are, where they are limits."""
+    limits = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in names}
+    return "".join(f"; RLIMIT_{name} is {size(n)}" for name, n in limits.items() if n != resource.RLIM_INFINITY)
 
 
 def _ask_for_transparent_pages(memory: mmap.mmap) -> None:
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
         # The kernel accepts the advice also where an administrator has switched the feature off.
-        refusal = "switched off in this kernel" if "[never]" in _text(TRANSPARENT) else ""
+        refusal = "switched off in this kernel" if "[never]" in text(TRANSPARENT) else ""
     except OSError as error:
         refusal = str(error)
     if refusal:
         logger.warning("transparent huge pages were refused (%s): small pages are used", refusal)
 
 
-def touch(address: int, nbytes: int) -> None:
-    """Write every page: the first touch costs several times a copy, so it happens at start, not in a request."""
-    ctypes.memset(address, 0, nbytes)
+def touch(address: int, nbytes: int, reserved: bool = False) -> None:
+    """Write every page: the first touch costs several times a copy, so it happens at start, not in a request.
+
+    reserved: huge pages back it. Otherwise the limits are read again and again, for other workers touch theirs at the
+    same time: ConfigError instead of an OOM kill.
+    """
+    for start in range(0, nbytes, TOUCH_BYTES):
+        if start and not reserved:
+            require_room(nbytes, start)
+        ctypes.memset(address + start, 0, min(TOUCH_BYTES, nbytes - start))
 
 
 def bind_to_node(address: int, nbytes: int, node: int | None, *, cuda: bool) -> int | None:
@@ -107,24 +129,15 @@ def bind_to_node(address: int, nbytes: int, node: int | None, *, cuda: bool) -> 
 
 def online_nodes(nodes: Path = NODES) -> list[int]:
     """Numbers of the NUMA nodes that are there; empty where the kernel names none."""
-    return parse_list(_text(nodes / "online"))
+    return parse_list(text(nodes / "online"))
 
 
 def node_of_processors(processors: set[int], nodes: Path = NODES) -> int | None:
     """The node that all of ``processors`` belong to."""
     for node in online_nodes(nodes):
-        if processors <= set(parse_list(_text(nodes / f"node{node}" / "cpulist"))):
+        if processors <= set(parse_list(text(nodes / f"node{node}" / "cpulist"))):
             return node
     return None
-
-
-def parse_list(text: str) -> list[int]:
-    """The kernel's list format: ``0-2,5`` -> [0, 1, 2, 5]."""
-    numbers: list[int] = []
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def pin(address: int, nbytes: int) -> bool:
@@ -133,7 +146,9 @@ def pin(address: int, nbytes: int) -> bool:
 
     code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
     if code:
-        logger.warning("cudaHostRegister failed with code %d: copies will go through pageable memory", code)
+        logger.warning(
+            "cudaHostRegister failed with code %d%s: copies will go through pageable memory", code, _ulimits("MEMLOCK")
+        )
     return code == 0
 
 
@@ -154,8 +169,8 @@ def _node_of_gpu() -> int | None:
     # torch's type stubs do not know these three.
     domain, bus, device = gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id  # type: ignore[attr-defined]
     name = f"{domain:04x}:{bus:02x}:{device:02x}.0"
-    text = _text(Path("/sys/bus/pci/devices") / name / "numa_node").strip()
-    node = int(text or ANYWHERE)
+    number = text(Path("/sys/bus/pci/devices") / name / "numa_node").strip()
+    node = int(number or ANYWHERE)
     if node == ANYWHERE:
         logger.warning("the NUMA node of GPU %s is not known: memory comes from any node", name)
         return None
@@ -163,12 +178,5 @@ def _node_of_gpu() -> int | None:
 
 
 def _huge_page_bytes() -> int:
-    found = re.search(r"Hugepagesize:\s+(\d+) kB", _text(Path("/proc/meminfo")))
+    found = re.search(r"Hugepagesize:\s+(\d+) kB", text(MEMINFO))
     return int(found[1]) << 10 if found else 2 << 20
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

@@ -91,14 +91,15 @@ class StorageManager:
         )
         self._deadlines = Deadlines()
         # Queued chunks cannot be evicted, so they may not take more than half of memory.
-        queue_bytes = min(config.write_queue, memory.capacity // 2)
+        self.write_queue_bytes = min(config.write_queue, memory.capacity // 2)
+        """Bytes that may wait to be written to one lower tier; a chunk larger than that is not written."""
         self._tiers: list[LowerTier] = []
         for backend in backends:
             count = sum(tier.backend.name == backend.name for tier in self._tiers)
             name = f"{backend.name}-{count + 1}" if count else backend.name
             # Tiers that were opened elsewhere have no place that a later process would know again.
             files = _owed_files(config, len(self._tiers)) if tiers is None else None
-            self._tiers.append(LowerTier(backend, config, queue_bytes, self._deadlines, name, files))
+            self._tiers.append(LowerTier(backend, config, self.write_queue_bytes, self._deadlines, name, files))
         self._transfers = Transfers(self._memory, self._tiers, config.read_batch)
         self._joining = Joining(
             self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue

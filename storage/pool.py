@@ -41,13 +41,13 @@ class PinnedPool:
         if self.capacity <= 0:
             raise ConfigError(f"memory.capacity: a pool needs at least {PAGE} bytes, got {capacity}")
         self._allocator = build_allocator(allocator, self.capacity, slot)
-        self._map = host_memory.map_memory(self.capacity, huge_pages)
+        self._map, reserved = host_memory.map_memory(self.capacity, huge_pages)
         self.view = memoryview(self._map)[: self.capacity]
         first = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(first)
         del first
         self.numa_node = host_memory.bind_to_node(self.address, self.capacity, numa_node, cuda=pin)
-        host_memory.touch(self.address, self.capacity)
+        host_memory.touch(self.address, self.capacity, reserved)
         self._pinned = pin and host_memory.pin(self.address, self.capacity)
         self._home = Home("this pool")
         self._lock = threading.Lock()

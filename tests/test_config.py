@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from lmcache.config import CONFIG_FILE_VARIABLE, load_config, masked
+from lmcache.config import CONFIG_FILE_VARIABLE, BlendConfig, LMCacheConfig, MemoryConfig, load_config, masked
 from lmcache.errors import ConfigError
 
 
@@ -127,3 +128,81 @@ def test_huge_pages_are_a_switch_or_a_kind(given: object, read: object) -> None:
 def test_storage_options_that_cannot_be_are_errors(overrides: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(overrides)).replace(".", r"\.")):
         load_config(overrides=overrides)
+
+
+UPSTREAM = {
+    "LMCACHE_LOCAL_DISK": "file:///kv",
+    "LMCACHE_MAX_LOCAL_CPU_SIZE": "20",
+    "LMCACHE_SOME_NEW_THING": "secret",
+    "LMCACHE_CONFIG_FILE": "",
+    "LMCACHE_KERNEL_MODE": "cpu",
+    "LMCACHE_KEY_FILE": "k",
+}
+
+
+@pytest.fixture
+def upstream_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache.config._warned", set(), raising=False)
+    for name, value in UPSTREAM.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_variables_that_are_not_read_are_named_once_with_what_to_write_instead(
+    upstream_variables: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = {"type": "encrypted", "keys": ["$LMCACHE_KEY_FILE"], "inner": {"type": "disk", "path": "/kv"}}
+    load_config(overrides={"tiers": [tier]})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "these environment variables are set and not read: "
+        "LMCACHE_LOCAL_DISK (write tiers: [{type: disk, path: ..., capacity: 100GiB}]), "
+        "LMCACHE_MAX_LOCAL_CPU_SIZE (write memory.capacity, with a unit: 5GiB), LMCACHE_SOME_NEW_THING. "
+        "Settings belong into a YAML file that LMCACHE_CONFIG_FILE names, or into kv_connector_extra_config"
+    )
+    load_config(overrides={"tiers": [tier]})
+    assert len(caplog.records) == 1
+    load_config()
+    assert "LMCACHE_KEY_FILE" in caplog.records[1].getMessage(), "nothing names it any more"
+
+
+def test_other_commands_say_it_too(upstream_variables: None, caplog: pytest.LogCaptureFixture) -> None:
+    from lmcache.config import load
+    from lmcache.server.config import ServerConfig
+
+    load(ServerConfig)
+    assert "LMCACHE_LOCAL_DISK" in caplog.text
+
+
+def test_without_such_variables_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in os.environ if name.startswith("LMCACHE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("lmcache.config._warned", set(), raising=False)
+    load_config()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("chunk_size", "chunk_tokens"), ("local_disk", "tiers: "), ("lmcache.max_local_cpu_size", "without the prefix")],
+)
+def test_upstreams_names_in_a_configuration_are_errors_that_say_ours(name: str, ours: str) -> None:
+    key = name.partition(".")[0]
+    with pytest.raises(ConfigError, match=rf"unknown key {key}; .*; {key} is upstream LMCache's: write .*{ours}"):
+        load_config(overrides={name: 5})
+
+
+def test_every_upstream_name_leads_to_options_that_exist() -> None:
+    from lmcache.upstream import INSTEAD
+
+    for name, ours in INSTEAD.items():
+        option = ours.partition(":")[0].partition(",")[0].partition(" ")[0]
+        if option in ("nothing", "options"):
+            continue
+        fields = LMCacheConfig.model_fields
+        for part in option.split("."):
+            assert part in fields, f"{name} -> {option}"
+            kind = {"memory": MemoryConfig, "blend": BlendConfig}.get(part)
+            fields = kind.model_fields if kind else {}

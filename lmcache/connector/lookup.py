@@ -7,8 +7,7 @@ held for it. A worker that is late, gone or broken is a miss. Sockets lie in a d
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from lmcache import metrics
 from lmcache.connector.blending import Blending, Found
 from lmcache.connector.identity import Identity
 from lmcache.connector.passages import Passages
+from lmcache.connector.sockets import SCHEME, bind
 from lmcache.engine.engine import CacheEngine, Lookup
 from lmcache.forks import Home
 from lmcache.keys import PlaceholderSpan
@@ -100,16 +100,6 @@ class Held:
                 each.close()
 
 
-def socket_path(engine_id: str, rank: int) -> str:
-    """Where the worker of ``rank`` listens: ipc://<tmp>/lmcache-<uid>/<engine id>.<rank>"""
-    folder = Path(tempfile.gettempdir()) / f"lmcache-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    info = folder.stat()
-    if info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise PermissionError(f"{folder} must belong to this user with mode 0700: remove it and start again")
-    return f"ipc://{folder / f'{engine_id}.{rank}'}"
-
-
 class LookupServer:
     """The worker's side: one thread that answers lookups and keeps them until they are loaded or released.
 
@@ -131,7 +121,11 @@ class LookupServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.set_hwm(0)  # a reply that is dropped would be a lookup that waits for its deadline
-        self._socket.bind(address)
+        try:
+            bind(self._socket, address)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         self._wake_in = self._context.socket(zmq.PULL)
         self._wake_in.bind("inproc://wake")
         # Lookups end on storage threads, and a ZMQ socket belongs to one thread: replies queue here.
@@ -178,7 +172,7 @@ class LookupServer:
             for socket in (self._socket, self._wake_in, self._wake_out):
                 socket.close(linger=0)
             self._context.term()
-        Path(self._address.removeprefix("ipc://")).unlink(missing_ok=True)  # ZMQ leaves the file behind
+        Path(self._address.removeprefix(SCHEME)).unlink(missing_ok=True)  # ZMQ leaves the file behind
 
     def _serve(self) -> None:
         decoder = msgspec.msgpack.Decoder(_Request)
@@ -354,7 +348,8 @@ class LookupClient:
             socket.connect(address)
             self._poller.register(socket, zmq.POLLIN)
             self._sockets.append(socket)
-        self._next_id = 0
+        # Not from 1: a worker may still hold lookups of a scheduler that is gone, or that of another connector.
+        self._next_id = secrets.randbits(62)
         self._answers: dict[int, dict[int, Reply]] = {}  # by lookup, then by rank
         self._so_far: dict[int, dict[int, int]] = {}
 

@@ -107,6 +107,7 @@ class SchedulerHalf:
     block_tokens: tokens of a block of each cache group.
     hold_steps: with several workers, steps for which nothing on top of a load is stored. A load that fails on one
     worker spoils what all of them compute, and the scheduler hears of it some steps later; infinite: it never does.
+    loads, stores: vLLM's kv_role: a producer promises nothing, a consumer stores nothing.
     """
 
     def __init__(
@@ -118,11 +119,14 @@ class SchedulerHalf:
         block_tokens: Sequence[int],
         whole_request: bool,
         hold_steps: float = 0,
+        loads: bool = True,
+        stores: bool = True,
     ) -> None:
         self._config = config
         self._client = client
         self._chunk_tokens = chunk_tokens
         self._whole_request = whole_request
+        self._may_load, self._may_store = loads, stores
         self._tracked: dict[str, _Tracked] = {}
         self._loads: dict[str, tuple[Load, bool]] = {}
         self._wait_s = IDLE_WAIT_S
@@ -289,6 +293,8 @@ class SchedulerHalf:
             except Exception:
                 tracked = _Tracked(request, {}, (), readable=False, writable=False)
                 self._give_up(tracked)
+            tracked.readable = tracked.readable and self._may_load
+            tracked.writable = tracked.writable and self._may_store
             self._tracked[request.request_id] = tracked
         return tracked
 

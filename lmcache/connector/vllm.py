@@ -25,9 +25,11 @@ from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
 from lmcache.connector.identity import Identity
-from lmcache.connector.lookup import LookupClient, socket_path
+from lmcache.connector.logs import show_logs
+from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.sockets import meeting_name, socket_path
 from lmcache.connector.weights import Weights
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
@@ -55,15 +57,23 @@ VLLM_OPTIONS = frozenset({"use_native", "use_layerwise"})
 
 def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
     """Config file, then kv_connector_extra_config on top. ConfigError for a typo."""
+    show_logs()
     extra = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
     path = extra.pop(CONFIG_FILE_OPTION, None)
+    if pointless := sorted(name for name in VLLM_OPTIONS if extra.get(name)):
+        logger.warning("lmcache: %s in kv_connector_extra_config changes nothing here", " and ".join(pointless))
     return load_config(path, {name: value for name, value in extra.items() if name not in VLLM_OPTIONS})
 
 
 def make_scheduler(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool, hears_of_failures: bool = True
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    name: str,
+    *,
+    whole_request: bool,
+    hears_of_failures: bool = True,
 ) -> SchedulerHalf:
-    """The scheduler half for this engine."""
+    """The scheduler half for this engine. name: its ``meeting_name``."""
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
@@ -72,6 +82,9 @@ def make_scheduler(
             "lmcache: kv_load_failure_policy is 'fail' (vLLM's default), so a request whose KV cannot be loaded ends "
             "with an error; set it to 'recompute' and vLLM computes the KV instead"
         )
+    if not (transfer.is_kv_consumer and transfer.is_kv_producer):
+        never = "loaded" if transfer.is_kv_producer else "stored"
+        logger.info("lmcache: kv_role is %s, so nothing is %s", transfer.kv_role, never)
     unit = vllm_format.block_unit(kv_cache_config)
     chunk_tokens = chunk_size(config.chunk_tokens, unit)
     workers = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -80,7 +93,13 @@ def make_scheduler(
             f"blend: one worker only, this engine has {workers} (tensor_parallel_size {parallel.tensor_parallel_size}, "
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}): leave blend out, and prefixes are reused"
         )
-    client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
+    if workers > 1 and parallel.distributed_executor_backend == "external_launcher":
+        # Every rank would have to see the same hits at the same step, and an answer may come a step later to one.
+        raise ConfigError(
+            "distributed_executor_backend is external_launcher, where every rank has its own scheduler: they could "
+            "disagree on what is cached and wait for each other for ever; start vLLM without the connector"
+        )
+    client = LookupClient([socket_path(name, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
     return SchedulerHalf(
@@ -90,13 +109,18 @@ def make_scheduler(
         block_tokens=vllm_format.block_tokens(kv_cache_config),
         whole_request=whole_request,
         hold_steps=hold if workers > 1 else 0,
+        loads=transfer.is_kv_consumer,
+        stores=transfer.is_kv_producer,
     )
 
 
 def make_worker(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, name: str, kv_caches: Mapping[str, torch.Tensor]
 ) -> WorkerHalf:
-    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely."""
+    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely.
+
+    name: its ``meeting_name``.
+    """
     config = connector_config(vllm_config)
     vllm_format.check_supported(vllm_config)
     codec = codec_of(config)
@@ -132,9 +156,10 @@ def make_worker(
         model = adapt(find_model(layers))
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
-    address = socket_path(vllm_config.kv_transfer_config.engine_id, rank)
-    worker = WorkerHalf(config, address, format, cache, blended, Identity(weights, rank, ranks))
-    logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
+    identity = Identity(weights, rank, ranks)
+    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended, identity)
+    tiers = [str(tier.get("type")) for tier in config.tiers]
+    logger.info("%s", describe(format, config, tiers, worker.engine.memory_tokens))
     return worker
 
 
@@ -147,9 +172,10 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._name = meeting_name(vllm_config, role.name)
         if role == KVConnectorRole.SCHEDULER:
             several = len(kv_cache_config.kv_cache_groups) > 1
-            self._scheduler = make_scheduler(vllm_config, kv_cache_config, whole_request=several)
+            self._scheduler = make_scheduler(vllm_config, kv_cache_config, self._name, whole_request=several)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -199,7 +225,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = make_worker(self._vllm_config, self._kv_cache_config, kv_caches)
+        self._worker = make_worker(self._vllm_config, self._kv_cache_config, self._name, kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

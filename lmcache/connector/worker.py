@@ -182,12 +182,13 @@ class WorkerHalf:
         return False
 
 
-def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str]) -> str:
+def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str], memory_tokens: int) -> str:
     """One line for the log at start."""
+    below = f"below it: {', '.join(tiers)}" if tiers else "no tier below it, so what is evicted or restarted is lost"
     return (
-        f"lmcache: {len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
-        f"{format.chunk_tokens} tokens, codec {format.codec}, format {format.fingerprint().hex()[:12]}, memory "
-        f"{config.memory.capacity.human_readable()}, tiers: {', '.join(tiers) or 'none'}"
+        f"lmcache: memory {config.memory.capacity.human_readable()} holds the KV of {memory_tokens:,} tokens, {below}; "
+        f"{len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
+        f"{format.chunk_tokens} tokens, codec {format.codec}, format {format.fingerprint().hex()[:12]}"
     )
 
 

@@ -37,7 +37,7 @@ from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.eviction import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.pool import PAGE, PoolBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,21 @@ class CacheEngine:
                 f"memory.capacity is {config.memory.capacity} bytes, less than one chunk of {format.chunk_tokens} "
                 f"tokens ({chunk_bytes} bytes): raise memory.capacity or lower chunk_tokens"
             )
+        self.memory_tokens = config.memory.capacity // (-(-chunk_bytes // PAGE) * PAGE) * format.chunk_tokens
+        """Tokens whose KV memory has room for, at least (packed chunks may be smaller)."""
         self.storage = storage or StorageManager(config, pin=cache.device.type == "cuda")
+        if config.tiers and chunk_bytes > self.storage.write_queue_bytes:
+            logger.warning(
+                "chunks of %d tokens have up to %d bytes, and only %d bytes may wait to be written (write_queue, "
+                "at most half of memory.capacity, which is %d): such chunks are not written to lower tiers; set "
+                "memory.capacity to %d or more and write_queue to %d or more, or lower chunk_tokens",
+                format.chunk_tokens,
+                chunk_bytes,
+                self.storage.write_queue_bytes,
+                config.memory.capacity,
+                4 * chunk_bytes,
+                2 * chunk_bytes,
+            )
         self._mover = PageMover(cache)
         self._home = Home("this CacheEngine")
         self._closed = threading.Event()

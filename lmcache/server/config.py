@@ -11,7 +11,7 @@ from lmcache.config import Config, LMCacheConfig
 from lmcache.server.client import DEFAULT_PORT
 
 # Of an engine's configuration; a server has no tokens and packs nothing.
-ENGINE_ONLY = ("chunk_tokens", "model_id", "codec", "store_generated", "lookup_timeout_s", "patience")
+ENGINE_ONLY = ("chunk_tokens", "model_id", "codec", "blend", "store_generated", "lookup_timeout_s", "patience", "reset")
 
 
 class TlsConfig(Config):

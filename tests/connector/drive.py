@@ -12,7 +12,8 @@ writes other bytes than were stored),
 expression} (of ``model``, behind vLLM's back), {"sleep": level} and {"wake": true}, {"call": method} (of the worker),
 {"check_pages": true} (from now on every load is read back from the pages and compared), {"checked": true}
 (how many were), {"share_blended": true} (blended blocks keep the hashes of their tokens), {"lose_passages": n} (the
-passages of the next n loads are gone, and so is what storage has of them).
+passages of the next n loads are gone, and so is what storage has of them), {"chunks": true} (how many each child of a
+MultiConnector has), {"forget": [i, ...]} (these children lose theirs).
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ import sys
 from typing import Any
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="0", VLLM_LOGGING_LEVEL="WARNING"
+    HF_HUB_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="0",
+    VLLM_LOGGING_STREAM="ext://sys.stderr",
 )
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
@@ -95,6 +100,10 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return lose_passages(each["lose_passages"])
     if "used" in each:
         return used_memory()
+    if "chunks" in each:
+        return [child.storage.stats()["chunks"] for child in children()]
+    if "forget" in each:
+        return [children()[index].clear() for index in each["forget"]]
 
     def sampling(kv: Any = None) -> SamplingParams:
         return SamplingParams(
@@ -221,6 +230,13 @@ def used_memory() -> dict[str, int]:
     manager = get_kv_transfer_group()._worker.engine.storage
     manager.flush(10)
     return manager.stats()
+
+
+def children() -> list[Any]:
+    """The cache engines of a MultiConnector's workers, in order (single-process engines only)."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return [child._worker.engine for child in get_kv_transfer_group()._connectors]
 
 
 def say(text: str) -> None:

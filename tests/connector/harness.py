@@ -12,7 +12,12 @@ ROOT = HERE.parents[1]
 
 
 def connector(
-    disk: Path | None = None, *, name: str = "LMCacheConnector", policy: str = "recompute", **options: Any
+    disk: Path | None = None,
+    *,
+    name: str = "LMCacheConnector",
+    policy: str = "recompute",
+    role: str = "kv_both",
+    **options: Any,
 ) -> dict[str, Any]:
     """A KVTransferConfig as a mapping.
 
@@ -24,7 +29,7 @@ def connector(
     path = {"kv_connector_module_path": "lmcache.connector"} if name == "LMCacheConnector" else {}
     return {
         "kv_connector": name,
-        "kv_role": "kv_both",
+        "kv_role": role,
         "kv_load_failure_policy": policy,
         "kv_connector_extra_config": extra,
         **path,

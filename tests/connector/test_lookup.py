@@ -18,7 +18,7 @@ import zmq
 
 import lmcache
 from lmcache.connector.blending import Blending
-from lmcache.connector.lookup import LookupClient, LookupServer, Reply, socket_path
+from lmcache.connector.lookup import LookupClient, LookupServer, Reply
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
@@ -155,14 +155,22 @@ def test_answers_that_end_on_other_threads_arrive(engine: CacheEngine, client: L
     client.release(lookup_id)
 
 
-def test_the_socket_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert socket_path("e", 0).startswith(f"ipc://{tmp_path}/lmcache-{os.getuid()}/e.0")
-    folder = tmp_path / f"lmcache-{os.getuid()}"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o755)
-    with pytest.raises(PermissionError, match="mode 0700"):
-        socket_path("e", 0)
+def test_lookups_of_two_schedulers_are_told_apart(
+    engine: CacheEngine, server: LookupServer, client: LookupClient, tmp_path: Path
+) -> None:
+    # One that was started anew, say: the worker still holds what the one before it asked for.
+    other = LookupClient([f"ipc://{tmp_path}/s"])
+    first, second = client.acquire(TOKENS, {}, ()), other.acquire(TOKENS[: 4 * 32], {}, ())
+    assert first != second
+    assert client.answer(first, 10)[:2] == (64, 0)
+    assert other.answer(second, 10)[:2] == (32, 0)
+    for lookup_id, tokens in ((first, 64), (second, 32)):
+        held = server.take(lookup_id)
+        assert held is not None
+        assert held.lookup is not None
+        assert held.lookup.tokens == tokens
+        held.close()
+    other.close()
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

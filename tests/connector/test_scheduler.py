@@ -101,9 +101,18 @@ def client() -> Client:
     return Client()
 
 
-def half(client: Client, *, whole_request: bool = False, **options: Any) -> SchedulerHalf:
+def half(
+    client: Client, *, whole_request: bool = False, roles: dict[str, bool] | None = None, **options: Any
+) -> SchedulerHalf:
     config = lmcache.load_config(overrides=options)
-    return SchedulerHalf(config, client, chunk_tokens=CHUNK, block_tokens=(BLOCK,), whole_request=whole_request)  # type: ignore[arg-type]
+    return SchedulerHalf(
+        config,
+        client,  # type: ignore[arg-type]
+        chunk_tokens=CHUNK,
+        block_tokens=(BLOCK,),
+        whole_request=whole_request,
+        **(roles or {}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,6 +233,26 @@ def test_a_request_that_may_not_read_is_still_stored(client: Client) -> None:
     assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
     assert client.asked == []
     assert len(scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores) == 1
+
+
+@pytest.mark.parametrize("stores", [True, False])
+def test_without_the_right_to_load_nothing_is_asked_for_or_promised(client: Client, stores: bool) -> None:
+    client.held = 64
+    scheduler = half(client, roles={"loads": False, "stores": stores})
+    scheduler.on_new_request(request())
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
+    assert client.asked == []
+    assert len(scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores) == stores
+
+
+def test_without_the_right_to_store_nothing_is_stored_or_learned(client: Client) -> None:
+    client.held = 64
+    scheduler = half(client, roles={"stores": False}, blend={})
+    scheduler.on_new_request(request())
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (64, False)
+    scheduler.update_state_after_alloc(request(), ([0, 5, 6, 7, 8, 9, 10],), 64)
+    meta = scheduler.build_connector_meta(step({"r": 36}, new={"r": 64}))
+    assert (len(meta.loads), meta.stores, meta.learns) == (1, [], [])
 
 
 def test_a_broken_socket_leaves_the_request_to_vllm(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,17 @@ def test_other_weights_in_the_same_folder_are_another_model(vllm_run: Run, tiny_
 
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "short name"])
 def test_other_names_work_with_scheduler_and_worker_in_their_own_processes(
-    name: str, vllm_run: Run, tiny_model: Model, reference: Run, tmp_path: Path
+    name: str, vllm_run: Run, tiny_model: Model, reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("LMCACHE_LOCAL_DISK", "/kv")
     kv = connector(tmp_path, name=name)
     if name == "short name":
         kv["kv_connector"] = "LMCacheConnector"  # without a module path: found through the plugin entry point
     cold, _, warm = vllm_run(tiny_model("llama"), kv, [ASK, {"reset": "vllm"}, ASK], processes=True)
+    said = vllm_run.log  # type: ignore[attr-defined]
+    assert "memory 256.0MiB holds the KV of 65,536 tokens, below it: disk" in said, "the line at start is seen"
+    assert "are set and not read: LMCACHE_LOCAL_DISK (write tiers: " in said
     assert same(cold, reference("llama"))
     assert same(warm, reference("llama"))
     assert cached(warm)[0] >= 640
@@ -310,3 +316,27 @@ def test_a_full_disk_is_a_slower_cache_not_a_dead_vllm(
     assert same(warm, reference("llama"))
     (after,) = vllm_run(tiny_model("llama"), connector(small_disk), [ASK])
     assert same(after, reference("llama"))
+
+
+def test_connectors_side_by_side_keep_apart_and_to_their_roles_in_a_long_temporary_folder(
+    vllm_run: Run, tiny_model: Model, reference: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"memory": {"capacity": "32MiB"}}
+    roles = ["kv_producer", "kv_consumer", "kv_both", "kv_both"]  # the last two are the same in everything
+    children = [connector(role=role, **small) for role in roles]
+    kv = {**connector(name="MultiConnector"), "kv_connector_extra_config": {"connectors": children}}
+    again = [{"reset": "vllm"}, ASK]
+    steps = [ASK, {"chunks": True}, *again, {"forget": [2]}, *again, {"forget": [2, 3]}, *again, {"chunks": True}]
+    with tempfile.TemporaryDirectory(prefix="x" * 60) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        results = vllm_run(tiny_model("llama"), kv, steps)
+    for trouble in ("failed; vLLM is told", "was not answered"):
+        assert trouble not in vllm_run.log  # type: ignore[attr-defined]
+    cold, stored, _, first, _, _, second, _, _, neither, stored_later = results
+    for outputs in (cold, first, second, neither):
+        assert same(outputs, reference("llama"))
+    assert cached(first)[0] >= 640
+    assert cached(second)[0] >= 640, "the twin of the connector that forgot everything has it"
+    assert cached(neither)[0] == 0, "a producer promises nothing"
+    for chunks in (stored, stored_later):
+        assert [bool(count) for count in chunks] == [True, False, True, True], "a consumer stores nothing"

@@ -202,6 +202,38 @@ def test_what_finds_no_room_is_not_stored(open_engine: Open) -> None:
         assert chunk == LAYERS * 32 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize(
+    ("capacity", "options", "said"),
+    [
+        (8 << 10, {}, True),
+        (10 << 10, {}, True),
+        (12 << 10, {}, False),
+        (1 << 20, {"write_queue": "4KiB"}, True),
+        (8 << 10, {"tiers": []}, False),
+    ],
+)
+def test_memory_of_one_chunk_that_keeps_lower_tiers_empty_is_said_at_start(
+    capacity: int,
+    options: dict[str, Any],
+    said: bool,
+    open_engine: Open,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    below = {"tiers": [{"type": "disk", "path": str(tmp_path)}], **options}
+    engine = open_engine(PagedCache.from_layers(pages()), memory={"capacity": capacity}, **below)
+    warned = "have up to 6144 bytes" in caplog.text
+    assert warned is said
+    if said:
+        assert f"half of memory.capacity, which is {capacity})" in caplog.text
+        assert "set memory.capacity to 24576 or more and write_queue to 12288 or more" in caplog.text
+    # What is said is true.
+    engine.store(list(range(32)), [[1, 2]])
+    assert engine.storage.flush(20)
+    assert (sum(file.is_file() for file in tmp_path.rglob("*.kv")) == 0) is (said or not below["tiers"])
+    assert engine.memory_tokens == capacity // (8 << 10) * 32
+
+
 def test_memory_smaller_than_a_chunk_is_refused(open_engine: Open) -> None:
     with pytest.raises(ConfigError, match=r"less than one chunk of 64 tokens \(12288 bytes\)"):
         open_engine(PagedCache.from_layers(pages()), memory={"capacity": 4096}, chunk_tokens=64)

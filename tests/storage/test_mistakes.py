@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lmcache import metrics
 from lmcache.cli import app
 from lmcache.errors import ConfigError
-from lmcache.storage.host_memory import available_bytes
+from lmcache.storage.memory_limits import room
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.registry import build_backend, check_backend
 from lmcache.storage.testing import make_key, take
@@ -68,10 +68,10 @@ def test_the_config_command_opens_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_had_is_an_error_before_it_is_touched() -> None:
-    available = available_bytes()
+    available = room()
     assert available is not None
-    with pytest.raises(ConfigError, match=r"memory\.capacity is \d+ bytes, of which only \d+ are available"):
-        PinnedPool(4 * available)
+    with pytest.raises(ConfigError, match=r"memory\.capacity is \d+ bytes .*, of which only \d+ are available"):
+        PinnedPool(4 * available.nbytes)
 
 
 def test_a_tier_too_small_for_its_chunks_is_said_once_and_counted(

@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.sockets import meeting_name
 from lmcache.connector.vllm import make_scheduler, make_worker
 from lmcache.connector.worker import WorkerHalf
 
@@ -31,9 +32,10 @@ class LMCacheConnectorV1Impl:
         self._kv_cache_config = parent._kv_cache_config
         self._worker: WorkerHalf | None = None
         self._meta = StepMetadata()
+        self._name = meeting_name(vllm_config, role.name)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler: SchedulerHalf = make_scheduler(
-                vllm_config, self._kv_cache_config, whole_request=False, hears_of_failures=False
+                vllm_config, self._kv_cache_config, self._name, whole_request=False, hears_of_failures=False
             )
             # vLLM's wrapper has no reset of its own; its base class answers for it, and forgets nothing.
             parent.reset_cache = self._scheduler.reset_cache
@@ -52,7 +54,7 @@ class LMCacheConnectorV1Impl:
         return False, None
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker = make_worker(self._vllm_config, self._kv_cache_config, kv_caches)
+        self._worker = make_worker(self._vllm_config, self._kv_cache_config, self._name, kv_caches)
 
     def bind_connector_metadata(self, meta: StepMetadata) -> None:
         self._meta = meta

@@ -262,6 +262,7 @@ def test_closing_the_client_ends_calls_under_way(impostor: Any, connect: Any) ->
         ({"host": "0.0.0.0"}, "set token_file"),
         ({"durable": True}, "durable needs a tier"),
         ({"storage": {"codec": "int8"}}, "codec: only an engine has that"),
+        ({"storage": {"blend": {}}}, "blend: only an engine has that"),
         ({"storage": {"memroy": {}}}, "unknown key memroy"),
     ],
 )
