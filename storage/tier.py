@@ -112,11 +112,13 @@ class LowerTier:
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """The backend's, without what counts as removed."""
-        return self.backend.sizes(self.owed.leading(keys))
+        there = self.owed.leading(keys)
+        return self.backend.sizes(there) if there else []
 
     def contains(self, keys: Sequence[ChunkKey]) -> int:
         """The backend's, without what counts as removed."""
-        return self.backend.contains(self.owed.leading(keys))
+        there = self.owed.leading(keys)
+        return self.backend.contains(there) if there else 0
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         """The backend's, without what counts as removed, also meanwhile."""

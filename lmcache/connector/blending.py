@@ -39,7 +39,7 @@ from lmcache.kernels import PagedLayers, scatter_tokens
 
 logger = logging.getLogger(__name__)
 
-_AGAIN_S = 0.5  # for passages that were lost: the step that computes waits for them
+_AGAIN_S = 0.05  # for passages that memory has, when it should lose them now: the step that computes waits
 _INDEXES = 64  # tenants, adapters, ... whose passages are known by content
 
 
@@ -130,7 +130,7 @@ class Blending:
         ids = torch.as_tensor(found.tokens.astype("int64"), device=self._engine.cache.device)
         for attempt in (found.segments, found.segments, ()):
             held = found.kv if attempt is found.segments and not found.kv.closed else None
-            kv = held or self.store.retrieve(found.tokens, attempt, timeout_s=_AGAIN_S, tags=found.tags)
+            kv = held or self._again(found, attempt)
             try:
                 blended = self.blender.blend(
                     ids,
@@ -144,6 +144,16 @@ class Blending:
             finally:
                 kv.close()
         raise BlendError("the prompt cannot be blended even without passages")
+
+    def _again(self, found: Found, segments: Sequence[Segment]) -> StoredKV:
+        """What memory has of passages; the model's thread asks no tier below."""
+        own = [s.passage if isinstance(s, Match) else found.tokens[s.start : s.stop] for s in segments]
+        there = [
+            segment
+            for segment, tokens in zip(segments, own, strict=True)
+            if self.store.holds(tokens, below=False, tags=found.tags)
+        ]
+        return self.store.retrieve(found.tokens, there, timeout_s=_AGAIN_S, tags=found.tags)
 
     def learn(
         self, tokens: bytes, passages: Passages, tables: BlockTables, start: int, tags: Mapping[str, str]
