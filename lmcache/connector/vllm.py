@@ -24,6 +24,7 @@ from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
+from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.lookup import LookupClient, socket_path
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
@@ -60,9 +61,11 @@ def connector_config(vllm_config: VllmConfig) -> LMCacheConfig:
 
 def make_scheduler(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, whole_request: bool, hears_of_failures: bool = True
-) -> SchedulerHalf:
+) -> SchedulerHalf | Inert:
     """The scheduler half for this engine."""
     config = connector_config(vllm_config)
+    if reason := why_inert(vllm_config, kv_cache_config):
+        return Inert(reason)
     vllm_format.check_supported(vllm_config)
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     if transfer.kv_load_failure_policy == "fail":
@@ -92,9 +95,12 @@ def make_scheduler(
 
 def make_worker(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor]
-) -> WorkerHalf:
-    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely."""
+) -> WorkerHalf | None:
+    """The worker half for vLLM's registered KV; None where there is nothing for it to do, which the scheduler half
+    says. UnsupportedLayoutError when it cannot be moved safely."""
     config = connector_config(vllm_config)
+    if why_inert(vllm_config, kv_cache_config):
+        return None
     vllm_format.check_supported(vllm_config)
     codec = codec_of(config)
     cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches), vllm_config)
@@ -137,7 +143,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._scheduler: SchedulerHalf | None = None
+        self._scheduler: SchedulerHalf | Inert | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             several = len(kv_cache_config.kv_cache_groups) > 1
@@ -150,7 +156,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- scheduler side
 
     @property
-    def _planner(self) -> SchedulerHalf:
+    def _planner(self) -> SchedulerHalf | Inert:
         assert self._scheduler is not None, "a scheduler-side method was called on the worker's connector"
         return self._scheduler
 
