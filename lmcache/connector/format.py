@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmcache.connector.cpu_isa import cpu_isa
+from lmcache.connector.surroundings import engine_surroundings
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.errors import ConfigError, UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
@@ -172,7 +173,6 @@ def kv_format(
     """Everything about this engine that changes the bytes of a chunk."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     described = model.hf_text_config.to_json_string()
-    hf_config = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
     # LongRoPE picks its factors by the longest context that vLLM was started with.
     longest = str(model.max_model_len) if any(name in described for name in ("longrope", '"su"')) else ""
     capability = f"{torch.backends.cpu.get_cpu_capability()}{'+amx' if _has_amx() else ''}"
@@ -190,7 +190,7 @@ def kv_format(
         codec=codec,
         extras=(
             ("compute_dtype", str(model.dtype)),
-            ("hf_config", hf_config),
+            ("surroundings", engine_surroundings(vllm_config)),
             ("longrope_max_model_len", longest),
             ("kv_cache_dtype", str(vllm_config.cache_config.cache_dtype)),
             ("quantization", str(model.quantization)),

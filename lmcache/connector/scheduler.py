@@ -96,6 +96,7 @@ class SchedulerHalf:
     failure can be reported for models with several cache groups.
     hold_steps: with several workers, steps for which nothing on top of a load is stored. A load that fails on one
     worker spoils what all of them compute, and the scheduler hears of it some steps later; infinite: it never does.
+    multimodal: requests with images and the like are cached, too.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class SchedulerHalf:
         chunk_tokens: int,
         whole_request: bool,
         hold_steps: float = 0,
+        multimodal: bool = True,
     ) -> None:
         self._config = config
+        self._multimodal = multimodal
         self._client = client
         self._chunk_tokens = chunk_tokens
         self._whole_request = whole_request
@@ -252,6 +255,8 @@ class SchedulerHalf:
         if tracked is None:
             try:
                 tracked = _tracked(request, self._config.blend)
+                if request.mm_features and not self._multimodal:
+                    tracked.readable = tracked.writable = False
             # A request may carry anything (kv_transfer_params are the client's); what cannot be read is not cached.
             except Exception:
                 tracked = _Tracked(request, {}, (), readable=False, writable=False)

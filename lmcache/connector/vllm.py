@@ -28,6 +28,7 @@ from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.lookup import LookupClient, socket_path
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.surroundings import why_no_multimodal
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
@@ -81,6 +82,8 @@ def make_scheduler(
             f"blend: one worker only, this engine has {workers} (tensor_parallel_size {parallel.tensor_parallel_size}, "
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}): leave blend out, and prefixes are reused"
         )
+    if why := why_no_multimodal(vllm_config):
+        logger.warning("lmcache: requests with more than text are not cached: %s", why)
     client = LookupClient([socket_path(transfer.engine_id, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
@@ -90,6 +93,7 @@ def make_scheduler(
         chunk_tokens=chunk_tokens,
         whole_request=whole_request,
         hold_steps=hold if workers > 1 else 0,
+        multimodal=why is None,
     )
 
 
