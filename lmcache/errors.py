@@ -10,6 +10,7 @@
     │   ├── CorruptChunkError           the bytes read are not the chunk that was asked for
     │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
+    ├── AdapterChangedError (RuntimeError) an adapter is not the one that its files were when it was asked for
     └── ClosedError (RuntimeError)      use after close()
 
 A miss is never an exception: lookups and reads return how much they found.
@@ -56,6 +57,10 @@ class ProtocolError(StorageError):
 
 class LeaseExpiredError(LMCacheError, RuntimeError):
     """The chunks of a lookup are no longer held."""
+
+
+class AdapterChangedError(LMCacheError, RuntimeError):
+    """The adapter that the engine has loaded is not the one that its files were when the request came."""
 
 
 class ClosedError(LMCacheError, RuntimeError):

@@ -8,6 +8,10 @@ RETRIEVED_TOKENS = Counter("lmcache_retrieved_tokens", "tokens whose KV was writ
 STORED_TOKENS = Counter("lmcache_stored_tokens", "tokens whose KV was copied out of the engine's pages")
 STORE_REFUSED_TOKENS = Counter("lmcache_store_refused_tokens", "tokens not stored for lack of memory")
 STORE_FAILURES = Counter("lmcache_store_failures", "stores that raised; their tokens will be computed again")
+STORE_DOUBTED_TOKENS = Counter(
+    "lmcache_store_doubted_tokens",
+    "tokens not stored: computed, in part, before weights changed or caches were reset",
+)
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
 SEGMENT_TOKENS = Counter(

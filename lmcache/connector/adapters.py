@@ -9,10 +9,11 @@ the two differ, that request goes on without the cache.
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 import os
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,6 @@ from lmcache.connector.surroundings import surroundings
 if TYPE_CHECKING:
     from vllm.config import LoRAConfig
     from vllm.lora.request import LoRARequest
-
-logger = logging.getLogger(__name__)
 
 # What vLLM reads of an adapter: adapter_config.json and adapter_model.{safetensors,bin,pt}.
 _FILES = "adapter_*"
@@ -123,6 +122,11 @@ def folder_of(lora_path: str) -> str | None:
         return None
 
 
+def shared_name(request: LoRARequest) -> str:
+    """The name under which vLLM's prefix cache shares blocks of an adapter, whatever is behind it."""
+    return f"{request.lora_name}\0{request.lora_path}"
+
+
 class Stamps:
     """The scheduler's side: stamps requests. Content is read on a thread of its own."""
 
@@ -149,7 +153,7 @@ class Stamps:
         by_name = not os.path.isabs(path) and not path.startswith("~") and not Path(path).exists()
         return Adapter(
             request.lora_int_id,
-            f"{request.lora_name}\0{path}",
+            shared_name(request),
             stamp.files,
             must_be_loaded=must_be_loaded or by_name,
             reloaded=request.load_inplace,
@@ -197,7 +201,7 @@ def watch_loads() -> None:
         return adapter
 
     watched.lmcache_watches = True  # type: ignore[attr-defined]
-    WorkerLoRAManager._load_adapter = watched  # type: ignore[method-assign]
+    WorkerLoRAManager._load_adapter = watched
 
 
 class LoadedAdapters:
@@ -213,11 +217,11 @@ class LoadedAdapters:
         # Of each name, the last step at which each content computed; the two latest are all that is ever asked for.
         self._used: dict[str, dict[str | None, int]] = {}
 
-    def begin_step(self, step: int, adapters: dict[str, int]) -> None:
-        """A step computes with these: vLLM's number of each, by name."""
+    def begin_step(self, step: int, adapters: Sequence[tuple[str, int]]) -> None:
+        """A step computes with these: name and vLLM's number of each."""
         self._step = step
         loaded = self._loaded() if adapters else {}
-        for name, number in adapters.items():
+        for name, number in adapters:
             origin = getattr(loaded.get(number), _ORIGIN, None)
             if origin is not None and not origin.first_step:
                 origin.first_step = step
@@ -239,7 +243,7 @@ class LoadedAdapters:
         """Whether this very adapter is what vLLM computes with now."""
         return self._is(self._loaded().get(adapter.number), adapter)
 
-    def stores(self, adapter: Adapter, oldest: int) -> bool:
+    def stores(self, adapter: Adapter, oldest: float) -> bool:
         """Whether blocks that were written from step ``oldest`` on come from this adapter."""
         loaded = self._loaded().get(adapter.number)
         if not self._is(loaded, adapter):
@@ -248,7 +252,7 @@ class LoadedAdapters:
         if self._several and not self._agreed(origin):
             return False
         others = (step for content, step in self._used.get(adapter.name, {}).items() if content != adapter.files)
-        return max(others, default=-1) < oldest
+        return max(others, default=-math.inf) < oldest
 
     def _agreed(self, origin: _Origin) -> bool:
         """Whether the other workers have read the same: nothing has been touched since all of them have."""

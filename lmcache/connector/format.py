@@ -236,14 +236,6 @@ def model_identity(model: str, revision: str | None) -> str:
     return f"folder:{digest.hexdigest()}"
 
 
-def adapter_stamp(path: str) -> str:
-    """Names, sizes and times of an adapter's files, so that one that is trained further in place is another one."""
-    folder = Path(path)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    stats = [f"{file.name}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for file in files if file.is_file()]
-    return hashlib.blake2b("|".join(stats).encode(), digest_size=16).hexdigest()
-
-
 def _hub_commit(model: str, revision: str | None) -> str:
     try:
         from huggingface_hub import try_to_load_from_cache

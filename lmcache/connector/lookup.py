@@ -20,6 +20,7 @@ import msgspec
 import zmq
 
 from lmcache import metrics
+from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending, Found
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, Lookup
@@ -32,13 +33,14 @@ _LEAST_S = 0.05  # what is left for passages where the exact prefix took all the
 
 
 class Acquire(msgspec.Struct, tag=True, frozen=True):
-    """passages: how they are found, where the request is to be blended."""
+    """passages: how they are found, where the request is to be blended. adapter: the request's, if it has one."""
 
     lookup_id: int
     tokens: bytes
     tags: dict[str, str]
     placeholders: list[PlaceholderSpan]
     passages: Passages | None = None
+    adapter: Adapter | None = None
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
@@ -97,10 +99,18 @@ class LookupServer:
     """The worker's side: one thread that answers lookups and keeps them until they are loaded or released.
 
     Passages are looked for on threads beside it, for that waits for storage.
+    admits: whether KV of an adapter may be promised.
     """
 
-    def __init__(self, engine: CacheEngine, address: str, blending: Blending | None = None) -> None:
+    def __init__(
+        self,
+        engine: CacheEngine,
+        address: str,
+        blending: Blending | None = None,
+        admits: Callable[[Adapter], bool] = lambda adapter: True,
+    ) -> None:
         self._engine = engine
+        self._admits = admits
         self._blending = blending
         self._finders = ThreadPoolExecutor(_FINDERS, "lmcache-passages")
         self._address = address
@@ -175,6 +185,8 @@ class LookupServer:
         elif isinstance(request, Clear):
             count = self._engine.clear() + (self._blending.clear() if self._blending else 0)
             self._answer(client, Reply(request.lookup_id, count))
+        elif request.adapter is not None and not self._admits(request.adapter):
+            self._answer(client, Reply(request.lookup_id, 0))
         else:
             held, asked_at = Held(), time.monotonic()
             with self._lock:
@@ -269,9 +281,13 @@ class LookupClient:
         tags: Mapping[str, str],
         placeholders: Sequence[PlaceholderSpan],
         passages: Passages | None = None,
+        *,
+        adapter: Adapter | None = None,
     ) -> int:
         """Ask every worker to hold the longest prefix it has, and ``passages`` behind it; returns the lookup's id."""
-        return self._ask(lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders), passages))
+        return self._ask(
+            lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders), passages, adapter)
+        )
 
     def clear(self, timeout_s: float) -> bool:
         """Have every worker forget its chunks; False when one failed or did not answer in time."""

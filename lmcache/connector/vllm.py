@@ -24,6 +24,7 @@ from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
+from lmcache.connector.adapters import LoadedAdapters, Stamps, watch_loads
 from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.lookup import LookupClient, socket_path
 from lmcache.connector.metadata import StepMetadata
@@ -94,6 +95,7 @@ def make_scheduler(
         whole_request=whole_request,
         hold_steps=hold if workers > 1 else 0,
         multimodal=why is None,
+        adapters=Stamps(vllm_config.lora_config) if vllm_config.lora_config else None,
     )
 
 
@@ -135,7 +137,13 @@ def make_worker(
         model = adapt(find_model(vllm_config.compilation_config.static_forward_context))
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
-    worker = WorkerHalf(config, socket_path(vllm_config.kv_transfer_config.engine_id, rank), format, cache, blended)
+    adapters = None
+    if vllm_config.lora_config is not None:
+        watch_loads()
+        several = parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1
+        adapters = LoadedAdapters(vllm_config.lora_config, several_workers=several)
+    address = socket_path(vllm_config.kv_transfer_config.engine_id, rank)
+    worker = WorkerHalf(config, address, format, cache, blended, adapters)
     logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
     return worker
 

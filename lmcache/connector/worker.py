@@ -12,12 +12,13 @@ import torch
 from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
+from lmcache.connector.adapters import LoadedAdapters
 from lmcache.connector.blending import Blending
 from lmcache.connector.lookup import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import LeaseExpiredError
+from lmcache.errors import AdapterChangedError, LeaseExpiredError
 from lmcache.keys import KVFormat
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class WorkerHalf:
     """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
+    adapters: what vLLM has loaded of them, where it loads any.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class WorkerHalf:
         format: KVFormat,
         cache: PagedCache,
         blended: tuple[BlendModel, Sequence[str], int] | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
+        self._adapters = adapters or LoadedAdapters(None)
         self.engine = CacheEngine(config, format, cache)
         try:
             self.blending = Blending(config.blend, self.engine, *blended) if config.blend and blended else None
-            self._server = LookupServer(self.engine, address, self.blending)
+            self._server = LookupServer(self.engine, address, self.blending, self._adapters.admits)
         except BaseException:
             self.engine.close()
             raise
@@ -57,6 +61,7 @@ class WorkerHalf:
     def start_load(self, meta: StepMetadata) -> None:
         """Do the step's loads; what fails is remembered for ``take_results`` and ``take_failed_blocks``."""
         self._tainted_blocks.append(set())
+        self._adapters.begin_step(meta.step, meta.adapters)
         for load in meta.loads:
             held = self._server.take(load.lookup_id)
             try:
@@ -76,6 +81,9 @@ class WorkerHalf:
         """Store what this step computed. The pages are read before this returns."""
         for store in meta.stores:
             if self._is_tainted(store):
+                continue
+            if store.adapter is not None and not self._adapters.stores(store.adapter, store.oldest):
+                metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
                 continue
             try:
                 self.engine.store(
@@ -122,6 +130,10 @@ class WorkerHalf:
     def _load(self, load: Load, held: Held | None) -> None:
         if held is None or held.lookup is None:
             raise LeaseExpiredError(f"lookup {load.lookup_id} is not held by this worker")
+        if load.adapter is not None and not self._adapters.loads(load.adapter):
+            raise AdapterChangedError(
+                f"adapter {load.adapter.number} is not the one that its files were when asked for"
+            )
         if not load.blended:
             self.engine.retrieve(held.lookup, load.block_ids, start=load.start, stop=load.stop)
             return

@@ -112,15 +112,6 @@ def test_a_folder_without_weights_asks_for_a_name_and_a_file_is_read(tmp_path: P
     assert vllm_format.model_identity(str(file), None) != first
 
 
-def test_an_adapter_that_was_trained_further_is_another_one(tmp_path: Path) -> None:
-    (tmp_path / "adapter.safetensors").write_bytes(b"a")
-    os.utime(tmp_path / "adapter.safetensors", ns=(1, 1))
-    first = vllm_format.adapter_stamp(str(tmp_path))
-    assert vllm_format.adapter_stamp(str(tmp_path)) == first
-    os.utime(tmp_path / "adapter.safetensors", ns=(2, 2))
-    assert vllm_format.adapter_stamp(str(tmp_path)) != first
-
-
 def test_a_replica_over_several_hosts_is_refused() -> None:
     fake = SimpleNamespace(cache_config=SimpleNamespace(), parallel_config=SimpleNamespace(nnodes=2))
     with pytest.raises(UnsupportedLayoutError, match="spans hosts"):

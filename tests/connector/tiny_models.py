@@ -96,6 +96,25 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
+def adapter(folder: Path, seed: int, layers: int = 4) -> Path:
+    """A LoRA of the llama, as peft writes it: wide enough to change what is generated. Written anew, in place."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(layers):
+        for name, width in (("q_proj", 256), ("v_proj", 128)):
+            where = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{where}.lora_A.weight"] = torch.randn(8, 256, generator=generator) * 0.2
+            tensors[f"{where}.lora_B.weight"] = torch.randn(width, 8, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder
+
+
 def prompt(seed: int, length: int) -> list[int]:
     """Token ids, the same on every machine."""
     import numpy as np
