@@ -135,6 +135,11 @@ class LMCacheConfig(Config):
         None,
         description="reuse of passages anywhere in a prompt (approximate); null: exact prefixes only; {} for defaults",
     )
+    reset: Literal["memory", "tiers"] = Field(
+        "memory",
+        description="what vLLM's reset_prefix_cache(reset_connector=True) and sleep() forget: memory: what this engine "
+        "holds in memory; tiers: this model's chunks in every tier too, also those of other engines",
+    )
     store_generated: bool = Field(True, description="also store the KV of generated tokens, block by block")
     write_queue: ByteSize = Field(
         ByteSize(256 << 20), gt=0, description="bytes per tier that may wait to be written; more are shed, and counted"

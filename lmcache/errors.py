@@ -11,6 +11,7 @@
     │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
     ├── AdapterChangedError (RuntimeError) an adapter is not the one that its files were when it was asked for
+    ├── WeightsChangedError (RuntimeError)  the model computes with other weights than its KV is named after
     └── ClosedError (RuntimeError)      use after close()
 
 A miss is never an exception: lookups and reads return how much they found.
@@ -61,6 +62,10 @@ class LeaseExpiredError(LMCacheError, RuntimeError):
 
 class AdapterChangedError(LMCacheError, RuntimeError):
     """The adapter that the engine has loaded is not the one that its files were when the request came."""
+
+
+class WeightsChangedError(LMCacheError, RuntimeError):
+    """The model computes with other weights than its KV is named after; that KV is neither stored nor used."""
 
 
 class ClosedError(LMCacheError, RuntimeError):

@@ -12,6 +12,8 @@ STORE_DOUBTED_TOKENS = Counter(
     "lmcache_store_doubted_tokens",
     "tokens not stored: computed, in part, before weights changed or caches were reset",
 )
+WEIGHTS_CHANGED = Counter("lmcache_weights_changed", "times that the weights turned out to be others while serving")
+WEIGHTS_UNKNOWN = Counter("lmcache_weights_unknown", "times that the weights of the model could not be named")
 LOAD_FAILURES = Counter("lmcache_load_failures", "loads that raised; vLLM was told")
 LOOKUP_ERRORS = Counter("lmcache_lookup_errors", "lookups that failed and counted as a miss")
 SEGMENT_TOKENS = Counter(

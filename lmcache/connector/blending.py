@@ -90,6 +90,13 @@ class Blending:
         self._indexes: OrderedDict[tuple[tuple[str, str], ...], ContentIndex] = OrderedDict()
         self._lock = threading.Lock()
 
+    def rename(self, model: str) -> None:
+        """The model computes with other weights from now on: nothing that was learned before is found again."""
+        format = replace(self.store.format, model=model)
+        with self._lock:
+            self.store = SegmentStore(self._engine.storage, format, codec=self._engine.config.codec)
+            self._indexes.clear()
+
     def find(
         self, tokens: bytes, passages: Passages, exact: int, tags: Mapping[str, str], timeout_s: float
     ) -> Found | None:

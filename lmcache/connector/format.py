@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +12,7 @@ import torch
 from lmcache.connector.cpu_isa import cpu_isa
 from lmcache.connector.surroundings import engine_surroundings
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.errors import ConfigError, UnsupportedLayoutError
+from lmcache.errors import UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
 from lmcache.kernels.codecs import RAW
 from lmcache.kernels.cpu_blocks import ISAS
@@ -31,8 +29,6 @@ KINDS = {
     "SlidingWindowSpec": "sliding_window",
     "MLAAttentionSpec": "mla_attention",
 }
-SAMPLE_BYTES, SAMPLES = 4096, 64
-WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 
 
 def layer_specs(kv_cache_config: KVCacheConfig) -> list[list[tuple[str, Any]]]:
@@ -49,6 +45,11 @@ def layer_specs(kv_cache_config: KVCacheConfig) -> list[list[tuple[str, Any]]]:
                 )
         groups.append(specs)
     return groups
+
+
+def block_tokens(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Tokens of a block of each group, as the scheduler counts them."""
+    return [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
 
 
 def block_unit(kv_cache_config: KVCacheConfig) -> int:
@@ -165,12 +166,13 @@ def kv_format(
     vllm_config: VllmConfig,
     cache: PagedCache,
     *,
+    weights: str,
     model_id: str | None,
     chunk_tokens: int,
     vllm_version: str,
     codec: str = RAW,
 ) -> KVFormat:
-    """Everything about this engine that changes the bytes of a chunk."""
+    """Everything about this engine that changes the bytes of a chunk. weights: what names the model's weights."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     described = model.hf_text_config.to_json_string()
     # LongRoPE picks its factors by the longest context that vLLM was started with.
@@ -179,7 +181,7 @@ def kv_format(
     opaque = f"vllm-{vllm_version}/{platform.machine()}/{capability}"
     tp_rank, pp_rank = _ranks(parallel)
     return KVFormat(
-        model=model_id or model_identity(model.model, model.revision),
+        model=weights,
         chunk_tokens=chunk_tokens,
         planes=tuple(plane.format() for plane in cache.planes),
         layout=opaque if cache.opaque else "token",
@@ -191,6 +193,7 @@ def kv_format(
         extras=(
             ("compute_dtype", str(model.dtype)),
             ("surroundings", engine_surroundings(vllm_config)),
+            ("model_id", model_id or ""),
             ("longrope_max_model_len", longest),
             ("kv_cache_dtype", str(vllm_config.cache_config.cache_dtype)),
             ("quantization", str(model.quantization)),
@@ -207,41 +210,3 @@ def _ranks(parallel: Any) -> tuple[int, int]:
 def _has_amx() -> bool:
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe and probe())
-
-
-def model_identity(model: str, revision: str | None) -> str:
-    """A name that two different sets of weights never share.
-
-    A hub model: name and revision (the snapshot's commit where the hub cache tells it). A local folder: the names,
-    sizes and modification times of its weight files and evenly spread samples of their content, so that weights that
-    were trained further in place are another model. ``model_id`` in the config overrides it, for hosts that hold the
-    same weights in copies.
-    """
-    local = Path(model)
-    if not local.exists():
-        return f"{model}@{revision or 'main'}{_hub_commit(model, revision)}"
-    weights = [local] if local.is_file() else sorted(p for p in local.iterdir() if p.suffix in WEIGHTS)
-    if not weights:
-        raise ConfigError(
-            f"{model} holds no weight file ({', '.join(sorted(WEIGHTS))}): set model_id to name the weights"
-        )
-    digest = hashlib.blake2b(digest_size=16)
-    for path in weights:
-        stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        with path.open("rb") as file:
-            for i in range(SAMPLES):
-                file.seek(i * stat.st_size // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return f"folder:{digest.hexdigest()}"
-
-
-def _hub_commit(model: str, revision: str | None) -> str:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(model, "config.json", revision=revision)
-    except (ImportError, ValueError):
-        return ""
-    # .../snapshots/<commit>/config.json
-    return f"/{Path(config).parent.name}" if isinstance(config, str) else ""

@@ -22,6 +22,7 @@ import zmq
 from lmcache import metrics
 from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending, Found
+from lmcache.connector.identity import Identity
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, Lookup
 from lmcache.keys import PlaceholderSpan
@@ -33,13 +34,17 @@ _LEAST_S = 0.05  # what is left for passages where the exact prefix took all the
 
 
 class Acquire(msgspec.Struct, tag=True, frozen=True):
-    """passages: how they are found, where the request is to be blended. adapter: the request's, if it has one."""
+    """passages: how they are found, where the request is to be blended. ranks: the weights' token of every worker.
+
+    adapter: the request's, if it has one.
+    """
 
     lookup_id: int
     tokens: bytes
     tags: dict[str, str]
     placeholders: list[PlaceholderSpan]
     passages: Passages | None = None
+    ranks: tuple[str, ...] = ()
     adapter: Adapter | None = None
 
 
@@ -54,22 +59,27 @@ class Clear(msgspec.Struct, tag=True, frozen=True):
 class Reply(msgspec.Struct, frozen=True):
     """tokens: held for the lookup (Acquire), or chunks removed (Clear); -1: the request failed.
 
-    reach: where what can be blended ends, if that is further.
+    reach: where what can be blended ends, if that is further. weights: the worker's token.
     """
 
     lookup_id: int
     tokens: int
     reach: int = 0
+    weights: str = ""
 
 
 _Request = Acquire | Release | Clear
 
 
 class Answer(NamedTuple):
-    """The first ``tokens`` of a prompt are held exactly, and up to ``reach`` passages that can be blended."""
+    """The first ``tokens`` of a prompt are held exactly, and up to ``reach`` passages that can be blended.
+
+    ranks: the weights' token of every worker.
+    """
 
     tokens: int
     reach: int = 0
+    ranks: tuple[str, ...] = ()
 
 
 class Held:
@@ -99,7 +109,7 @@ class LookupServer:
     """The worker's side: one thread that answers lookups and keeps them until they are loaded or released.
 
     Passages are looked for on threads beside it, for that waits for storage.
-    admits: whether KV of an adapter may be promised.
+    identity: while it is in doubt, lookups wait for ``resume``. admits: whether KV of an adapter may be promised.
     """
 
     def __init__(
@@ -107,10 +117,13 @@ class LookupServer:
         engine: CacheEngine,
         address: str,
         blending: Blending | None = None,
+        identity: Identity | None = None,
         admits: Callable[[Adapter], bool] = lambda adapter: True,
     ) -> None:
         self._engine = engine
         self._admits = admits
+        self._identity = identity or Identity(None)
+        self._waiting: list[tuple[bytes, Acquire]] = []  # of the server's thread
         self._blending = blending
         self._finders = ThreadPoolExecutor(_FINDERS, "lmcache-passages")
         self._address = address
@@ -135,6 +148,18 @@ class LookupServer:
         """What is held for the lookup, handed over to the caller, who closes it."""
         with self._lock:
             return self._lookups.pop(lookup_id, None)
+
+    def resume(self) -> None:
+        """Go on with lookups that wait for the weights to be known."""
+        if self._waiting:
+            self._wake()
+
+    def drop(self) -> None:
+        """Let go of every lookup: what it holds has another name now."""
+        with self._lock:
+            lookups, self._lookups = list(self._lookups.values()), {}
+        for held in lookups:
+            held.close()
 
     def close(self) -> None:
         """Stop answering and let go of every lookup. Idempotent."""
@@ -166,6 +191,9 @@ class LookupServer:
                 self._wake_in.recv()
                 with self._lock:
                     self._woken = False
+                waiting, self._waiting = self._waiting, []
+                for client, request in waiting:
+                    self._acquire(client, request)
                 self._send_replies()
             if self._socket in ready:
                 client, body = self._socket.recv_multipart()[:2]
@@ -183,20 +211,31 @@ class LookupServer:
             if held := self.take(request.lookup_id):
                 held.close()
         elif isinstance(request, Clear):
-            count = self._engine.clear() + (self._blending.clear() if self._blending else 0)
-            self._answer(client, Reply(request.lookup_id, count))
-        elif request.adapter is not None and not self._admits(request.adapter):
-            self._answer(client, Reply(request.lookup_id, 0))
+            self._answer(client, Reply(request.lookup_id, self._engine.reset()))
         else:
-            held, asked_at = Held(), time.monotonic()
-            with self._lock:
-                self._lookups[request.lookup_id] = held
-            held.lookup = self._engine.lookup(
-                request.tokens,
-                tags=request.tags,
-                placeholders=request.placeholders,
-                on_done=lambda done: self._looked_up(client, request, done.tokens, time.monotonic() - asked_at),
-            )
+            self._acquire(client, request)
+
+    def _acquire(self, client: bytes, request: Acquire) -> None:
+        if self._identity.in_doubt():
+            self._waiting.append((client, request))
+            return
+        names = self._identity.tags(request.ranks)
+        if names is None or (request.adapter is not None and not self._admits(request.adapter)):
+            self._answer(client, Reply(request.lookup_id, 0))
+            return
+        held, asked_at = Held(), time.monotonic()
+        with self._lock:
+            self._lookups[request.lookup_id] = held
+        held.lookup = self._engine.lookup(
+            request.tokens,
+            tags={**request.tags, **names},
+            placeholders=request.placeholders,
+            on_done=lambda done: self._looked_up(client, request, self._usable(done), time.monotonic() - asked_at),
+        )
+
+    def _usable(self, done: Lookup) -> int:
+        """Tokens that are held, unless the weights have changed while they were read."""
+        return done.tokens if done.fingerprint == self._engine.database.fingerprint else 0
 
     def _looked_up(self, client: bytes, request: Acquire, exact: int, seconds: float) -> None:
         """The exact prefix is held; passages behind it are next."""
@@ -239,6 +278,7 @@ class LookupServer:
         self._answer(client, Reply(lookup_id, -1))
 
     def _answer(self, client: bytes, reply: Reply) -> None:
+        reply = msgspec.structs.replace(reply, weights=self._identity.token)
         with self._lock:
             self._replies.append((client, reply))
         if threading.current_thread() is not self._thread:
@@ -273,7 +313,11 @@ class LookupClient:
             self._poller.register(socket, zmq.POLLIN)
             self._sockets.append(socket)
         self._next_id = 0
-        self._answers: dict[int, list[Answer]] = {}
+        self._answers: dict[int, dict[int, Reply]] = {}  # by lookup, then by rank
+
+    @property
+    def workers(self) -> int:
+        return len(self._sockets)
 
     def acquire(
         self,
@@ -281,23 +325,19 @@ class LookupClient:
         tags: Mapping[str, str],
         placeholders: Sequence[PlaceholderSpan],
         passages: Passages | None = None,
-        *,
+        ranks: tuple[str, ...] = (),
         adapter: Adapter | None = None,
     ) -> int:
         """Ask every worker to hold the longest prefix it has, and ``passages`` behind it; returns the lookup's id."""
         return self._ask(
-            lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders), passages, adapter)
+            lambda lookup_id: Acquire(
+                lookup_id, tokens, dict(tags), list(placeholders), passages, ranks=ranks, adapter=adapter
+            )
         )
 
-    def clear(self, timeout_s: float) -> bool:
-        """Have every worker forget its chunks; False when one failed or did not answer in time."""
-        lookup_id = self._ask(Clear)
-        deadline = time.monotonic() + timeout_s
-        while (count := self.answer(lookup_id, max(0.0, deadline - time.monotonic()))) is None:
-            if time.monotonic() >= deadline:
-                self._answers.pop(lookup_id, None)
-                return False
-        return count.tokens >= 0
+    def reset(self) -> None:
+        """Have every worker forget what it holds in memory, before anything that is asked from now on."""
+        self._answers.pop(self._ask(Clear))
 
     def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
         """What *every* worker holds, or None while one has not answered. Waits ``wait_s`` at most."""
@@ -308,7 +348,9 @@ class LookupClient:
                 return Answer(0)
             if len(answers) == len(self._sockets):
                 del self._answers[lookup_id]
-                return Answer(*map(min, zip(*answers, strict=True)))
+                replies = [answers[rank] for rank in range(len(self._sockets))]
+                ranks = tuple(reply.weights for reply in replies)
+                return Answer(min(r.tokens for r in replies), min(r.reach for r in replies), ranks)
             left = deadline - time.monotonic()
             if not self._receive(max(0.0, left)) and left <= 0:
                 return None
@@ -325,7 +367,7 @@ class LookupClient:
 
     def _ask(self, build: Callable[[int], _Request]) -> int:
         self._next_id += 1
-        self._answers[self._next_id] = []
+        self._answers[self._next_id] = {}
         self._send(build(self._next_id))
         return self._next_id
 
@@ -343,5 +385,5 @@ class LookupClient:
         for socket, _ in ready:
             reply = msgspec.msgpack.decode(socket.recv(), type=Reply)
             if reply.lookup_id in self._answers:
-                self._answers[reply.lookup_id].append(Answer(reply.tokens, reply.reach))
+                self._answers[reply.lookup_id][self._sockets.index(socket)] = reply
         return bool(ready)

@@ -38,7 +38,8 @@ class Load:
 class Store:
     """Store the KV of ``tokens`` (uint32, from the first one) that ends after ``start``.
 
-    oldest: the step in which the first of their blocks was begun. adapter: the request's, if it has one.
+    oldest: the step in which the first of their blocks was begun. ranks: the weights' token of every worker, as the
+    scheduler knows them; () for one worker. adapter: the request's, if it has one.
     """
 
     request_id: str
@@ -49,12 +50,13 @@ class Store:
     tags: dict[str, str]
     placeholders: Sequence[PlaceholderSpan]
     oldest: float = float("inf")
+    ranks: tuple[str, ...] = ()
     adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
 class Learn:
-    """Keep the passages of ``tokens`` (uint32, from the first one) that end behind ``start``."""
+    """Keep the passages of ``tokens`` (uint32, from the first one) that end behind ``start``. oldest: as of Store."""
 
     request_id: str
     tokens: bytes
@@ -62,6 +64,7 @@ class Learn:
     start: int
     passages: Passages
     tags: dict[str, str]
+    oldest: float = float("inf")
 
 
 @dataclass

@@ -22,6 +22,7 @@ import numpy as np
 from lmcache import metrics
 from lmcache.config import BlendConfig, LMCacheConfig
 from lmcache.connector.adapters import Adapter, Stamp, Stamps, shared_name, signature_of
+from lmcache.connector.ages import BlockAges
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
 from lmcache.connector.passages import Passages, passages_of
@@ -85,7 +86,6 @@ class _Tracked:
     stamping: Future[Stamp | None] | None = None
     stamp: Stamp | None = None
     adapter: Adapter | None = None
-    begun: int = 0
     tracked_at: float = field(default_factory=time.monotonic)
 
     def tokens(self, stop: int) -> bytes:
@@ -101,6 +101,7 @@ class SchedulerHalf:
 
     chunk_tokens: as the workers use it. whole_request: loads are vLLM's asynchronous ones, which is the only kind whose
     failure can be reported for models with several cache groups.
+    block_tokens: tokens of a block of each cache group.
     hold_steps: with several workers, steps for which nothing on top of a load is stored. A load that fails on one
     worker spoils what all of them compute, and the scheduler hears of it some steps later; infinite: it never does.
     multimodal: requests with images and the like are cached, too. adapters: tells what an adapter is; None: requests
@@ -113,6 +114,7 @@ class SchedulerHalf:
         client: LookupClient,
         *,
         chunk_tokens: int,
+        block_tokens: Sequence[int],
         whole_request: bool,
         hold_steps: float = 0,
         multimodal: bool = True,
@@ -129,6 +131,9 @@ class SchedulerHalf:
         self._wait_s = IDLE_WAIT_S
         self._hold_steps = hold_steps
         self._step = 0
+        self._ages = BlockAges(block_tokens)
+        self._since = 0  # nothing that was begun in an earlier step is stored
+        self._ranks: tuple[str, ...] = ()  # the weights' token of every worker, where there are several
         self._recent: list[tuple[float, frozenset[int]]] = []  # (step until which to hold, blocks that were loaded)
         self._timeouts = 0
         self._muted_until = 0.0
@@ -215,17 +220,20 @@ class SchedulerHalf:
                 # vLLM counts on this load; going on without it would be wrong KV.
                 raise RuntimeError(f"vLLM names no blocks for the load of request {load.request_id}")
             meta.loads.append(Load(**{**vars(load), "block_ids": _without_null(blocks)}))
+            self._ages.begun(blocks, load.start, load.stop, self._step)
             self._hold(meta.loads[-1])
         self._loads.clear()
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, scheduled in output.num_scheduled_tokens.items():
+            start = computed.get(request_id, 0)
+            if self._ages.begins(start, scheduled):
+                self._ages.begun(self._block_ids(output, request_id), start, start + scheduled, self._step)
             tracked = self._tracked.get(request_id)
             if tracked is not None and tracked.request.lora_request is not None:
                 lora = tracked.request.lora_request
                 meta.adapters.append((shared_name(lora), lora.lora_int_id))
-                tracked.begun = tracked.begun or (-1 if computed.get(request_id, 0) else self._step)
                 if not self._is_identified(tracked):
                     continue
             if tracked is None or not tracked.writable or tracked.blended or self._is_held(tracked, output):
@@ -264,13 +272,18 @@ class SchedulerHalf:
             self._client.release(entry[0].lookup_id)
 
     def reset_cache(self) -> bool:
-        """Forget every chunk of this model, in every tier of every worker."""
+        """Have every worker forget what the configuration's ``reset`` says. Returns at once.
+
+        What was computed before is not stored any more either: a request that still runs would bring it back.
+        """
+        self._since = self._step + 1
         for tracked in self._tracked.values():
-            tracked.stored = 0
+            tracked.stored = tracked.learned = 0
             if tracked.pending is not None:
                 self._client.release(tracked.pending.lookup_id)
                 tracked.pending = None
-        return self._client.clear(self._config.read_timeout_s + self._config.lookup_timeout_s)
+        self._client.reset()
+        return True
 
     def shutdown(self) -> None:
         self._client.close()
@@ -362,7 +375,7 @@ class SchedulerHalf:
             self._client.release(tracked.pending.lookup_id)
         tokens = tracked.tokens(tracked.request.num_tokens)
         lookup_id = self._client.acquire(
-            tokens, tracked.tags, tracked.placeholders, tracked.passages, adapter=tracked.adapter
+            tokens, tracked.tags, tracked.placeholders, tracked.passages, self._ranks, tracked.adapter
         )
         tracked.pending = _Pending(lookup_id, time.monotonic(), again)
         return tracked.pending
@@ -390,6 +403,9 @@ class SchedulerHalf:
     def _poll(self, tracked: _Tracked, pending: _Pending) -> None:
         answer = self._client.answer(pending.lookup_id, self._wait_s)
         if answer is not None:
+            if self._are_others(answer.ranks):
+                self._ask(tracked, again=pending.again)
+                return
             pending.matched, pending.reach = max(0, answer.tokens), answer.reach
             pending.seen_at = time.monotonic()
             self._timeouts = 0
@@ -415,19 +431,24 @@ class SchedulerHalf:
         ends_prompt = tracked.stored < request.num_prompt_tokens <= stop
         if stop // self._chunk_tokens <= tracked.stored // self._chunk_tokens and not ends_prompt:
             return None
-        store = Store(
+        blocks = self._block_ids(output, request.request_id)
+        start = tracked.stored // self._chunk_tokens * self._chunk_tokens
+        oldest = self._ages.oldest(blocks, stop)
+        if oldest < self._since:
+            return None
+        tracked.stored = stop
+        return Store(
             request_id=request.request_id,
             tokens=tracked.tokens(stop),
-            block_ids=_without_null(self._block_ids(output, request.request_id)),
-            start=tracked.stored // self._chunk_tokens * self._chunk_tokens,
+            block_ids=_without_null(blocks),
+            start=start,
             tail=ends_prompt,
             tags=tracked.tags,
             placeholders=tracked.placeholders,
-            oldest=tracked.begun,
+            oldest=oldest,
+            ranks=self._ranks,
             adapter=tracked.adapter,
         )
-        tracked.stored = stop
-        return store
 
     def _learn(self, tracked: _Tracked, stop: int, output: SchedulerOutput) -> Learn | None:
         """Passages whose last token this step computes."""
@@ -435,8 +456,29 @@ class SchedulerHalf:
         if tracked.passages is None or stop <= tracked.learned:
             return None
         start, tracked.learned = tracked.learned, stop
-        block_ids = _without_null(self._block_ids(output, tracked.request.request_id))
-        return Learn(tracked.request.request_id, tracked.tokens(stop), block_ids, start, tracked.passages, tracked.tags)
+        blocks = self._block_ids(output, tracked.request.request_id)
+        oldest = self._ages.oldest(blocks, stop)
+        if oldest < self._since:
+            return None
+        return Learn(
+            tracked.request.request_id,
+            tracked.tokens(stop),
+            _without_null(blocks),
+            start,
+            tracked.passages,
+            tracked.tags,
+            oldest,
+        )
+
+    def _are_others(self, ranks: tuple[str, ...]) -> bool:
+        """Whether several workers say that they have other weights than those they were asked for."""
+        if len(ranks) < 2 or ranks == self._ranks:
+            return False
+        names = [token.partition("#")[0] for token in ranks]
+        if self._ranks and names != [token.partition("#")[0] for token in self._ranks]:
+            self._since = self._step + 1
+        self._ranks = ranks
+        return True
 
     def _unshare(self, tracked: _Tracked, exact: int) -> None:
         """Give the blocks behind ``exact`` tokens hashes that no other request has.

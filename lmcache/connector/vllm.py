@@ -25,11 +25,13 @@ from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
 from lmcache.connector.adapters import LoadedAdapters, Stamps, watch_loads
+from lmcache.connector.identity import Identity
 from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.lookup import LookupClient, socket_path
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.surroundings import why_no_multimodal
+from lmcache.connector.weights import Weights
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
@@ -92,6 +94,7 @@ def make_scheduler(
         config,
         client,
         chunk_tokens=chunk_tokens,
+        block_tokens=vllm_format.block_tokens(kv_cache_config),
         whole_request=whole_request,
         hold_steps=hold if workers > 1 else 0,
         multimodal=why is None,
@@ -122,28 +125,31 @@ def make_worker(
         raise UnsupportedLayoutError(
             f"pages of {cache.unit} tokens for vLLM blocks of {vllm_format.block_unit(kv_cache_config)}"
         )
+    layers = vllm_config.compilation_config.static_forward_context
+    weights = Weights(layers)
     format = vllm_format.kv_format(
         vllm_config,
         cache,
+        weights=weights.name or "unknown",
         model_id=config.model_id,
         chunk_tokens=chunk_tokens,
         vllm_version=vllm.__version__,
         codec=codec.id if codec else RAW,
     )
     parallel = vllm_config.parallel_config
-    rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    rank = parallel.rank % ranks
     blended = None
     if config.blend:
-        model = adapt(find_model(vllm_config.compilation_config.static_forward_context))
+        model = adapt(find_model(layers))
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
     adapters = None
     if vllm_config.lora_config is not None:
         watch_loads()
-        several = parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1
-        adapters = LoadedAdapters(vllm_config.lora_config, several_workers=several)
+        adapters = LoadedAdapters(vllm_config.lora_config, several_workers=ranks > 1)
     address = socket_path(vllm_config.kv_transfer_config.engine_id, rank)
-    worker = WorkerHalf(config, address, format, cache, blended, adapters)
+    worker = WorkerHalf(config, address, format, cache, blended, Identity(weights, rank, ranks), adapters)
     logger.info("%s", describe(format, config, [str(tier.get("type")) for tier in config.tiers]))
     return worker
 
@@ -209,6 +215,11 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker = make_worker(self._vllm_config, self._kv_cache_config, kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step(self._step())
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         if self._worker is not None:

@@ -14,11 +14,12 @@ from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
 from lmcache.connector.adapters import LoadedAdapters
 from lmcache.connector.blending import Blending
+from lmcache.connector.identity import Identity
 from lmcache.connector.lookup import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import AdapterChangedError, LeaseExpiredError
+from lmcache.errors import AdapterChangedError, LeaseExpiredError, WeightsChangedError
 from lmcache.keys import KVFormat
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class WorkerHalf:
     """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
+    identity: what the model computes with; the format names it as it is now. None: what the format says stays true.
     adapters: what vLLM has loaded of them, where it loads any.
     """
 
@@ -41,13 +43,15 @@ class WorkerHalf:
         format: KVFormat,
         cache: PagedCache,
         blended: tuple[BlendModel, Sequence[str], int] | None = None,
+        identity: Identity | None = None,
         adapters: LoadedAdapters | None = None,
     ) -> None:
+        self._identity = identity or Identity(None)
         self._adapters = adapters or LoadedAdapters(None)
-        self.engine = CacheEngine(config, format, cache)
+        self.engine = CacheEngine(config, format, cache, holds=self._identity.holds)
         try:
             self.blending = Blending(config.blend, self.engine, *blended) if config.blend and blended else None
-            self._server = LookupServer(self.engine, address, self.blending, self._adapters.admits)
+            self._server = LookupServer(self.engine, address, self.blending, self._identity, self._adapters.admits)
         except BaseException:
             self.engine.close()
             raise
@@ -58,10 +62,15 @@ class WorkerHalf:
         self._tainted_blocks: deque[set[int]] = deque(maxlen=TAINTED_STEPS)
         atexit.register(self.shutdown)
 
+    def begin_step(self, meta: StepMetadata) -> None:
+        """Before anything else of a step: KV is named after the weights and adapters that compute it."""
+        self._identity.settle(meta.step, self._renamed)
+        self._adapters.begin_step(meta.step, meta.adapters)
+        self._server.resume()
+
     def start_load(self, meta: StepMetadata) -> None:
         """Do the step's loads; what fails is remembered for ``take_results`` and ``take_failed_blocks``."""
         self._tainted_blocks.append(set())
-        self._adapters.begin_step(meta.step, meta.adapters)
         for load in meta.loads:
             held = self._server.take(load.lookup_id)
             try:
@@ -82,7 +91,9 @@ class WorkerHalf:
         for store in meta.stores:
             if self._is_tainted(store):
                 continue
-            if store.adapter is not None and not self._adapters.stores(store.adapter, store.oldest):
+            names = self._identity.tags(store.ranks)
+            own = store.adapter is None or self._adapters.stores(store.adapter, store.oldest)
+            if names is None or not own or not self._identity.computed(store.oldest, bool(store.placeholders)):
                 metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
                 continue
             try:
@@ -91,15 +102,19 @@ class WorkerHalf:
                     store.block_ids,
                     start=store.start,
                     tail=store.tail,
-                    tags=store.tags,
+                    tags={**store.tags, **names},
                     placeholders=store.placeholders,
                 )
+            except WeightsChangedError:
+                metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
             # A store that fails is a future miss.
             except Exception:
                 metrics.STORE_FAILURES.inc()
                 logger.exception("lmcache: a store failed; its tokens will be computed again")
         for learn in meta.learns:
             if self.blending is None or self._is_tainted(learn):
+                continue
+            if self._identity.tags(()) is None or not self._identity.computed(learn.oldest, images=False):
                 continue
             try:
                 tables = self.engine.tables(learn.block_ids)
@@ -124,8 +139,16 @@ class WorkerHalf:
     def shutdown(self) -> None:
         """Write out what is queued and let go of everything. Idempotent."""
         atexit.unregister(self.shutdown)
+        self._identity.close()
         self._server.close()
         self.engine.close()
+
+    def _renamed(self, name: str | None) -> None:
+        if name is not None:
+            self.engine.rename(name)
+            if self.blending is not None:
+                self.blending.rename(name)
+        self._server.drop()
 
     def _load(self, load: Load, held: Held | None) -> None:
         if held is None or held.lookup is None:

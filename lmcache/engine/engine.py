@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,7 +23,14 @@ from lmcache.engine.gpu_connector import BlockTables, PageMover
 from lmcache.engine.layout import PagedCache, chunk_tokens
 from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
-from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
+from lmcache.errors import (
+    ClosedError,
+    ConfigError,
+    CorruptChunkError,
+    KernelArgumentError,
+    LeaseExpiredError,
+    WeightsChangedError,
+)
 from lmcache.kernels.codecs import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.eviction import Place
@@ -60,9 +68,11 @@ def pack_tokens(tokens: TokenIds) -> bytes:
 class Lookup:
     """The longest cached prefix of a prompt, held in memory until ``close`` or until the lease times out."""
 
-    def __init__(self, spans: list[Span], lease: Lease) -> None:
+    def __init__(self, spans: list[Span], lease: Lease, fingerprint: bytes) -> None:
         self._spans = spans
         self._lease = lease
+        self.fingerprint = fingerprint
+        """Of the format that was looked for."""
 
     @property
     def tokens(self) -> int:
@@ -107,13 +117,20 @@ class CacheEngine:
     """A cache of KV for one engine's pages.
 
     format: what the pages hold; its ``chunk_tokens`` and planes must describe ``cache`` (see ``CacheEngine.open``).
-    Threads: ``lookup`` may be called from any thread; ``store`` and ``retrieve`` from the one that runs the model.
+    holds: whether the weights that the format names still are the model's; asked when copies have ended.
+    Threads: ``lookup`` may be called from any thread; the rest from the one that runs the model.
     """
 
     def __init__(
-        self, config: LMCacheConfig, format: KVFormat, cache: PagedCache, storage: StorageManager | None = None
+        self,
+        config: LMCacheConfig,
+        format: KVFormat,
+        cache: PagedCache,
+        storage: StorageManager | None = None,
+        holds: Callable[[], bool] = lambda: True,
     ) -> None:
         self.config = config
+        self._holds = holds
         self.format = format
         self.cache = cache
         self.database = TokenDatabase(format, cache.unit)
@@ -145,6 +162,12 @@ class CacheEngine:
         )
         return cls(config, format, cache)
 
+    def rename(self, model: str) -> None:
+        """The pages hold another model's KV from now on: keys are of its format. What was looked up before cannot be
+        retrieved any more."""
+        self.format = msgspec.structs.replace(self.format, model=model)
+        self.database = TokenDatabase(self.format, self.cache.unit)
+
     def lookup(
         self,
         tokens: TokenIds,
@@ -159,18 +182,19 @@ class CacheEngine:
         from whatever thread ends the last read (from this one when everything is in memory).
         """
         self._check_open()
-        spans = self._cached_prefix(self.database.prompt(pack_tokens(tokens), tags, placeholders))
+        database = self.database
+        spans = self._cached_prefix(database.prompt(pack_tokens(tokens), tags, placeholders))
 
         def finished(lease: Lease) -> None:
             if on_done is not None:
-                on_done(Lookup(spans, lease))
+                on_done(Lookup(spans, lease, database.fingerprint))
 
         lease = self.storage.acquire(
             [span.key for span in spans],
             [self._sizes(span.start, span.stop) for span in spans],
             on_done=finished,
         )
-        return Lookup(spans, lease)
+        return Lookup(spans, lease, database.fingerprint)
 
     def retrieve(
         self, lookup: Lookup, block_ids: Sequence[Sequence[int]], *, start: int = 0, stop: int | None = None
@@ -180,11 +204,15 @@ class CacheEngine:
         block_ids: the request's block table of every group, from its first token; negative: no block there.
         start: a multiple of the block; the pages before it are left alone.
         stop: where to end (the last block is written whole), by default where the found prefix does.
-        Raises LeaseExpiredError when what was found is no longer held up to ``stop``; nothing is written then.
+        Raises LeaseExpiredError when what was found is no longer held up to ``stop``, or was looked up under another
+        name; nothing is written then. Raises WeightsChangedError when the weights turn out to be others: what the pages
+        hold then is not to be used.
         Raises CorruptChunkError when a chunk is not what it should be: it is removed, and what the pages hold then is
         not to be used.
         """
         self._check_open()
+        if lookup.fingerprint != self.database.fingerprint:
+            raise LeaseExpiredError("the model was renamed since it was looked up: look up again")
         # Handles of our own: the lease may run out on another thread while its bytes are being copied.
         buffers = lookup.lease.share()
         try:
@@ -217,6 +245,7 @@ class CacheEngine:
                     raise
                 whole += [(span, each) for each in found or ()]
         self._mover.synchronize()
+        self._check_weights()
         intact = torch.stack([each for _, each in whole]).tolist() if whole else []
         if not all(intact):
             for span in {span for (span, _), good in zip(whole, intact, strict=True) if not good}:
@@ -242,7 +271,8 @@ class CacheEngine:
         """Store the chunks of ``tokens`` that end after ``start`` and that no tier holds; returns tokens copied.
 
         tail: also store the whole blocks behind the last full chunk.
-        What finds no room in memory is not stored: a future miss, counted.
+        What finds no room in memory is not stored: a future miss, counted. Raises WeightsChangedError, and stores
+        nothing, when the weights turn out to be others than those that the format names.
         """
         self._check_open()
         prompt = self.database.prompt(pack_tokens(tokens), tags, placeholders)
@@ -261,6 +291,7 @@ class CacheEngine:
             else:
                 self._store_raw(tables, spans, stored)
             self._mover.synchronize()
+            self._check_weights()
         except BaseException:
             self._give_back([taken for _, taken in stored])
             raise
@@ -317,6 +348,13 @@ class CacheEngine:
         """Bytes of the chunk of these token positions, or the range that they are in."""
         return self._packed.sizes(start, stop) if self._packed else self.cache.chunk_bytes(stop - start)
 
+    def reset(self) -> int:
+        """Forget what this process holds in memory; where ``reset`` says tiers, this format's chunks in every tier."""
+        self._check_open()
+        if self.config.reset == "tiers":
+            self.clear()
+        return self.storage.clear(tier="memory")
+
     def clear(self) -> int:
         """Forget every chunk of this format, in every tier; returns how many."""
         self._check_open()
@@ -350,6 +388,10 @@ class CacheEngine:
             if len(ids) < last - first or min(ids) < 0:
                 return False
         return True
+
+    def _check_weights(self) -> None:
+        if not self._holds():
+            raise WeightsChangedError("the weights are not those any more that this engine's format names")
 
     def _check_open(self) -> None:
         if self._closed.is_set():

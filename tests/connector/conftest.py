@@ -21,9 +21,9 @@ from harness import DRIVE, DRIVE_MANY, Failed, environment
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny random model, by family."""
+    """Folder of a tiny random model, by family; another seed, other weights."""
     root = tmp_path_factory.mktemp("models")
-    return lambda family: tiny_models.make(family, root / family)
+    return lambda family, seed=0: tiny_models.make(family, root / f"{family}-{seed}", seed)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ kv_transfer_params of each), {"reset": "vllm" | "all"},
 {"garble_loads": true} (every load
 writes other bytes than were stored),
 {"say": text} (a line on stdout, for whoever wants to send a signal then), {"used": true}, {"preemptions": true},
+{"reload": folder} (other weights in place), {"apply": expression} (of ``model``, through apply_model), {"touch":
+expression} (of ``model``, behind vLLM's back), {"sleep": level} and {"wake": true}, {"call": method} (of the worker),
 {"check_pages": true} (from now on every load is read back from the pages and compared), {"checked": true}
 (how many were), {"share_blended": true} (blended blocks keep the hashes of their tokens), {"lose_passages": n} (the
 passages of the next n loads are gone, and so is what storage has of them).
@@ -61,6 +63,22 @@ def step(llm: Any, each: dict[str, Any]) -> Any:
         return say(each["say"])
     if "reset" in each:
         return llm.reset_prefix_cache(reset_connector=each["reset"] == "all")
+    if "reload" in each:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": each["reload"]})
+        return None
+    if "apply" in each:
+        return llm.apply_model(lambda model: (eval(each["apply"], {"model": model}), None)[1])
+    if "touch" in each:
+        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+        eval(each["touch"], {"model": model})
+        return None
+    if "sleep" in each:
+        return llm.sleep(each["sleep"])
+    if "wake" in each:
+        return llm.wake_up()
+    if "call" in each:
+        llm.collective_rpc(each["call"])
+        return None
     if "break_loads" in each:
         return break_loads(each["break_loads"])
     if "garble_loads" in each:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lmcache.connector import format as vllm_format
-from lmcache.errors import ConfigError, UnsupportedLayoutError
+from lmcache.errors import UnsupportedLayoutError
 
 
 def config(groups: list[tuple[list[str], object]], num_blocks: int = 8) -> SimpleNamespace:
@@ -79,37 +77,6 @@ def test_what_would_make_kv_differ_is_refused(cache: dict[str, object], parallel
     fake = SimpleNamespace(cache_config=SimpleNamespace(**cache), parallel_config=SimpleNamespace(**parallel))
     with pytest.raises(UnsupportedLayoutError):
         vllm_format.check_supported(fake)
-
-
-def test_local_weights_are_known_by_content_and_time(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(bytes(1 << 20))
-    os.utime(file, ns=(1, 1))
-    first = vllm_format.model_identity(str(tmp_path), None)
-    assert first == vllm_format.model_identity(str(tmp_path), "any")
-    raw = bytearray(1 << 20)
-    raw[1 << 19] = 1
-    file.write_bytes(raw)
-    os.utime(file, ns=(1, 1))
-    second = vllm_format.model_identity(str(tmp_path), None)
-    os.utime(file, ns=(2, 2))
-    third = vllm_format.model_identity(str(tmp_path), None)
-    assert len({first, second, third}) == 3
-
-
-def test_hub_models_are_known_by_name_and_revision() -> None:
-    assert vllm_format.model_identity("org/name", "v1") == "org/name@v1"
-    assert vllm_format.model_identity("org/name", None) == "org/name@main"
-
-
-def test_a_folder_without_weights_asks_for_a_name_and_a_file_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="set model_id"):
-        vllm_format.model_identity(str(tmp_path), None)
-    file = tmp_path / "m.gguf"
-    file.write_bytes(b"a" * 1000)
-    first = vllm_format.model_identity(str(file), None)
-    file.write_bytes(b"b" * 1000)
-    assert vllm_format.model_identity(str(file), None) != first
 
 
 def test_a_replica_over_several_hosts_is_refused() -> None:

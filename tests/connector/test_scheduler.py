@@ -32,6 +32,9 @@ class Client:
         self.adapters: list[Adapter | None] = []
         self.asked: list[tuple[bytes, dict[str, str], Sequence[PlaceholderSpan]]] = []
         self.released: list[int] = []
+        self.resets = 0
+        self.ranks: tuple[str, ...] = ()
+        self.named: list[tuple[str, ...]] = []
 
     def acquire(
         self,
@@ -39,19 +42,23 @@ class Client:
         tags: dict[str, str],
         placeholders: Sequence[PlaceholderSpan],
         passages: Passages | None = None,
-        *,
+        ranks: tuple[str, ...] = (),
         adapter: Adapter | None = None,
     ) -> int:
         self.adapters.append(adapter)
         self.passages.append(passages)
+        self.named.append(ranks)
         self.asked.append((tokens, tags, placeholders))
         return len(self.asked)
 
     def answer(self, lookup_id: int, wait_s: float = 0.0) -> Answer | None:
-        return None if self.held is None else Answer(self.held, self.reach)
+        return None if self.held is None else Answer(self.held, self.reach, self.ranks)
 
     def release(self, lookup_id: int) -> None:
         self.released.append(lookup_id)
+
+    def reset(self) -> None:
+        self.resets += 1
 
 
 def request(count: int = 100, **fields: Any) -> Any:
@@ -124,6 +131,7 @@ def half(
         config,
         client,  # type: ignore[arg-type]
         chunk_tokens=CHUNK,
+        block_tokens=(BLOCK,),
         whole_request=whole_request,
         multimodal=multimodal,
         adapters=adapters,
@@ -311,15 +319,51 @@ def test_a_slow_miss_is_asked_for_once_more_and_not_for_ever(client: Client, mon
 
 def test_a_reset_drops_what_was_promised_before_it(client: Client) -> None:
     client.held = 64
-    client.clear = lambda timeout_s: True  # type: ignore[attr-defined]
     scheduler = half(client)
     scheduler.get_num_new_matched_tokens(request(), 0)
     scheduler.build_connector_meta(step({"r": 100}, new={"r": 0}))
     assert scheduler.reset_cache() is True
+    assert client.resets == 1
     assert client.released == [1]
     client.held = 0
     assert scheduler.get_num_new_matched_tokens(request(), 0) == (0, False)
     assert len(scheduler.build_connector_meta(step({"r": 100}, cached={"r": 0})).stores) == 1
+
+
+def test_a_request_that_runs_through_a_reset_stores_nothing_that_it_computed_before(client: Client) -> None:
+    scheduler = half(client)
+    live = request(num_tokens=160, all_token_ids=list(range(160)))
+    scheduler.on_new_request(live)
+    assert len(scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores) == 1
+    scheduler.reset_cache()
+    # Its first blocks are those of before, and a chunk of it stands on all of them.
+    assert scheduler.build_connector_meta(step({"r": 1}, cached={"r": 128})).stores == []
+    # Preempted and computed anew it is as good as any other.
+    assert len(scheduler.build_connector_meta(step({"r": 100}, cached={"r": 0})).stores) == 1
+
+
+def test_a_prefix_that_vllm_kept_over_a_change_is_not_stored_again(client: Client) -> None:
+    scheduler = half(client)
+    scheduler.on_new_request(request())
+    (store,) = scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores
+    assert store.oldest == 1
+    scheduler.request_finished(request())
+    scheduler.on_new_request(request(request_id="again"))
+    (store,) = scheduler.build_connector_meta(step({"again": 36}, new={"again": 64})).stores
+    assert store.oldest == 1  # what it stands on was begun then: the worker compares that with its weights' age
+
+
+def test_workers_are_asked_once_more_when_they_name_other_weights(client: Client) -> None:
+    client.held, client.ranks = 64, ("a#1", "b#1")
+    scheduler = half(client)
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (None, False)
+    assert scheduler.get_num_new_matched_tokens(request(), 0) == (64, False)
+    assert client.named == [(), ("a#1", "b#1")]
+    client.ranks = ("c#2", "b#2")
+    other = request(request_id="s")
+    assert scheduler.get_num_new_matched_tokens(other, 0) == (None, False)
+    assert scheduler.get_num_new_matched_tokens(other, 0) == (64, False)
+    assert client.named[-1] == ("c#2", "b#2")
 
 
 def with_hold(client: Client, steps: float) -> SchedulerHalf:
@@ -328,6 +372,7 @@ def with_hold(client: Client, steps: float) -> SchedulerHalf:
         config,
         client,
         chunk_tokens=CHUNK,
+        block_tokens=(BLOCK,),
         whole_request=False,
         hold_steps=steps,  # type: ignore[arg-type]
     )
@@ -439,7 +484,9 @@ def test_a_request_that_needs_no_passage_is_exact(client: Client, local: int, re
     count, _ = scheduler.get_num_new_matched_tokens(live, local)
     assert count == max(0, 32 - local)
     assert live.block_hashes == before
-    scheduler.update_state_after_alloc(live, ([1, 2, 3, 4, 5, 6, 7],), count)
+    scheduler.update_state_after_alloc(live, ([0, 5, 6, 7, 8, 9, 10],), count)
+    if not count:  # vLLM has these blocks from a request before
+        scheduler.build_connector_meta(step({"earlier": 112}, new={"earlier": 0}))
     meta = scheduler.build_connector_meta(step({"r": 4 if local else 68}, new={"r": local or 32}))
     assert [load.blended for load in meta.loads] == [False] * bool(count)
     assert len(meta.stores) == len(meta.learns) == 1
@@ -551,7 +598,7 @@ def test_an_adapter_is_asked_for_and_stored_by_its_content(client: Client, adapt
     ((_, tags, _),) = client.asked
     assert adapter is not None
     assert (adapter.number, tags["lora"].partition("/")[0]) == (3, adapter.files)
-    scheduler.update_state_after_alloc(adapted, ([1, 2, 3, 4],), 64)
+    scheduler.update_state_after_alloc(adapted, ([0, 5, 6, 7, 8, 9, 10],), 64)
     meta = scheduler.build_connector_meta(step({"r": 36}, new={"r": 64}))
     assert meta.adapters == [(f"l\0{adapted.lora_request.lora_path}", 3)]
     assert [load.adapter for load in meta.loads] == [store.adapter for store in meta.stores] == [adapter]

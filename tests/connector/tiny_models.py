@@ -47,14 +47,14 @@ def _config(family: str) -> Any:
     raise ValueError(f"family must be llama, qwen3, gemma3 or deepseek, got {family!r}")
 
 
-def make(family: str, folder: Path) -> Path:
+def make(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the model once; returns its folder."""
     if (folder / "done").exists():
         return folder
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     # vLLM's CPU backend computes MLA over a loaded prefix another way than a fresh prefill, with or without us, and
     # wide random weights blow the difference up (0.5 in log-probabilities at 0.06, plain vLLM, decode against prefill).
     width = 0.01 if family == "deepseek" else 0.15

@@ -43,6 +43,8 @@ class LMCacheConnectorV1Impl:
             self._scheduler: SchedulerHalf | Inert = make_scheduler(
                 vllm_config, self._kv_cache_config, whole_request=False, hears_of_failures=False
             )
+            # vLLM's wrapper has no reset of its own; its base class answers for it, and forgets nothing.
+            parent.reset_cache = self._scheduler.reset_cache
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)[0]
@@ -62,6 +64,8 @@ class LMCacheConnectorV1Impl:
 
     def bind_connector_metadata(self, meta: StepMetadata) -> None:
         self._meta = meta
+        if self._worker is not None:
+            self._worker.begin_step(meta)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
