@@ -105,18 +105,21 @@ def signature_of(folder: str) -> Signature:
     return tuple((name, s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
 
 
-def folder_of(lora_path: str) -> str | None:
-    """Where vLLM reads the adapter from, without asking a network; None where that cannot be known."""
+def local_folder(lora_path: str) -> str | None:
+    """Where vLLM reads the adapter from; None for what it takes for the name of a hub."""
     if os.path.isabs(lora_path):
         return lora_path
     if lora_path.startswith("~"):
         return str(Path(lora_path).expanduser())
-    if Path(lora_path).exists():
-        return str(Path(lora_path).absolute())
+    return str(Path(lora_path).absolute()) if Path(lora_path).exists() else None
+
+
+def hub_folder(name: str) -> str | None:
+    """Where an adapter of a hub lies on this host, without asking a network."""
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(lora_path, local_files_only=True))
+        return str(snapshot_download(name, local_files_only=True))
     # No such package, no such name, not there yet: vLLM may still fetch it.
     except (ImportError, OSError, ValueError):
         return None
@@ -139,18 +142,21 @@ class Stamps:
 
     def ask(self, lora_path: str) -> Future[Stamp | None]:
         """The stamp of what lies there now, when it has been read; None where that cannot be known."""
-        folder = folder_of(lora_path)
+        folder = local_folder(lora_path)
         stamp = self._files.known(folder) if folder else None
-        if folder and stamp is None:
-            return self._reader.submit(self._files.read, folder)
+        if stamp is None:
+            return self._reader.submit(self._read, folder, lora_path)
         done: Future[Stamp | None] = Future()
         done.set_result(stamp)
         return done
 
+    def _read(self, folder: str | None, lora_path: str) -> Stamp | None:
+        folder = folder or hub_folder(lora_path)
+        return self._files.read(folder) if folder else None
+
     def adapter(self, request: LoRARequest, stamp: Stamp, *, must_be_loaded: bool) -> Adapter:
-        path = request.lora_path
         # vLLM asks the network for the newest of a name, which need not be the one that lies here.
-        by_name = not os.path.isabs(path) and not path.startswith("~") and not Path(path).exists()
+        by_name = local_folder(request.lora_path) is None
         return Adapter(
             request.lora_int_id,
             shared_name(request),
@@ -171,8 +177,17 @@ class _Origin:
     """What an adapter in vLLM's memory was read from."""
 
     def __init__(self, stamp: Stamp | None) -> None:
-        self.stamp = stamp
+        self._stamp = stamp
         self.first_step = 0
+
+    @property
+    def files(self) -> str | None:
+        """Digest of the files; None once one of them was touched.
+
+        On a CPU what vLLM has "loaded" may be the file itself, mapped into memory.
+        """
+        stamp = self._stamp
+        return stamp.files if stamp and signature_of(stamp.folder) == stamp.signature else None
 
 
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -214,6 +229,7 @@ class LoadedAdapters:
         self._config = config
         self._several = several_workers
         self._step = 0
+        self._blind = False
         # Of each name, the last step at which each content computed; the two latest are all that is ever asked for.
         self._used: dict[str, dict[str | None, int]] = {}
 
@@ -222,11 +238,11 @@ class LoadedAdapters:
         self._step = step
         loaded = self._loaded() if adapters else {}
         for name, number in adapters:
-            origin = getattr(loaded.get(number), _ORIGIN, None)
+            origin = _origin(loaded.get(number))
             if origin is not None and not origin.first_step:
                 origin.first_step = step
             used = self._used.setdefault(name, {})
-            content = origin.stamp.files if origin is not None and origin.stamp else None
+            content = origin.files if origin is not None else None
             used.pop(content, None)
             used[content] = step
             while len(used) > 2:
@@ -235,39 +251,45 @@ class LoadedAdapters:
     def admits(self, adapter: Adapter) -> bool:
         """Whether a lookup may promise KV of this adapter. Any thread."""
         loaded = self._loaded().get(adapter.number)
-        if loaded is None:
-            return not adapter.must_be_loaded
-        return adapter.reloaded or self._is(loaded, adapter)
+        if self._blind or loaded is None or adapter.reloaded:
+            # Not there yet, or read again with the request: known when it is needed.
+            return not self._blind and (loaded is not None or not adapter.must_be_loaded)
+        return self._is(loaded, adapter)
 
     def loads(self, adapter: Adapter) -> bool:
         """Whether this very adapter is what vLLM computes with now."""
-        return self._is(self._loaded().get(adapter.number), adapter)
+        loaded = self._loaded().get(adapter.number)
+        if _origin(loaded) is None and not adapter.must_be_loaded:
+            # Somebody else loads this engine's adapters. One request hears of it, the next ones are misses.
+            self._blind = True
+        return self._is(loaded, adapter)
 
     def stores(self, adapter: Adapter, oldest: float) -> bool:
-        """Whether blocks that were written from step ``oldest`` on come from this adapter."""
+        """Whether blocks that were begun in step ``oldest`` or later come from this adapter."""
         loaded = self._loaded().get(adapter.number)
-        if not self._is(loaded, adapter):
+        origin = _origin(loaded)
+        if origin is None or not self._is(loaded, adapter):
             return False
-        origin: _Origin = getattr(loaded, _ORIGIN)
-        if self._several and not self._agreed(origin):
-            return False
+        if self._several and self._step < origin.first_step + _SETTLED_STEPS:
+            return False  # another worker may load it later, when its files may be others; later on they are looked at
         others = (step for content, step in self._used.get(adapter.name, {}).items() if content != adapter.files)
         return max(others, default=-math.inf) < oldest
-
-    def _agreed(self, origin: _Origin) -> bool:
-        """Whether the other workers have read the same: nothing has been touched since all of them have."""
-        stamp = origin.stamp
-        settled = self._step >= origin.first_step + _SETTLED_STEPS
-        return settled and stamp is not None and signature_of(stamp.folder) == stamp.signature
 
     def _loaded(self) -> dict[int, Any]:
         for manager in list(_managers):
             if manager.lora_config is self._config:
-                loaded: dict[int, Any] = manager._adapter_manager.list_adapters()
-                return loaded
+                try:
+                    return dict(manager._adapter_manager.list_adapters())
+                except RuntimeError:  # it changes just now, and this is the lookups' thread
+                    return {}
         return {}
 
     @staticmethod
     def _is(loaded: object, adapter: Adapter) -> bool:
-        origin = getattr(loaded, _ORIGIN, None)
-        return origin is not None and origin.stamp is not None and origin.stamp.files == adapter.files
+        origin = _origin(loaded)
+        return origin is not None and origin.files == adapter.files
+
+
+def _origin(loaded: object) -> _Origin | None:
+    origin: _Origin | None = getattr(loaded, _ORIGIN, None)
+    return origin

@@ -16,7 +16,7 @@ from tiny_models import adapter, prompt
 from lmcache.connector import adapters as a
 
 # Each case has an adapter folder and a prompt of its own, so that none is served from another's.
-CASES = ["replaced", "home", "in place", "same times", "number used twice", "number raised", "evicted"]
+CASES = ["stays", "replaced", "home", "in place", "same times", "number used twice", "number raised", "evicted"]
 PROMPTS = {case: prompt(40 + i, 600) for i, case in enumerate(CASES)}
 NUMBERS = {case: 1 + i for i, case in enumerate(CASES)}
 WHOLE = 512  # tokens of a prompt that are whole blocks
@@ -40,6 +40,7 @@ def engines(
 
     reset, home = {"reset": "vllm"}, {"home": str(root)}
     changing = {
+        "stays": [ask("stays")],
         "replaced": [ask("replaced"), reset, ask("replaced"), replace("replaced"), reset, ask("replaced")],
         "home": [home, ask("home", "~/home"), replace("home")],
         "in place": [ask("in place"), replace("in place"), ask("in place", None, 0, True)],
@@ -103,7 +104,11 @@ def test_while_the_old_adapter_runs_nothing_is_done_under_the_new_ones_name(engi
     assert after["cached"] == 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "evicted"])
+def test_the_next_engine_is_served_what_the_same_adapter_computed(engines: dict[str, Any]) -> None:
+    assert engines["read"]["stays"] == {"tokens": engines["old"]["stays"], "cached": WHOLE}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("stays", "evicted")])
 def test_the_next_engine_never_gets_what_another_adapter_computed(case: str, engines: dict[str, Any]) -> None:
     assert engines["read"][case]["tokens"] == engines["new"][case]
     assert engines["read"][case]["cached"] == 0
@@ -184,17 +189,18 @@ def test_folders_are_found_where_vllm_finds_them(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    assert a.folder_of("~/x") == str(tmp_path / "x")
-    assert a.folder_of("/some/x") == "/some/x"
-    assert a.folder_of("here") == str(tmp_path / "here")
+    assert a.local_folder("~/x") == str(tmp_path / "x")
+    assert a.local_folder("/some/x") == "/some/x"
+    assert a.local_folder("here") == str(tmp_path / "here")
+    assert a.local_folder("org/name") is None
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: f"/hub/{name}")
-    assert a.folder_of("org/name") == "/hub/org/name"
+    assert a.hub_folder("org/name") == "/hub/org/name"
 
     def missing(name: str, local_files_only: bool) -> str:
         raise FileNotFoundError(name)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    assert a.folder_of("org/name") is None
+    assert a.hub_folder("org/name") is None
     assert a.AdapterFiles().read(str(tmp_path / "nowhere")) is None
 
 
@@ -302,8 +308,26 @@ def test_several_workers_must_have_read_the_same(manager: Manager, folder: Path)
     assert not half.stores(adapter_, 7), "the others may not have loaded it yet"
     half.begin_step(10, [("x", 1)])
     assert half.stores(adapter_, 10)
-    (folder / "adapter_config.json").write_text('{"r": 8}')
-    assert not half.stores(adapter_, 10)
+
+
+def test_an_adapter_whose_files_were_touched_is_in_doubt(manager: Manager, folder: Path) -> None:
+    half, adapter_ = loaded(manager), a.Adapter(1, "x", "f")
+    manager.load(1, "f", str(folder))
+    assert half.admits(adapter_)
+    assert half.loads(adapter_)
+    assert half.stores(adapter_, 1)
+    os.utime(folder / "adapter_config.json")
+    assert not half.admits(adapter_)
+    assert not half.loads(adapter_)
+    assert not half.stores(adapter_, 1)
+
+
+def test_where_somebody_else_loads_adapters_one_promise_fails_and_no_more(manager: Manager) -> None:
+    half, adapter_ = loaded(manager), a.Adapter(1, "x", "f")
+    assert half.admits(adapter_)
+    assert not half.loads(adapter_)
+    assert not half.admits(adapter_)
+    assert not half.admits(a.Adapter(1, "x", "f", reloaded=True))
 
 
 def test_another_engine_in_this_process_has_its_own(manager: Manager) -> None:
