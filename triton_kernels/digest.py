@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _GOLDEN = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)
-_TILE, _TILES = 1024, 8  # words a program mixes at once, and how often
+_TILE, _TILES = 512, 16  # words a program mixes at once, and how often
 
 
 def content_digest(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class WordProbe:
     The tensors' memory is kept alive for as long as the probe is.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 4, sets: int = 16) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 2, sets: int = 32) -> None:
         random = np.random.default_rng(len(tensors))
         self._kept: list[torch.Tensor] = []
         places: list[np.ndarray] = []
@@ -198,7 +198,7 @@ def _add_mixed(
     first = tl.program_id(0).to(tl.int64) * TILE * TILES
     low = tl.zeros([TILE], tl.uint64)
     high = tl.zeros([TILE], tl.uint64)
-    for tile in tl.static_range(TILES):
+    for tile in range(TILES):
         at = first + tile * TILE + tl.arange(0, TILE)  # [TILE]
         live = at < count
         word = tl.load(words + at, mask=live, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)

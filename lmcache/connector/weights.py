@@ -1,7 +1,7 @@
 """Which weights this worker computes with: named by what they hold, and watched while the engine runs.
 
     KV caches registered ─ settle: every tensor of the model and of its draft model is read ─ name
-    each step            ─ look: a few words of each tensor, and whether each is still the one that was read
+    each step            ─ look: a word or more of each tensor, and whether some, in turn, are the same objects still
     a call of vLLM's that is no step (apply_model, reload_weights, wake_up, ...) ─ doubt ─ settle before the next step
 
 The name is a digest of content alone, so equal weights have one name on every host, however they were loaded, and
@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,8 +30,9 @@ logger = logging.getLogger(__name__)
 NOT_WEIGHTS = frozenset({"kv_cache"})
 # Where vLLM's CPU linear layers keep weights that they have packed for the processor.
 CPU_LINEAR = "cpu_linear"
-TURNS = 8  # looks in which every entry is asked once whether it is still the same object, in the same place
-_VERSION = operator.attrgetter("_version")
+# A look must cost a five-hundredth of a step at most, on a processor whose caches are full of other things.
+TURNS = 64  # looks in which every entry is asked once whether it is still the same object, in the same place
+WORDS = 256  # compared in every look, but at least one of each tensor
 DEPTH = 3  # of objects behind a module (quantisation method, scheme, kernel) among which packed weights are looked for
 
 
@@ -60,9 +60,8 @@ class Weights:
         self._settled = 0
         self._looks = 0
         self._entries: list[Entry] = []
-        self._places: list[tuple[torch.Tensor, int]] = []
-        self._counted: list[torch.Tensor] = []  # whose changes in place torch counts (those not through .data)
-        self._versions = 0
+        # Where each tensor lies, and what torch counts of changes in place (not through .data, not of all tensors).
+        self._places: list[tuple[torch.Tensor, int, int | None]] = []
         self._probes: list[WordProbe] = []
         self.name: str | None = None
         """Hexadecimal; None where it cannot be known: then nothing is read and nothing stored."""
@@ -92,11 +91,13 @@ class Weights:
     def look(self) -> None:
         """Look whether the weights are still what they are named after: at once on a CPU, queued on a GPU's stream."""
         with self._lock:
-            same = sum(map(_VERSION, self._counted)) == self._versions
             self._looks += 1
             turn = self._looks % TURNS
-            same = same and all(entry.holder.get(entry.key) is entry.value for entry in self._entries[turn::TURNS])
-            same = same and all(tensor.data_ptr() == place for tensor, place in self._places[turn::TURNS])
+            same = all(entry.holder.get(entry.key) is entry.value for entry in self._entries[turn::TURNS])
+            same = same and all(
+                tensor.data_ptr() == place and (version is None or tensor._version == version)
+                for tensor, place, version in self._places[turn::TURNS]
+            )
             for probe in self._probes:
                 probe.look()
         if not same:
@@ -137,16 +138,14 @@ class Weights:
     def _watch(self) -> None:
         found = {id(tensor): tensor for entry in self._entries for tensor in tensors_in(entry.value)}
         tensors = [tensor for tensor in found.values() if tensor.numel()]
-        self._places = [(tensor, tensor.data_ptr()) for tensor in tensors]
-        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._versions = sum(map(_VERSION, self._counted))
+        self._places = [(each, each.data_ptr(), None if each.is_inference() else each._version) for each in tensors]
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for tensor in tensors:
             by_device.setdefault(tensor.device, []).append(tensor.detach())
-        self._probes = [WordProbe(tensors) for tensors in by_device.values()]
+        self._probes = [WordProbe(each, words=max(1, WORDS // len(each))) for each in by_device.values()]
 
     def _let_go(self) -> None:
-        self._entries, self._places, self._counted, self._probes, self._versions = [], [], [], [], 0
+        self._entries, self._places, self._probes = [], [], []
 
     def _check_layers(self) -> None:
         if any(self._layers.get(name) is not layer for name, layer in self._known.items()):

@@ -1,4 +1,4 @@
-"""What the compiler makes of digests and probes: wide loads, no spills, few registers."""
+"""What the compiler makes of digests and probes: no spills, few registers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT
 
 BUDGETS = tomllib.loads((Path(__file__).parent / "budgets_digest.toml").read_text())
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-WIDE_LOADS = {"sm": r"LDG\.E\.128(\..*)?", "gfx": r"(global|buffer)_load_dwordx4"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -36,5 +35,3 @@ def test_machine_code_keeps_its_budget(target: str, kernel: str, monkeypatch: py
     assert compiled.local == 0, "spills"
     assert compiled.shared <= budget["shared"]
     assert compiled.registers <= budget["registers"]
-    if kernel == "_add_mixed":
-        assert compiled.count(WIDE_LOADS[target.rstrip("0123456789_")]) >= budget["wide_loads"], compiled.opcodes
