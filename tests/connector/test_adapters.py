@@ -335,3 +335,49 @@ def test_another_engine_in_this_process_has_its_own(manager: Manager) -> None:
     a._managers.add(other)
     other.load(1, "old")
     assert not loaded(manager).loads(a.Adapter(1, "x", "old"))
+
+
+def test_the_worker_loads_and_stores_only_for_the_adapter_that_is_loaded(manager: Manager, tmp_path: Path) -> None:
+    import torch
+
+    import lmcache
+    from lmcache.connector.lookup import LookupClient
+    from lmcache.connector.metadata import Load, StepMetadata, Store
+    from lmcache.connector.worker import WorkerHalf
+    from lmcache.engine.engine import pack_tokens
+    from lmcache.engine.layout import PagedCache
+    from lmcache.keys import KVFormat
+
+    config = lmcache.load_config(overrides={"memory.capacity": "4MiB", "chunk_tokens": 16})
+    cache = PagedCache.from_layers([torch.zeros(8, 2, 16, 8)])
+    format = KVFormat(model="m", chunk_tokens=16, planes=tuple(p.format() for p in cache.planes), layout="token")
+    worker = WorkerHalf(config, f"ipc://{tmp_path}/w", format, cache, adapters=loaded(manager))
+    client = LookupClient([f"ipc://{tmp_path}/w"])
+    tokens, old, new = pack_tokens(list(range(32))), a.Adapter(1, "x", "old"), a.Adapter(1, "x", "new")
+
+    def step(number: int, adapter_: a.Adapter, lookup: int | None = None) -> set[int]:
+        store = Store("r", tokens, ([1, 2],), 0, False, {"lora": adapter_.files}, (), number, adapter=adapter_)
+        meta = StepMetadata(step=number, adapters=[("x", 1)], stores=[] if lookup else [store])
+        if lookup:
+            meta.loads = [Load("r", lookup, ([3, 4],), 0, 32, False, adapter=adapter_)]
+        worker.begin_step(meta)
+        worker.start_load(meta)
+        worker.finish_step(meta)
+        return worker.take_failed_blocks()
+
+    def held(adapter_: a.Adapter) -> tuple[int, int]:
+        lookup = client.acquire(tokens, {"lora": adapter_.files}, (), adapter=adapter_)
+        answer = client.answer(lookup, 10)
+        return lookup, answer.tokens if answer is not None else -1
+
+    manager.load(1, "old")
+    step(1, new)
+    step(2, old)
+    lookup, count = held(old)
+    assert count == 32
+    manager.load(1, "new")
+    assert step(3, old, lookup) == {3, 4}, "files changed between lookup and load: vLLM is told"
+    assert held(old)[1] == 0
+    assert held(new)[1] == 0, "nothing was stored for it"
+    client.close()
+    worker.shutdown()

@@ -28,7 +28,7 @@ def engines(
     words = [{**each, "task": "token_embed"} for each in TWICE]
     bert = {
         "model": str(encoder(root / "bert")),
-        "options": {"max_model_len": 512},
+        "options": {"max_model_len": 512, "skip_tokenizer_init": False},
         "steps": [{"embed": [PROMPT[:400]]}],
     }
     cases: dict[str, dict[str, Any]] = {
