@@ -11,6 +11,7 @@
     │   │   └── OddFileError            what has a file's name is no regular file with one link
     │   └── ProtocolError               the other side of a connection talks nonsense; it is closed
     ├── LeaseExpiredError (RuntimeError) the chunks of a lookup are no longer held
+    ├── AdapterChangedError (RuntimeError) an adapter is not the one that its files were when it was asked for
     ├── WeightsChangedError (RuntimeError)  the model computes with other weights than its KV is named after
     └── ClosedError (RuntimeError)      use after close()
 
@@ -62,6 +63,10 @@ class ProtocolError(StorageError):
 
 class LeaseExpiredError(LMCacheError, RuntimeError):
     """The chunks of a lookup are no longer held."""
+
+
+class AdapterChangedError(LMCacheError, RuntimeError):
+    """The adapter that the engine has loaded is not the one that its files were when the request came."""
 
 
 class WeightsChangedError(LMCacheError, RuntimeError):

@@ -10,7 +10,7 @@ STORE_REFUSED_TOKENS = Counter("lmcache_store_refused_tokens", "tokens not store
 STORE_FAILURES = Counter("lmcache_store_failures", "stores that raised; their tokens will be computed again")
 STORE_DOUBTED_TOKENS = Counter(
     "lmcache_store_doubted_tokens",
-    "tokens not stored: computed, in part, before weights changed or caches were reset",
+    "tokens not stored: computed, in part, by other weights or another adapter, or before caches were reset",
 )
 WEIGHTS_CHANGED = Counter("lmcache_weights_changed", "times that the weights turned out to be others while serving")
 WEIGHTS_UNKNOWN = Counter("lmcache_weights_unknown", "times that the weights of the model could not be named")

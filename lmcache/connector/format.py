@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmcache.connector.cpu_isa import cpu_isa
+from lmcache.connector.surroundings import engine_surroundings
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.errors import UnsupportedLayoutError
 from lmcache.kernels import PagedLayers
@@ -176,7 +175,6 @@ def kv_format(
     """Everything about this engine that changes the bytes of a chunk. weights: what names the model's weights."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     described = model.hf_text_config.to_json_string()
-    hf_config = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
     # LongRoPE picks its factors by the longest context that vLLM was started with.
     longest = str(model.max_model_len) if any(name in described for name in ("longrope", '"su"')) else ""
     capability = f"{torch.backends.cpu.get_cpu_capability()}{'+amx' if _has_amx() else ''}"
@@ -194,7 +192,7 @@ def kv_format(
         codec=codec,
         extras=(
             ("compute_dtype", str(model.dtype)),
-            ("hf_config", hf_config),
+            ("surroundings", engine_surroundings(vllm_config)),
             ("model_id", model_id or ""),
             ("longrope_max_model_len", longest),
             ("kv_cache_dtype", str(vllm_config.cache_config.cache_dtype)),
@@ -212,11 +210,3 @@ def _ranks(parallel: Any) -> tuple[int, int]:
 def _has_amx() -> bool:
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe and probe())
-
-
-def adapter_stamp(path: str) -> str:
-    """Names, sizes and times of an adapter's files, so that one that is trained further in place is another one."""
-    folder = Path(path)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    stats = [f"{file.name}:{(stat := file.stat()).st_size}:{stat.st_mtime_ns}" for file in files if file.is_file()]
-    return hashlib.blake2b("|".join(stats).encode(), digest_size=16).hexdigest()

@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from lmcache import metrics
+from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending, Found
 from lmcache.connector.identity import Identity
 from lmcache.connector.passages import Passages
@@ -34,7 +35,10 @@ _LEAST_S = 0.05  # what is left for passages where the exact prefix took all the
 
 
 class Acquire(msgspec.Struct, tag=True, frozen=True):
-    """passages: how they are found, where the request is to be blended. ranks: the weights' token of every worker."""
+    """passages: how they are found, where the request is to be blended. ranks: the weights' token of every worker.
+
+    adapter: the request's, if it has one.
+    """
 
     lookup_id: int
     tokens: bytes
@@ -42,6 +46,7 @@ class Acquire(msgspec.Struct, tag=True, frozen=True):
     placeholders: list[PlaceholderSpan]
     passages: Passages | None = None
     ranks: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
@@ -104,14 +109,20 @@ class LookupServer:
     """The worker's side: one thread that answers lookups and keeps them until they are loaded or released.
 
     Passages are looked for on threads beside it, for that waits for storage.
-    identity: while it is in doubt, lookups wait for ``resume``.
+    identity: while it is in doubt, lookups wait for ``resume``. admits: whether KV of an adapter may be promised.
     """
 
     def __init__(
-        self, engine: CacheEngine, address: str, blending: Blending | None = None, identity: Identity | None = None
+        self,
+        engine: CacheEngine,
+        address: str,
+        blending: Blending | None = None,
+        identity: Identity | None = None,
+        admits: Callable[[Adapter], bool] = lambda adapter: True,
     ) -> None:
         self._home = Home("this LookupServer")
         self._engine = engine
+        self._admits = admits
         self._identity = identity or Identity(None)
         self._waiting: list[tuple[bytes, Acquire]] = []  # of the server's thread
         self._blending = blending
@@ -217,7 +228,7 @@ class LookupServer:
             self._waiting.append((client, request))
             return
         names = self._identity.tags(request.ranks)
-        if names is None:
+        if names is None or (request.adapter is not None and not self._admits(request.adapter)):
             self._answer(client, Reply(request.lookup_id, 0))
             return
         held, asked_at = Held(), time.monotonic()
@@ -364,9 +375,14 @@ class LookupClient:
         placeholders: Sequence[PlaceholderSpan],
         passages: Passages | None = None,
         ranks: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
     ) -> int:
         """Ask every worker to hold the longest prefix it has, and ``passages`` behind it; returns the lookup's id."""
-        return self._ask(lambda lookup_id: Acquire(lookup_id, tokens, dict(tags), list(placeholders), passages, ranks))
+        return self._ask(
+            lambda lookup_id: Acquire(
+                lookup_id, tokens, dict(tags), list(placeholders), passages, ranks=ranks, adapter=adapter
+            )
+        )
 
     def reset(self) -> None:
         """Have every worker forget what it holds in memory, before anything that is asked from now on."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
+from lmcache.connector.adapters import Adapter
 from lmcache.connector.passages import Passages
 from lmcache.keys import PlaceholderSpan
 
@@ -19,6 +20,7 @@ class Load:
 
     whole_request: report the request as received (or failed) instead of its blocks (vLLM's asynchronous loads).
     blended: what lies behind ``exact`` tokens, which the chunks hold or the pages have, is blended.
+    adapter: the request's, if it has one.
     """
 
     request_id: str
@@ -29,6 +31,7 @@ class Load:
     whole_request: bool
     blended: bool = False
     exact: int = 0
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Store:
     """Store the KV of ``tokens`` (uint32, from the first one) that ends after ``start``.
 
     oldest: the step in which the first of their blocks was begun. ranks: the weights' token of every worker, as the
-    scheduler knows them; () for one worker.
+    scheduler knows them; () for one worker. adapter: the request's, if it has one.
     """
 
     request_id: str
@@ -48,6 +51,7 @@ class Store:
     placeholders: Sequence[PlaceholderSpan]
     oldest: float = float("inf")
     ranks: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,13 @@ class Learn:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """All loads and stores of one step, and what is learned from it. step: counts up, from 1."""
+    """All loads and stores of one step, and what is learned from it. step: counts up, from 1.
+
+    adapters: name and vLLM's number of those that the step computes with.
+    """
 
     step: int = 0
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
     learns: list[Learn] = field(default_factory=list)
+    adapters: list[tuple[str, int]] = field(default_factory=list)

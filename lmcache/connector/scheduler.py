@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,8 @@ import numpy as np
 
 from lmcache import metrics
 from lmcache.config import BlendConfig, LMCacheConfig
+from lmcache.connector.adapters import Adapter, Stamp, Stamps, shared_name, signature_of
 from lmcache.connector.ages import BlockAges
-from lmcache.connector.format import adapter_stamp
 from lmcache.connector.lookup import Answer, LookupClient
 from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
 from lmcache.connector.pace import Pace
@@ -75,6 +76,7 @@ class _Tracked:
     """What is known of a live request.
 
     passages: how they are found, if it is to be blended. blended: it is; from ``unshared`` on its blocks are its own.
+    stamping: what lay in its adapter's folder when it arrived, while that is read; then, stamp and adapter.
     """
 
     request: Request
@@ -90,6 +92,10 @@ class _Tracked:
     learned: int = 0
     hold_until: float = 0
     packed: bytearray = field(default_factory=bytearray)
+    stamping: Future[Stamp | None] | None = None
+    stamp: Stamp | None = None
+    adapter: Adapter | None = None
+    tracked_at: float = field(default_factory=time.monotonic)
 
     def tokens(self, stop: int) -> bytes:
         """The first ``stop`` token ids, packed; only new ones are converted."""
@@ -108,6 +114,8 @@ class SchedulerHalf:
     hold_steps: with several workers, steps for which nothing on top of a load is stored. A load that fails on one
     worker spoils what all of them compute, and the scheduler hears of it some steps later; infinite: it never does.
     loads, stores: vLLM's kv_role: a producer promises nothing, a consumer stores nothing.
+    multimodal: requests with images and the like are cached, too. adapters: tells what an adapter is; None: requests
+    with one are not cached.
     """
 
     def __init__(
@@ -121,8 +129,12 @@ class SchedulerHalf:
         hold_steps: float = 0,
         loads: bool = True,
         stores: bool = True,
+        multimodal: bool = True,
+        adapters: Stamps | None = None,
     ) -> None:
         self._config = config
+        self._multimodal = multimodal
+        self._adapters = adapters
         self._client = client
         self._chunk_tokens = chunk_tokens
         self._whole_request = whole_request
@@ -146,7 +158,13 @@ class SchedulerHalf:
         """Start reading what is cached while the request still queues."""
         tracked = self._track(request)
         early = sum(other.pending is not None for other in self._tracked.values()) < EARLY_LOOKUPS
-        if tracked.readable and tracked.pending is None and early and not self._muted():
+        if (
+            self._is_identified(tracked)
+            and tracked.readable
+            and tracked.pending is None
+            and early
+            and not self._muted()
+        ):
             try:
                 self._ask(tracked)
             # Whatever a lookup may raise: this request is computed, and vLLM's scheduler goes on.
@@ -156,7 +174,9 @@ class SchedulerHalf:
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load beyond ``num_computed_tokens``, or None while they are being read."""
         tracked = self._track(request)
-        if not tracked.readable or self._muted():
+        if not self._is_identified(tracked, self._wait_s):
+            return None, False
+        if not tracked.readable or self._muted() or self._is_touched(tracked):
             return 0, False
         try:
             pending = self._current(tracked, num_computed_tokens)
@@ -200,6 +220,7 @@ class SchedulerHalf:
             whole_request=self._whole_request,
             blended=stop > exact,
             exact=exact,
+            adapter=tracked.adapter,
         )
         # What is computed on top of KV that is nearly right is no better than that.
         tracked.blended = tracked.blended or load.blended
@@ -226,6 +247,11 @@ class SchedulerHalf:
             if self._ages.begins(start, scheduled):
                 self._ages.begun(self._block_ids(output, request_id), start, start + scheduled, self._step)
             tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.request.lora_request is not None:
+                lora = tracked.request.lora_request
+                meta.adapters.append((shared_name(lora), lora.lora_int_id))
+                if not self._is_identified(tracked):
+                    continue
             if tracked is None or not tracked.writable or tracked.blended or self._is_held(tracked, output):
                 continue
             try:
@@ -283,12 +309,18 @@ class SchedulerHalf:
 
     def shutdown(self) -> None:
         self._client.close()
+        if self._adapters is not None:
+            self._adapters.close()
 
     def _track(self, request: Request) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             try:
                 tracked = _tracked(request, self._config.blend)
+                if request.mm_features and not self._multimodal:
+                    tracked.readable = tracked.writable = False
+                if request.lora_request is not None:
+                    self._ask_adapter(tracked)
             # A request may carry anything (kv_transfer_params are the client's); what cannot be read is not cached.
             except Exception:
                 tracked = _Tracked(request, {}, (), readable=False, writable=False)
@@ -297,6 +329,45 @@ class SchedulerHalf:
             tracked.writable = tracked.writable and self._may_store
             self._tracked[request.request_id] = tracked
         return tracked
+
+    def _ask_adapter(self, tracked: _Tracked) -> None:
+        request = tracked.request
+        if self._adapters is None or (request.mm_features and not self._adapters.images):
+            tracked.readable = tracked.writable = False
+        else:
+            tracked.stamping = self._adapters.ask(request.lora_request.lora_path)
+
+    def _is_identified(self, tracked: _Tracked, wait_s: float = 0.0) -> bool:
+        """Whether it is known by now what computes the request's KV; where that cannot be, it is not cached."""
+        if tracked.stamping is None:
+            return True
+        wait([tracked.stamping], wait_s)
+        late = time.monotonic() - tracked.tracked_at > self._config.read_timeout_s
+        if not tracked.stamping.done() and not late:
+            self._wait_s = 0.0 if wait_s else self._wait_s  # the budget is a step's, not a request's
+            return False
+        stamp = tracked.stamping.result() if tracked.stamping.done() else None
+        tracked.stamping = None
+        if stamp is None or self._adapters is None:
+            tracked.readable = tracked.writable = False
+            return True
+        lora = tracked.request.lora_request
+        tracked.stamp = stamp
+        tracked.tags["lora"] = self._adapters.tag(lora, stamp)
+        tracked.adapter = self._adapters.adapter(lora, stamp, must_be_loaded=self._whole_request)
+        if self._whole_request and tracked.adapter.reloaded:
+            tracked.readable = False  # it would be read again between the load and the first step
+        return True
+
+    def _is_touched(self, tracked: _Tracked) -> bool:
+        """Whether the adapter's files have changed since the request came: vLLM may load what they are now."""
+        if tracked.stamp is None or signature_of(tracked.stamp.folder) == tracked.stamp.signature:
+            return False
+        tracked.readable = tracked.writable = False
+        if tracked.pending is not None:
+            self._client.release(tracked.pending.lookup_id)
+            tracked.pending = None
+        return True
 
     @staticmethod
     def _give_up(tracked: _Tracked) -> None:
@@ -327,7 +398,9 @@ class SchedulerHalf:
         if tracked.pending is not None:
             self._client.release(tracked.pending.lookup_id)
         tokens = tracked.tokens(tracked.request.num_tokens)
-        lookup_id = self._client.acquire(tokens, tracked.tags, tracked.placeholders, tracked.passages, self._ranks)
+        lookup_id = self._client.acquire(
+            tokens, tracked.tags, tracked.placeholders, tracked.passages, self._ranks, tracked.adapter
+        )
         tracked.pending = _Pending(lookup_id, time.monotonic(), again)
         return tracked.pending
 
@@ -430,6 +503,7 @@ class SchedulerHalf:
             placeholders=tracked.placeholders,
             oldest=oldest,
             ranks=self._ranks,
+            adapter=tracked.adapter,
         )
 
     def _learn(self, tracked: _Tracked, stop: int, output: SchedulerOutput) -> Learn | None:
@@ -488,12 +562,8 @@ def _without_null(block_ids: BlockIds) -> BlockIds:
 
 
 def _tracked(request: Request, blend: BlendConfig | None = None) -> _Tracked:
-    """Everything of a request that changes its KV, each input in a field of its own."""
+    """Everything of a request that changes its KV, each input in a field of its own; its adapter comes later."""
     tags: dict[str, str] = {}
-    if request.lora_request is not None:
-        tags["lora.name"] = request.lora_request.lora_name
-        tags["lora.path"] = request.lora_request.lora_path
-        tags["lora.files"] = adapter_stamp(request.lora_request.lora_path)
     tags["cache_salt"] = request.cache_salt or ""
     params = request.kv_transfer_params or {}
     for name, value in params.get("lmcache.tags", {}).items():

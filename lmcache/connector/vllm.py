@@ -24,12 +24,15 @@ from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector import format as vllm_format
+from lmcache.connector.adapters import LoadedAdapters, Stamps, watch_loads
 from lmcache.connector.identity import Identity
+from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.logs import show_logs
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.sockets import meeting_name, socket_path
+from lmcache.connector.surroundings import why_no_multimodal
 from lmcache.connector.weights import Weights
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
@@ -72,9 +75,11 @@ def make_scheduler(
     *,
     whole_request: bool,
     hears_of_failures: bool = True,
-) -> SchedulerHalf:
+) -> SchedulerHalf | Inert:
     """The scheduler half for this engine. name: its ``meeting_name``."""
     config = connector_config(vllm_config)
+    if reason := why_inert(vllm_config, kv_cache_config):
+        return Inert(reason)
     vllm_format.check_supported(vllm_config)
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     if transfer.kv_load_failure_policy == "fail":
@@ -99,6 +104,8 @@ def make_scheduler(
             "distributed_executor_backend is external_launcher, where every rank has its own scheduler: they could "
             "disagree on what is cached and wait for each other for ever; start vLLM without the connector"
         )
+    if why := why_no_multimodal(vllm_config):
+        logger.warning("lmcache: requests with more than text are not cached: %s", why)
     client = LookupClient([socket_path(name, rank) for rank in range(workers)])
     # Steps that vLLM may have under way when it hears of a failure, and some more.
     hold = 4 + 2 * parallel.pipeline_parallel_size if hears_of_failures else float("inf")
@@ -111,17 +118,22 @@ def make_scheduler(
         hold_steps=hold if workers > 1 else 0,
         loads=transfer.is_kv_consumer,
         stores=transfer.is_kv_producer,
+        multimodal=why is None,
+        adapters=Stamps(vllm_config.lora_config) if vllm_config.lora_config else None,
     )
 
 
 def make_worker(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, name: str, kv_caches: Mapping[str, torch.Tensor]
-) -> WorkerHalf:
-    """The worker half for vLLM's registered KV. UnsupportedLayoutError when it cannot be moved safely.
+) -> WorkerHalf | None:
+    """The worker half for vLLM's registered KV; None where there is nothing for it to do, which the scheduler half
+    says. UnsupportedLayoutError when it cannot be moved safely.
 
     name: its ``meeting_name``.
     """
     config = connector_config(vllm_config)
+    if why_inert(vllm_config, kv_cache_config):
+        return None
     vllm_format.check_supported(vllm_config)
     codec = codec_of(config)
     cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches), vllm_config)
@@ -156,8 +168,12 @@ def make_worker(
         model = adapt(find_model(layers))
         names: Sequence[str] = getattr(model, "kv_layers", ())
         blended = model, names, vllm_config.model_config.max_model_len
+    adapters = None
+    if vllm_config.lora_config is not None:
+        watch_loads()
+        adapters = LoadedAdapters(vllm_config.lora_config, several_workers=ranks > 1)
     identity = Identity(weights, rank, ranks)
-    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended, identity)
+    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended, identity, adapters)
     tiers = [str(tier.get("type")) for tier in config.tiers]
     logger.info("%s", describe(format, config, tiers, worker.engine.memory_tokens))
     return worker
@@ -170,7 +186,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._scheduler: SchedulerHalf | None = None
+        self._scheduler: SchedulerHalf | Inert | None = None
         self._worker: WorkerHalf | None = None
         self._name = meeting_name(vllm_config, role.name)
         if role == KVConnectorRole.SCHEDULER:
@@ -184,7 +200,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- scheduler side
 
     @property
-    def _planner(self) -> SchedulerHalf:
+    def _planner(self) -> SchedulerHalf | Inert:
         assert self._scheduler is not None, "a scheduler-side method was called on the worker's connector"
         return self._scheduler
 

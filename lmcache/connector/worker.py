@@ -12,13 +12,14 @@ import torch
 from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
+from lmcache.connector.adapters import LoadedAdapters
 from lmcache.connector.blending import Blending
 from lmcache.connector.identity import Identity
 from lmcache.connector.lookup import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
-from lmcache.errors import LeaseExpiredError, WeightsChangedError
+from lmcache.errors import AdapterChangedError, LeaseExpiredError, WeightsChangedError
 from lmcache.keys import KVFormat
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class WorkerHalf:
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
     identity: what the model computes with; the format names it as it is now. None: what the format says stays true.
+    adapters: what vLLM has loaded of them, where it loads any.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class WorkerHalf:
         cache: PagedCache,
         blended: tuple[BlendModel, Sequence[str], int] | None = None,
         identity: Identity | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         self._identity = identity or Identity(None)
+        self._adapters = adapters or LoadedAdapters(None)
         self.engine = CacheEngine(config, format, cache, holds=self._identity.holds)
         try:
             self.blending = Blending(config.blend, self.engine, *blended) if config.blend and blended else None
-            self._server = LookupServer(self.engine, address, self.blending, self._identity)
+            self._server = LookupServer(self.engine, address, self.blending, self._identity, self._adapters.admits)
         except BaseException:
             self.engine.close()
             raise
@@ -59,8 +63,9 @@ class WorkerHalf:
         atexit.register(self.shutdown)
 
     def begin_step(self, meta: StepMetadata) -> None:
-        """Before anything else of a step: KV is named after the weights that compute it."""
+        """Before anything else of a step: KV is named after the weights and adapters that compute it."""
         self._identity.settle(meta.step, self._renamed)
+        self._adapters.begin_step(meta.step, meta.adapters)
         self._server.resume()
 
     def start_load(self, meta: StepMetadata) -> None:
@@ -87,7 +92,8 @@ class WorkerHalf:
             if self._is_tainted(store):
                 continue
             names = self._identity.tags(store.ranks)
-            if names is None or not self._identity.computed(store.oldest, bool(store.placeholders)):
+            own = store.adapter is None or self._adapters.stores(store.adapter, store.oldest)
+            if names is None or not own or not self._identity.computed(store.oldest, bool(store.placeholders)):
                 metrics.STORE_DOUBTED_TOKENS.inc(len(store.tokens) // 4 - store.start)
                 continue
             try:
@@ -147,6 +153,10 @@ class WorkerHalf:
     def _load(self, load: Load, held: Held | None) -> None:
         if held is None or held.lookup is None:
             raise LeaseExpiredError(f"lookup {load.lookup_id} is not held by this worker")
+        if load.adapter is not None and not self._adapters.loads(load.adapter):
+            raise AdapterChangedError(
+                f"adapter {load.adapter.number} is not the one that its files were when asked for"
+            )
         if not load.blended:
             self.engine.retrieve(held.lookup, load.block_ids, start=load.start, stop=load.stop)
             return

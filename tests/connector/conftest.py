@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_models
-from harness import DRIVE, Failed, environment
+from harness import DRIVE, DRIVE_MANY, Failed, environment
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +49,33 @@ def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
             raise Failed(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{log.read_text()[-6000:]}")
         run.log = log.read_text()  # type: ignore[attr-defined]
         return json.loads(last[-1][2:])["results"]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def vllm_many(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Any]], list[Any]]:
+    """Run engines one after the other in one fresh process (see drive_many.py); returns what each had to say."""
+
+    def run(engines: list[Any]) -> list[Any]:
+        log = tmp_path_factory.mktemp("vllm") / "log"
+        with log.open("w") as err:
+            done = subprocess.run(
+                DRIVE_MANY,
+                input=json.dumps(engines),
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+        last = [line for line in done.stdout.splitlines() if line.startswith('@@{"results"')]
+        if done.returncode or not last:
+            raise Failed(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{log.read_text()[-6000:]}")
+        run.log = log.read_text()  # type: ignore[attr-defined]
+        results: list[Any] = json.loads(last[-1][2:])["results"]
+        return results
 
     return run
 

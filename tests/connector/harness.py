@@ -37,6 +37,7 @@ def connector(
 
 
 DRIVE = [sys.executable, str(HERE / "drive.py")]  # takes a scenario on standard input
+DRIVE_MANY = [sys.executable, str(HERE / "drive_many.py")]  # takes a list of engines
 
 
 def environment(*, processes: bool = False) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,15 +77,6 @@ def test_what_would_make_kv_differ_is_refused(cache: dict[str, object], parallel
     fake = SimpleNamespace(cache_config=SimpleNamespace(**cache), parallel_config=SimpleNamespace(**parallel))
     with pytest.raises(UnsupportedLayoutError):
         vllm_format.check_supported(fake)
-
-
-def test_an_adapter_that_was_trained_further_is_another_one(tmp_path: Path) -> None:
-    (tmp_path / "adapter.safetensors").write_bytes(b"a")
-    os.utime(tmp_path / "adapter.safetensors", ns=(1, 1))
-    first = vllm_format.adapter_stamp(str(tmp_path))
-    assert vllm_format.adapter_stamp(str(tmp_path)) == first
-    os.utime(tmp_path / "adapter.safetensors", ns=(2, 2))
-    assert vllm_format.adapter_stamp(str(tmp_path)) != first
 
 
 def test_a_replica_over_several_hosts_is_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 import zmq
 
 import lmcache
+from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending
 from lmcache.connector.lookup import LookupClient, LookupServer, Reply
 from lmcache.connector.passages import Passages
@@ -78,6 +79,20 @@ def test_a_lookup_is_held_until_it_is_taken_or_released(
 
 def test_tags_reach_the_keys(client: LookupClient) -> None:
     assert client.answer(client.acquire(TOKENS, {"cache_salt": "x"}, ()), 10)[:2] == (0, 0)
+
+
+def test_an_adapter_that_is_not_the_one_asked_for_is_a_miss(engine: CacheEngine, tmp_path: Path) -> None:
+    server = LookupServer(engine, f"ipc://{tmp_path}/a", admits=lambda adapter: adapter.files == "old")
+    client = LookupClient([f"ipc://{tmp_path}/a"])
+    for files, tokens in (("old", 64), ("new", 0)):
+        lookup = client.acquire(TOKENS, {}, (), adapter=Adapter(1, "x", files))
+        assert client.answer(lookup, 10)[:2] == (tokens, 0)
+        held = server.take(lookup)
+        assert (held is not None) is (tokens > 0)
+        if held is not None:
+            held.close()
+    client.close()
+    server.close()
 
 
 def test_several_workers_answer_with_what_all_of_them_hold(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 import lmcache
+from lmcache.connector.adapters import Adapter, Stamps
 from lmcache.connector.lookup import Answer
 from lmcache.connector.passages import Passages
 from lmcache.connector.scheduler import SchedulerHalf
@@ -26,6 +29,7 @@ class Client:
         self.held: int | None = 0
         self.reach = 0
         self.passages: list[Passages | None] = []
+        self.adapters: list[Adapter | None] = []
         self.asked: list[tuple[bytes, dict[str, str], Sequence[PlaceholderSpan]]] = []
         self.released: list[int] = []
         self.resets = 0
@@ -41,7 +45,9 @@ class Client:
         placeholders: Sequence[PlaceholderSpan],
         passages: Passages | None = None,
         ranks: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
     ) -> int:
+        self.adapters.append(adapter)
         self.passages.append(passages)
         self.named.append(ranks)
         self.asked.append((tokens, tags, placeholders))
@@ -84,6 +90,25 @@ def request(count: int = 100, **fields: Any) -> Any:
     return SimpleNamespace(**values)
 
 
+IMAGE = SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=SimpleNamespace(offset=3, length=4))
+
+
+@pytest.fixture
+def stamps() -> Iterator[Stamps]:
+    config = SimpleNamespace(enable_tower_connector_lora=False)
+    made = Stamps(config)  # type: ignore[arg-type]
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> Any:
+    """A request with an adapter, whose files lie in ``tmp_path``."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    lora = {"lora_name": "l", "lora_int_id": 3, "lora_path": str(tmp_path), "is_3d_lora_weight": False}
+    return request(lora_request=SimpleNamespace(**lora, load_inplace=False))
+
+
 def step(scheduled: dict[str, int], *, new: dict[str, int] | None = None, cached: dict[str, int] | None = None) -> Any:
     """A SchedulerOutput: tokens scheduled, and computed before, by request."""
     cached = cached or {}
@@ -102,7 +127,13 @@ def client() -> Client:
 
 
 def half(
-    client: Client, *, whole_request: bool = False, roles: dict[str, bool] | None = None, **options: Any
+    client: Client,
+    *,
+    whole_request: bool = False,
+    roles: dict[str, bool] | None = None,
+    multimodal: bool = True,
+    adapters: Stamps | None = None,
+    **options: Any,
 ) -> SchedulerHalf:
     config = lmcache.load_config(overrides=options)
     return SchedulerHalf(
@@ -112,6 +143,8 @@ def half(
         block_tokens=(BLOCK,),
         whole_request=whole_request,
         **(roles or {}),
+        multimodal=multimodal,
+        adapters=adapters,
     )
 
 
@@ -266,17 +299,14 @@ def test_a_broken_socket_leaves_the_request_to_vllm(client: Client, monkeypatch:
 
 
 def test_everything_that_changes_kv_is_asked_for_in_its_own_field(client: Client) -> None:
-    image = SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=SimpleNamespace(offset=3, length=4))
     live = request(
-        lora_request=SimpleNamespace(lora_name="l", lora_path="/p"),
         cache_salt="s",
         kv_transfer_params={"lmcache.tags": {"tenant": "t"}},
-        mm_features=[image],
+        mm_features=[IMAGE],
     )
     half(client).on_new_request(live)
     ((_, tags, placeholders),) = client.asked
-    assert len(tags.pop("lora.files")) == 32
-    assert tags == {"lora.name": "l", "lora.path": "/p", "cache_salt": "s", "tag.tenant": "t"}
+    assert tags == {"cache_salt": "s", "tag.tenant": "t"}
     assert tenant_of(tags) == "t"
     assert placeholders == (PlaceholderSpan(3, 7, b"image:" + b"ab" * 32),)
 
@@ -548,20 +578,14 @@ def test_a_request_that_names_its_passages_wrongly_goes_on_without_the_cache(cli
     assert (meta.stores, meta.learns, client.asked) == ([], [], [])
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lora_request": SimpleNamespace(lora_name="l", lora_path="/p")},
-        {
-            "mm_features": [
-                SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=SimpleNamespace(offset=3, length=4))
-            ]
-        },
-    ],
-)
-def test_adapters_and_images_are_reused_exactly_only(client: Client, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["adapter", "image"])
+def test_adapters_and_images_are_reused_exactly_only(client: Client, kind: str, adapted: Any, stamps: Any) -> None:
     scheduler = blending(client)
-    scheduler.on_new_request(request(**fields))
+    scheduler._adapters = stamps
+    live = request(mm_features=[IMAGE]) if kind == "image" else adapted
+    if kind == "adapter":
+        stamped(scheduler, live)
+    assert scheduler.get_num_new_matched_tokens(live, 0) == (0, False)
     assert client.passages == [None]
     meta = scheduler.build_connector_meta(step({"r": 100}, new={"r": 0}))
     assert (len(meta.stores), meta.learns) == (1, [])
@@ -725,3 +749,88 @@ def test_the_pace_is_that_of_steps_that_compute_prompts(clock: list[float]) -> N
     clock[0] += 50
     untold.begins(8, 0)
     assert untold.rate == pytest.approx(500)
+
+
+def stamped(scheduler: SchedulerHalf, live: Any) -> Any:
+    """The request as the scheduler tracks it, once its adapter's files have been read."""
+    tracked = scheduler._track(live)
+    assert tracked.stamping is not None
+    tracked.stamping.result(10)
+    return tracked
+
+
+def uncached(scheduler: SchedulerHalf, live: Any) -> bool:
+    promised = scheduler.get_num_new_matched_tokens(live, 0)
+    return promised == (0, False) and not scheduler.build_connector_meta(step({"r": 100}, new={"r": 0})).stores
+
+
+def test_images_whose_embeddings_come_from_elsewhere_are_not_cached(client: Client) -> None:
+    client.held = 64
+    assert uncached(half(client, multimodal=False), request(mm_features=[IMAGE]))
+    assert not uncached(half(client, multimodal=False), request())
+
+
+def test_an_adapter_is_asked_for_and_stored_by_its_content(client: Client, adapted: Any, stamps: Stamps) -> None:
+    client.held = 64
+    scheduler = half(client, adapters=stamps)
+    stamped(scheduler, adapted)
+    assert scheduler.get_num_new_matched_tokens(adapted, 0) == (64, False)
+    (adapter,) = client.adapters
+    ((_, tags, _),) = client.asked
+    assert adapter is not None
+    assert (adapter.number, tags["lora"].partition("/")[0]) == (3, adapter.files)
+    scheduler.update_state_after_alloc(adapted, ([0, 5, 6, 7, 8, 9, 10],), 64)
+    meta = scheduler.build_connector_meta(step({"r": 36}, new={"r": 64}))
+    assert meta.adapters == [(f"l\0{adapted.lora_request.lora_path}", 3)]
+    assert [load.adapter for load in meta.loads] == [store.adapter for store in meta.stores] == [adapter]
+    assert meta.step == 1
+
+
+def test_a_request_waits_while_its_adapters_files_are_read_and_not_for_ever(
+    client: Client, adapted: Any, stamps: Stamps
+) -> None:
+    client.held = 64
+    scheduler = half(client, adapters=stamps, read_timeout_s=1000.0)
+    slow: Future[Any] = Future()
+    scheduler._track(adapted).stamping = slow
+    assert scheduler.get_num_new_matched_tokens(adapted, 0) == (None, False)
+    assert scheduler.build_connector_meta(step({"r": 0})).stores == []
+    slow.set_result(None)  # a folder that is not there
+    assert uncached(scheduler, adapted)
+
+    late = half(client, adapters=stamps, read_timeout_s=0.001)
+    tracked = late._track(adapted)
+    tracked.stamping, tracked.tracked_at = Future(), tracked.tracked_at - 1
+    assert uncached(late, adapted)
+    assert client.asked == []
+
+
+def test_files_that_change_while_a_request_queues_make_it_a_miss(
+    client: Client, adapted: Any, stamps: Stamps, tmp_path: Path
+) -> None:
+    client.held = 64
+    scheduler = half(client, adapters=stamps, read_timeout_s=1000.0)
+    stamped(scheduler, adapted)
+    assert scheduler.get_num_new_matched_tokens(adapted, 0) == (64, False)
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    assert uncached(scheduler, adapted)
+    assert client.released == [1]
+
+
+def test_adapters_that_cannot_be_told_apart_are_not_cached(client: Client, adapted: Any, stamps: Stamps) -> None:
+    client.held = 64
+    assert uncached(half(client), adapted), "an engine that knows of no adapters"
+    stamps.images = False
+    adapted.mm_features = [IMAGE]
+    assert uncached(half(client, adapters=stamps), adapted), "embeddings are kept by the adapter's name"
+
+
+def test_an_adapter_that_is_read_with_every_step_is_not_loaded_for_ahead_of_it(
+    client: Client, adapted: Any, stamps: Stamps
+) -> None:
+    client.held = 64
+    adapted.lora_request.load_inplace = True
+    scheduler = half(client, whole_request=True, adapters=stamps)
+    tracked = stamped(scheduler, adapted)
+    assert scheduler.get_num_new_matched_tokens(adapted, 0) == (0, False)
+    assert tracked.writable

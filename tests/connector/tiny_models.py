@@ -73,6 +73,48 @@ def make(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def encoder(folder: Path) -> Path:
+    """A BERT, which keeps no KV, with a tokenizer: vLLM's pooling models want one."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 128, "intermediate_size": 128}
+    BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(folder)
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Words w0, w1, ... for the token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "cls_token": "w1", "eos_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **special, sep_token="w2").save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, seed: int, layers: int = 4) -> Path:
+    """A LoRA of the llama, as peft writes it: wide enough to change what is generated. Written anew, in place."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(layers):
+        for name, width in (("q_proj", 256), ("v_proj", 128)):
+            where = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{where}.lora_A.weight"] = torch.randn(8, 256, generator=generator) * 0.2
+            tensors[f"{where}.lora_B.weight"] = torch.randn(width, 8, generator=generator) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder
+
+
 def prompt(seed: int, length: int) -> list[int]:
     """Token ids, the same on every machine."""
     import numpy as np

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
+from lmcache.connector.inert import Inert
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.sockets import meeting_name
 from lmcache.connector.vllm import make_scheduler, make_worker
 from lmcache.connector.worker import WorkerHalf
+from lmcache.errors import UnsupportedLayoutError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,13 @@ class LMCacheConnectorV1Impl:
         self._meta = StepMetadata()
         self._name = meeting_name(vllm_config, role.name)
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler: SchedulerHalf = make_scheduler(
+            if not self._kv_cache_config.kv_cache_groups:
+                # vLLM's scheduler asserts one cache group when a request of such a connector ends.
+                raise UnsupportedLayoutError(
+                    "this model keeps no KV cache, and vLLM's own LMCacheConnectorV1 cannot serve such a model: set "
+                    "kv_connector to LMCacheConnector, or leave the connector out"
+                )
+            self._scheduler: SchedulerHalf | Inert = make_scheduler(
                 vllm_config, self._kv_cache_config, self._name, whole_request=False, hears_of_failures=False
             )
             # vLLM's wrapper has no reset of its own; its base class answers for it, and forgets nothing.
