@@ -191,6 +191,11 @@ class Search:
         self._probe: Lease | None = None
 
     def start(self) -> None:
+        lease = self.lease
+        lease._extend(self._joining.memory.pin(lease.keys))
+        if lease.ready == len(lease.keys) and self._ends is None:
+            lease._finish()
+            return
         # After that of its own flight, which tells the tier that it hangs.
         deadline = self._joining.deadlines.at(self.ends_at + 2e-3, self.lease._finish)
 

@@ -321,3 +321,20 @@ def test_a_failing_search_leaves_the_exact_prefix(blending: tuple[LookupServer, 
     finder.error = RuntimeError("no")
     finder.may_end.set()
     assert client.answer(client.acquire(PROMPT, {}, (), Passages()), 10)[:2] == (64, 0)
+
+
+def test_passages_that_nobody_waits_for_any_more_are_let_go(
+    blending: tuple[LookupServer, LookupClient], finder: Finder
+) -> None:
+    server, client = blending
+    lookup = client.acquire(PROMPT, {}, (), Passages())
+    assert finder.asked.acquire(timeout=10)
+    client.settle(lookup)
+    assert client.answer(lookup, 10)[:2] == (64, 0)
+    finder.may_end.set()
+    server._finders.shutdown()
+    assert finder.closed == 1
+    held = server.take(lookup)
+    assert held is not None
+    assert held.found is None
+    held.close()

@@ -13,7 +13,7 @@ from harness import ROOT, Failed, connector, has_amx
 from tiny_models import prompt
 
 Run = Callable[..., Any]
-Model = Callable[[str], Path]
+Model = Callable[..., Path]
 
 # 700 tokens: five whole blocks of vLLM's 128 and a rest; 640: exactly five; 50: less than a block.
 PROMPTS = [prompt(1, 700), prompt(2, 640), prompt(3, 50), prompt(1, 700)[:400] + prompt(4, 300)]
@@ -139,16 +139,21 @@ def test_kv_of_another_group_layout_is_never_used(
     assert cached(on)[0] == 0
 
 
-def test_other_weights_in_the_same_folder_are_another_model(vllm_run: Run, tiny_model: Model, tmp_path: Path) -> None:
+def test_other_weights_in_the_same_folder_are_another_model_and_equal_ones_elsewhere_are_not(
+    vllm_run: Run, tiny_model: Model, tmp_path: Path
+) -> None:
     import shutil
 
     model = tmp_path / "model"
     shutil.copytree(tiny_model("llama"), model)
     kv = connector(tmp_path / "kv")
-    vllm_run(model, kv, [ASK])
-    shutil.copy(tiny_model("llama") / "model.safetensors", model / "model.safetensors")  # a new mtime
-    (after,) = vllm_run(model, kv, [ASK])
-    assert cached(after)[0] == 0
+    vllm_run(tiny_model("llama"), kv, [ASK])
+    (equal,) = vllm_run(model, kv, [ASK])
+    assert cached(equal)[0] >= 640
+    shutil.copy(tiny_model("llama", 1) / "model.safetensors", model / "model.safetensors")
+    (other,) = vllm_run(model, kv, [ASK])
+    assert cached(other)[0] == 0
+    assert tokens(other) != tokens(equal)
 
 
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "short name"])

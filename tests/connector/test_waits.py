@@ -230,8 +230,8 @@ def test_requests_over_a_frozen_server_are_computed_in_their_own_time(world: Cal
                 here.scheduler.on_new_request(each)
             while waiting:
                 waiting = [r for r in waiting if here.scheduler.get_num_new_matched_tokens(r, 0)[0] is None]
-            # 500 tokens at the rate that is taken until one is known: 0.1 s; and two scheduler's waits.
-            assert time.monotonic() - began < 0.9, "a question to the tier takes a second, one lookup ten"
+            # 500 tokens at the rate that is taken until one is known: 0.25 s; and the moment to answer.
+            assert time.monotonic() - began < 1.5, "a question to the tier takes a second, one lookup ten"
             here.scheduler.reset_cache()
             assert time.monotonic() - began < 3
         finally:

@@ -140,8 +140,13 @@ class ManagerMachine(RuleBasedStateMachine):
         if healthy and self.healthy():  # a tier that is not asked, or does not answer, may keep what it has
             self.forget(keys)
 
-    @rule(world=worlds, by=st.sampled_from(["all", "format", "tenant"]), refuse=st.sampled_from([True, False, False]))
-    def clear(self, world: dict[str, Any], by: str, refuse: bool) -> None:
+    @rule(
+        world=worlds,
+        by=st.sampled_from(["all", "format", "tenant"]),
+        refuse=st.sampled_from([True, False, False]),
+        wait=st.booleans(),
+    )
+    def clear(self, world: dict[str, Any], by: str, refuse: bool, wait: bool) -> None:
         self.clears += 1
         if self.clears % 3:
             return  # not so often that there is never anything
@@ -149,13 +154,13 @@ class ManagerMachine(RuleBasedStateMachine):
         if refuse:
             self.tiers[0].before["clear"] = raising(StorageError("refused"))
         if by == "all":
-            self.manager.clear()
+            self.manager.clear(wait=wait)
             gone = list(self.allowed)
         elif by == "format":
-            self.manager.clear(key.fingerprint)
+            self.manager.clear(key.fingerprint, wait=wait)
             gone = [each for each in self.allowed if each.fingerprint == key.fingerprint]
         else:
-            self.manager.clear(tenant=world.get("tenant", ""))
+            self.manager.clear(tenant=world.get("tenant", ""), wait=wait)
             gone = [each for each in self.allowed if each.tenant == key.tenant]
         # Also when a tier refuses: it is cleared before it is read again.
         self.forget(gone)
