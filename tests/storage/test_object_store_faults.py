@@ -18,7 +18,7 @@ from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool
 
 from experiments.object_server import SeaweedFS
 from experiments.redis_servers import wait_until
-from lmcache.errors import StorageError
+from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, make_key, take
@@ -153,7 +153,7 @@ def test_closing_during_transfers_ends_them(
     assert not thread.is_alive()
     assert time.monotonic() - begun < 4
     assert isinstance(outcome[0], StorageError)
-    with pytest.raises(StorageError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         backend.get(keys, buffers)
     for buffer in buffers:
         buffer.release()
