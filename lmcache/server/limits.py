@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from lmcache import metrics
@@ -31,6 +32,12 @@ class Holder(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    nbytes: int
+    holder: Holder | None
+
+
 class Budget:
     """So many bytes that may be held at a time, the second half of them by nobody beyond its share. Thread-safe."""
 
@@ -38,6 +45,7 @@ class Budget:
         self.nbytes = nbytes
         self._used = 0
         self._held: dict[Holder, int] = {}
+        self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
 
     @property
@@ -47,17 +55,12 @@ class Budget:
     def take(self, nbytes: int, timeout_s: float, holder: Holder | None = None) -> bool:
         """Wait for room; False when there is none after ``timeout_s``.
 
-        Who has nothing may have as much as there is. While somebody waits, holders that crawl are cut off.
+        Who has nothing may have as much as there is. While somebody waits, holders that crawl are cut off. Who came
+        last is served first: behind a crowd that is stuck nobody would be served in time.
         """
-        ends_at = time.monotonic() + timeout_s
         with self._changed:
-            while not self._fits(nbytes, holder):
-                left = ends_at - time.monotonic()
-                if left <= 0:
-                    return False
-                if not self._changed.wait_for(lambda: self._fits(nbytes, holder), min(left, PATIENCE_S)):
-                    for other in [other for other in self._held if other is not holder and other.crawls]:
-                        other.cut_off()
+            if not self._fits(nbytes, holder) and not self._wait(nbytes, timeout_s, holder):
+                return False
             self._used += nbytes
             if holder is not None:
                 self._held[holder] = self._held.get(holder, 0) + nbytes
@@ -71,6 +74,26 @@ class Budget:
                 if not self._held[holder]:
                     del self._held[holder]
             self._changed.notify_all()
+
+    def _wait(self, nbytes: int, timeout_s: float, holder: Holder | None) -> bool:
+        ends_at = time.monotonic() + timeout_s
+        me = _Waiting(nbytes, holder)
+        self._waiting.append(me)
+
+        def turn() -> bool:
+            later = self._waiting[self._waiting.index(me) + 1 :]
+            return not any(self._fits(other.nbytes, other.holder) for other in later) and self._fits(nbytes, holder)
+
+        try:
+            while (left := ends_at - time.monotonic()) > 0:
+                if self._changed.wait_for(turn, min(left, PATIENCE_S)):
+                    return True
+                for other in [other for other in self._held if other is not holder and other.crawls]:
+                    other.cut_off()
+            return False
+        finally:
+            self._waiting.remove(me)
+            self._changed.notify_all()  # it may have been in the way of others
 
     def _fits(self, nbytes: int, holder: Holder | None) -> bool:
         held = 0 if holder is None else self._held.get(holder, 0)

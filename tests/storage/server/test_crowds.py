@@ -136,9 +136,9 @@ def stuck(server: Server, count: int, what: str) -> Iterator[list[Channel]]:
 
 
 @pytest.mark.parametrize("what", ["readers", "writers"])
-@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize("count", [2, 24])
 def test_clients_that_are_stuck_do_not_keep_others_waiting(server: Server, connect: Any, count: int, what: str) -> None:
-    client = connect(server, attempts=1)
+    client = connect(server, attempts=1 if count == 2 else 3)  # a busy machine may take longer than busy_timeout_s
     with stuck(server, count, what):
         used = server._shared.budget.used
         if count == 2:
