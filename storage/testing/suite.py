@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
@@ -611,7 +611,7 @@ def side_by_side(work: Callable[[int], object], numbers: Sequence[int]) -> Itera
 def _stop_now_and_then() -> None:
     dice = random.Random(threading.get_ident())
 
-    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "line" and dice.random() < 0.2:
             time.sleep(1e-6)
         return None if frame.f_code.co_filename in _NOT_OF_A_BACKEND else trace
