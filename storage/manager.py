@@ -285,7 +285,7 @@ class StorageManager:
             self._joining.cancel(selection.matches)
             return self._memory.clear(selection.matches) if self._means_memory(tier) else 0
         counts = [self._memory.clear(selection.matches)] if self._means_memory(tier) else []
-        if tier is None:
+        if self._means_memory(tier):
             self._joining.cancel(selection.matches)
         counts += [each.clear(selection, self._config.read_timeout_s) for each in self._lower(tier)]
         if self._means_memory(tier):

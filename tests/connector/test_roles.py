@@ -24,6 +24,9 @@ def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """The scheduler half that vLLM gets; nobody answers its lookups."""
     monkeypatch.setattr("lmcache.connector.format.check_supported", lambda config: None)
     monkeypatch.setattr("lmcache.connector.format.block_unit", lambda config: 16)
+    monkeypatch.setattr("lmcache.connector.format.block_tokens", lambda config: [16])
+    monkeypatch.setattr("lmcache.connector.vllm.why_inert", lambda *configs: None)
+    monkeypatch.setattr("lmcache.connector.vllm.why_no_multimodal", lambda config: None)
     cache = SimpleNamespace(kv_cache_groups=[None])
     started: list[SchedulerHalf] = []
 
@@ -36,6 +39,7 @@ def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             parallel_config=SimpleNamespace(
                 tensor_parallel_size=workers, pipeline_parallel_size=1, distributed_executor_backend=backend
             ),
+            lora_config=None,
             instance_id="roles",
         )
         if request.param == "LMCacheConnector":

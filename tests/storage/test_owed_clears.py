@@ -186,7 +186,7 @@ def test_an_owed_clear_survives_a_restart(restart: Restart, tmp_path: Path, wher
 def test_a_clear_that_ended_leaves_no_file(restart: Restart, tmp_path: Path) -> None:
     manager = restart(ScriptedBackend())
     manager.clear(FORMAT)
-    manager.clear(FORMAT, tags=b"t" * 16, wait=False)
+    manager.clear(FORMAT, tenant="t", wait=False)
     settle(lambda: not manager.health().tiers[0].owes_clear, "never finished")
     assert kept(tmp_path) == []
 
