@@ -223,12 +223,16 @@ def test_chunked_prefill_preemption_abort_and_a_full_reset(
     assert preemptions >= 1, "nothing was preempted, so this test shows less than it says"
 
 
-def test_cache_salts_do_not_share(vllm_run: Run, tiny_model: Model, tmp_path: Path) -> None:
+def test_cache_salts_do_not_share_and_have_quotas(vllm_run: Run, tiny_model: Model, tmp_path: Path) -> None:
     one, two = {"generate": [PROMPTS[0]], "salts": ["a"]}, {"generate": [PROMPTS[0]], "salts": ["b"]}
-    steps = [one, {"reset": "vllm"}, two, {"reset": "vllm"}, one]
-    _, _, other, _, same = vllm_run(tiny_model("llama"), connector(tmp_path), steps)
+    again, memory = {"reset": "vllm"}, {"used": True}
+    steps = [one, memory, again, two, memory, again, one, again, two]
+    kv = connector(tmp_path, quotas={"b": "4KiB"})
+    _, first, _, other, second, _, same, _, below = vllm_run(tiny_model("llama"), kv, steps)
     assert cached(other) == [0]
     assert cached(same) == [640]
+    assert first["chunks"] == second["chunks"] > 0, "memory keeps none of b's"
+    assert cached(below) == [640], "the disk does"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
