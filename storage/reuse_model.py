@@ -1,7 +1,7 @@
 """What is known about when chunks are used again: learned reuse intervals, and what keeping a chunk is worth.
 
 Time is counted in uses of chunks. The age of a chunk is the time since its last use, cut into levels that grow
-geometrically; chunks of one kind (see eviction_kv.py) share counts of how many came to a level and were used there.
+geometrically; chunks of one kind (see eviction_learned.py) share counts of how many came to a level and were used there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-# Ages at which the levels begin. The last one has no end: what gets there is taken for never
-# used again, and what was let go is forgotten then. So no more than that many are remembered beside what is held.
-LEVELS = 36
-STARTS = [0, *(int(32 * 1.3**i) for i in range(LEVELS - 1))]
+# Ages at which the levels begin. The last one has no end: what gets there is taken for never used again.
+LEVELS = 28
+STARTS = [0, *(int(32 * 1.4**i) for i in range(LEVELS - 1))]
 LAST = LEVELS - 1
+# One chunk in so many is counted; the rest are taken to be like it.
+SAMPLED = 8
 # Chunks of the wider kind that a kind's own counts are mixed with: those of a request live and die together.
-PRIOR_CHUNKS = 100.0
+PRIOR_CHUNKS = 100.0 / SAMPLED
 # Before anything is known: as many are used again in each level, so that the least recently used is worth least.
 FIRST_GUESS = 0.05
 # Uses after which what was counted counts half.
@@ -23,6 +24,8 @@ HALF_LIFE = 1 << 18
 
 Kind = tuple[int, ...]
 Counts = npt.NDArray[np.float64]
+_WIDTHS = np.diff(np.array([*STARTS, 2 * STARTS[-1]], dtype=np.float64))
+_LATER = np.triu(np.ones((LEVELS, LEVELS), dtype=bool))
 
 
 class ReuseModel:
@@ -40,6 +43,9 @@ class ReuseModel:
         self._fitted = 0
         self.kind(())
 
+    def __len__(self) -> int:
+        return len(self._wider)
+
     def kind(self, kind: Kind) -> int:
         """The number of a kind."""
         index = self._index.get(kind)
@@ -54,7 +60,10 @@ class ReuseModel:
 
     def fit(self, now: int) -> None:
         """Renew ``value`` by what was counted, and let old counts fade."""
+        fade = 0.5 ** ((now - self._fitted) / HALF_LIFE)
+        self._fitted = now
         entered, used, left = (np.array(counts) for counts in (self.entered, self.used, self.left))
+        self.entered, self.used, self.left = ((counts * fade).tolist() for counts in (entered, used, left))
         for index in range(len(self._wider) - 1, 0, -1):  # wider kinds come before theirs
             for counts in (entered, used, left):
                 counts[self._wider[index]] += counts[index]
@@ -67,10 +76,6 @@ class ReuseModel:
             chance[index] = (used[index] + PRIOR_CHUNKS * prior) / (exposed[index] + PRIOR_CHUNKS)
         chance[:, LAST] = 0
         self.value = worth(np.minimum(chance, 0.999)).tolist()
-        fade = 0.5 ** ((now - self._fitted) / HALF_LIFE)
-        self._fitted = now
-        for rows in (self.entered, self.used, self.left):
-            rows[:] = [[count * fade for count in row] for row in rows]
 
 
 def worth(chance: Counts) -> Counts:
@@ -80,15 +85,15 @@ def worth(chance: Counts) -> Counts:
     value is the best ratio of uses to time over all such ages (a Gittins index): what is worth least should go, however
     large the cache is. Reuse that becomes likely only later, as when a user reads an answer first, counts already now.
     """
-    width = np.diff(np.array([*STARTS, 2 * STARTS[-1]], dtype=np.float64))
-    value = np.zeros_like(chance)
-    for level in range(LEVELS):
-        ahead = chance[:, level:]
-        alive = np.cumprod(1 - ahead, axis=1)
-        alive = np.concatenate([np.ones((len(chance), 1)), alive[:, :-1]], axis=1)
-        uses = np.cumsum(alive * ahead, axis=1)
-        time = np.cumsum(alive * (1 - ahead / 2) * width[level:], axis=1)
-        value[:, level] = (uses / time).max(axis=1)
+    none = np.zeros((len(chance), 1))
+    alive = np.concatenate([none + 1, np.cumprod(1 - chance, axis=1)[:, :-1]], axis=1)
+    uses = np.concatenate([none, np.cumsum(alive * chance, axis=1)], axis=1)
+    time = np.concatenate([none, np.cumsum(alive * (1 - chance / 2) * _WIDTHS, axis=1)], axis=1)
+    # From every level [:, i] to the end of every other [:, j]; what is alive at i divides both and cancels out.
+    more_uses = uses[:, None, 1:] - uses[:, :-1, None]
+    more_time = time[:, None, 1:] - time[:, :-1, None]
+    ratio = np.divide(more_uses, more_time, out=np.zeros_like(more_uses), where=_LATER & (more_time > 0))
+    value: Counts = ratio.max(axis=2)
     return value
 
 
