@@ -17,12 +17,11 @@ from lmcache.keys import ChunkKey
 
 HELD = 1  # the bit of the tier itself; those of ghosts and of what they remember follow
 MOST_STEPS = 500
-# Chunks looked at for each use, whether somebody still needs to know them.
-SWEEP = 3
+GROWTH = 1024  # numbers
 
 
 class Known:
-    """The chunks that somebody holds or remembers, by number."""
+    """The chunks that somebody holds or remembers, by number. A list here has an entry for every number."""
 
     def __init__(self) -> None:
         self.numbers: dict[ChunkKey, int] = {}
@@ -42,7 +41,7 @@ class Known:
         self._hand = 0
 
     def column(self, initial: int = 0) -> list[int]:
-        """One more list of numbers, one for each chunk."""
+        """One more list. Whoever writes to it restores ``initial`` before it lets a chunk go, or sets it at first."""
         column: list[int] = []
         self._columns.append((column, initial))
         return column
@@ -50,38 +49,35 @@ class Known:
     def number(self, key: ChunkKey) -> int:
         """That of ``key``, which is known from now on."""
         number = self.numbers.get(key)
-        if number is not None:
-            return number
-        if self._free:
+        if number is None:
+            if not self._free:
+                self._grow()
             number = self._free.pop()
             self.keys[number] = key
-            for column, initial in self._columns:
-                column[number] = initial
-        else:
-            number = len(self.keys)
-            self.keys.append(key)
-            for column, initial in self._columns:
-                column.append(initial)
-        self.numbers[key] = number
+            self.numbers[key] = number
         return number
 
-    def link(self, number: int, parent: int) -> None:
-        self.parent[number] = parent
-        self.children[parent] += 1
-
-    def sweep(self) -> None:
-        """Forget chunks that nobody holds, remembers or hangs on, of the next few."""
-        mask, hand = self.mask, self._hand
-        for number in range(hand, min(hand + SWEEP, len(mask))):
-            if not mask[number] and (key := self.keys[number]) is not None:
+    def sweep(self, count: int) -> None:
+        """Forget those of the next ``count`` numbers that nobody holds, remembers or hangs on."""
+        hand, keys = self._hand, self.keys
+        for number, mask in enumerate(self.mask[hand : hand + count], hand):
+            if not mask and (key := keys[number]) is not None:
                 if (parent := self.parent[number]) >= 0:
                     self.children[parent] -= 1
                     self.parent[number] = -1
                 if not self.children[number]:
                     del self.numbers[key]
-                    self.keys[number] = None
+                    keys[number] = None
+                    self.uses[number] = 0
                     self._free.append(number)
-        self._hand = hand + SWEEP if hand + SWEEP < len(mask) else 0
+        self._hand = hand + count if hand + count < len(keys) else 0
+
+    def _grow(self) -> None:
+        size = len(self.keys)
+        self.keys += [None] * GROWTH
+        for column, initial in self._columns:
+            column += [initial] * GROWTH
+        self._free += range(size + GROWTH - 1, size - 1, -1)
 
 
 class Ghost(ABC):
@@ -148,7 +144,7 @@ class GhostLFU(Ghost):
     def admit(self, chunk: int, capacity: int) -> None:
         groups, uses, base, steps = self._groups, self._uses, self._base, 0
         while self._count >= capacity:
-            low = next(low for low, group in enumerate(groups) if group)
+            low = 0 if groups[0] else next(low for low, group in enumerate(groups) if group)
             oldest = groups[low].popleft()
             now = min(uses[oldest] - base[oldest], self.MOST_USES)
             steps += 1
@@ -202,7 +198,8 @@ class GhostS3FIFO(Ghost):
         self._base = known.column()
         self._small: deque[int] = deque()
         self._main: deque[int] = deque()
-        self._remembered: OrderedDict[int, None] = OrderedDict()
+        self._remembered: deque[int] = deque()
+        self._forgotten = 0  # of those: were taken again, and stand there for nothing
         self._full = False
 
     def admit(self, chunk: int, capacity: int) -> None:
@@ -212,7 +209,7 @@ class GhostS3FIFO(Ghost):
         self._base[chunk] = self._uses[chunk]
         if self._mask[chunk] & self._memory:
             self._mask[chunk] ^= self._memory
-            del self._remembered[chunk]
+            self._forgotten += 1
             self._main.append(chunk)
         else:
             self._small.append(chunk)
@@ -245,7 +242,12 @@ class GhostS3FIFO(Ghost):
                 self._drop(oldest)
 
     def _remember(self, chunk: int, most: int) -> None:
-        self._mask[chunk] |= self._memory
-        self._remembered[chunk] = None
-        while len(self._remembered) > most:
-            self._mask[self._remembered.popitem(last=False)[0]] ^= self._memory
+        remembered, mask = self._remembered, self._mask
+        mask[chunk] |= self._memory
+        remembered.append(chunk)
+        while len(remembered) - self._forgotten > most:
+            oldest = remembered.popleft()
+            if mask[oldest] & self._memory:
+                mask[oldest] ^= self._memory
+            else:
+                self._forgotten -= 1

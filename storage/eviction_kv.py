@@ -29,10 +29,11 @@ HALF_LIFE = 20000
 # Of the hits that still count, how many more another ghost must have to be followed.
 MARGIN = 0.0
 # Chunks looked at for each use after another ghost is followed.
-SEARCH = 256
+SEARCH = 8192
+TICK_EVERY = 32
+LRU_BIT = 2
 FIELD_BITS = 40
 FIELD = (1 << FIELD_BITS) - 1
-NOBODY = -1
 
 
 class Reuse(EvictionPolicy):
@@ -61,13 +62,14 @@ class Reuse(EvictionPolicy):
         self._fields = [ones * FIELD for ones in self._ones]
         self._counted = counted
         self._hits = self._run = self._led = 0
-        self._previous = NOBODY
+        self._previous = known.number(ChunkKey(b'', b''))
+        self._one = self._ones[counted]
         self._scores = [0.0 for _ in fields]
         self._leader: Ghost = self._learned
         self._fell: OrderedDict[int, None] = OrderedDict()
         self._learned.fell = self._fell
         self._search: list[int] = []
-        self._held: OrderedDict[int, None] = OrderedDict()
+        self._held: dict[int, None] = {}
         self._capacity = 1 << 62
         self._asked = self._evicted = False
         self._now = 0
@@ -77,8 +79,7 @@ class Reuse(EvictionPolicy):
         known = self._known
         chunk = known.number(key)
         if known.mask[chunk] & HELD:
-            self._held.move_to_end(chunk)
-            self._use(chunk)
+            self._use(chunk, known.mask[chunk])
             return
         self._asked = False
         if self._evicted:
@@ -86,9 +87,10 @@ class Reuse(EvictionPolicy):
             self._resize(len(self._held))
         if place is not None and place.parent is not None and known.parent[chunk] < 0 and place.parent != key:
             parent = known.number(place.parent)
-            known.link(chunk, parent)
+            known.parent[chunk] = parent
+            known.children[parent] += 1
             self._learned.linked(chunk, parent)
-        self._use(chunk)
+        self._use(chunk, known.mask[chunk])
         known.mask[chunk] |= HELD
         self._held[chunk] = None
         if not known.mask[chunk] & self._leader.bit:
@@ -96,10 +98,9 @@ class Reuse(EvictionPolicy):
 
     def touch(self, key: ChunkKey) -> None:
         chunk = self._known.numbers.get(key)
-        if chunk is not None and self._known.mask[chunk] & HELD:
+        if chunk is not None and (mask := self._known.mask[chunk]) & HELD:
             self._asked = False
-            self._held.move_to_end(chunk)
-            self._use(chunk)
+            self._use(chunk, mask)
 
     def remove(self, key: ChunkKey) -> None:
         chunk = self._known.numbers.get(key)
@@ -114,8 +115,12 @@ class Reuse(EvictionPolicy):
         keys, fell = self._known.keys, self._fell
         for chunk in fell:
             yield keys[chunk]
+        mask, order = self._known.mask, self._lru.order
+        for chunk in order:
+            if mask[chunk] & HELD and chunk not in fell:
+                yield keys[chunk]
         for chunk in self._held:
-            if chunk not in fell:
+            if chunk not in fell and chunk not in order:
                 yield keys[chunk]
 
     def _resize(self, held: int) -> None:
@@ -124,15 +129,14 @@ class Reuse(EvictionPolicy):
         else:
             self._capacity -= (self._capacity - held + 63) // 64
 
-    def _use(self, chunk: int) -> None:
+    def _use(self, chunk: int, mask: int) -> None:
         known = self._known
-        mask = known.mask[chunk]
-        counted = mask & self._counted
+        self._now = now = self._now + 1
         # Hits are those in the longest prefix that one holds; chains come from either end.
-        previous, parent = self._previous, known.parent
-        if previous >= 0 and parent[previous] == chunk:
-            self._run = (self._run + self._ones[self._counted]) & self._fields[counted]
-        elif previous >= 0 and parent[chunk] == previous:
+        counted, previous, parent = mask & self._counted, self._previous, known.parent
+        if parent[previous] == chunk:
+            self._run = self._run + self._one & self._fields[counted]
+        elif parent[chunk] == previous:
             self._led &= counted
             self._run += self._ones[self._led]
         else:
@@ -141,22 +145,26 @@ class Reuse(EvictionPolicy):
             self._led = counted
         self._previous = chunk
         known.uses[chunk] += 1
-        if mask & self._lru.bit:
+        if mask & LRU_BIT:
             self._lru.order.move_to_end(chunk)
-        self._learned.use(chunk)
-        lacking = self._all & ~mask
-        if lacking:
+        self._learned.use(chunk, now)
+        if lacking := self._all & ~mask:
             for ghost in self._absent[lacking]:
                 ghost.admit(chunk, self._capacity)
             known.mask[chunk] |= lacking
-            if lacking & self._leader.bit and mask & HELD:
+            if lacking & self._leader.bit:
                 self._fell.pop(chunk, None)
         self._mru.newest = chunk
-        known.sweep()
+        # Last: until here nobody holds a new chunk.
+        if not now % TICK_EVERY:
+            self._tick(now)
+
+    def _tick(self, now: int) -> None:
+        self._learned.tick(now)
+        self._known.sweep(3 * TICK_EVERY)
         if self._search:
             self._find()
-        self._now += 1
-        if not self._now % COUNT_EVERY:
+        if not now % COUNT_EVERY:
             self._choose()
 
     def _choose(self) -> None:

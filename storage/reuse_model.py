@@ -6,6 +6,8 @@ geometrically; chunks of one kind (see eviction_learned.py) share counts of how 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,10 +15,8 @@ import numpy.typing as npt
 LEVELS = 28
 STARTS = [0, *(int(32 * 1.4**i) for i in range(LEVELS - 1))]
 LAST = LEVELS - 1
-# One chunk in so many is counted; the rest are taken to be like it.
-SAMPLED = 8
 # Chunks of the wider kind that a kind's own counts are mixed with: those of a request live and die together.
-PRIOR_CHUNKS = 100.0 / SAMPLED
+PRIOR_CHUNKS = 100.0
 # Before anything is known: as many are used again in each level, so that the least recently used is worth least.
 FIRST_GUESS = 0.05
 # Uses after which what was counted counts half.
@@ -24,6 +24,7 @@ HALF_LIFE = 1 << 18
 
 Kind = tuple[int, ...]
 Counts = npt.NDArray[np.float64]
+_STARTS = np.array(STARTS)
 _WIDTHS = np.diff(np.array([*STARTS, 2 * STARTS[-1]], dtype=np.float64))
 _LATER = np.triu(np.ones((LEVELS, LEVELS), dtype=bool))
 
@@ -34,10 +35,8 @@ class ReuseModel:
     def __init__(self) -> None:
         self._index: dict[Kind, int] = {}
         self._wider: list[int] = []
-        self.entered: list[list[float]] = []
-        """By kind: chunks that came to a level; ``used``: that were used there; ``left``: that grew older."""
         self.used: list[list[float]] = []
-        self.left: list[list[float]] = []
+        """By kind and level: chunks that were used there; in the last level, those that were never used again."""
         self.value: list[list[float]] = []
         """By kind and level: expected uses for each unit of time that such a chunk is kept."""
         self._fitted = 0
@@ -53,22 +52,27 @@ class ReuseModel:
             wider = self.kind(kind[:-1]) if kind else -1
             index = self._index[kind] = len(self._wider)
             self._wider.append(wider)
-            for counts in (self.entered, self.used, self.left):
-                counts.append([0.0] * LEVELS)
+            self.used.append([0.0] * LEVELS)
             self.value.append(self.value[wider] if kind else [1.0 / (start + 1) for start in STARTS])
         return index
 
-    def fit(self, now: int) -> None:
-        """Renew ``value`` by what was counted, and let old counts fade."""
-        fade = 0.5 ** ((now - self._fitted) / HALF_LIFE)
+    def fit(self, now: int, kinds: Sequence[int], ages: Sequence[int], weight: float) -> None:
+        """Renew ``value`` by what was counted, and let old counts fade.
+
+        kinds, ages: of the chunks that wait for their next use, each of which stands for ``weight`` chunks.
+        """
+        used, waiting = np.array(self.used), np.zeros((len(self), LEVELS))
+        levels = np.searchsorted(_STARTS, np.array(ages, dtype=np.int64), side="right") - 1
+        np.add.at(waiting, (np.array(kinds, dtype=np.int64), levels), weight)
+        self.used = (used * 0.5 ** ((now - self._fitted) / HALF_LIFE)).tolist()
         self._fitted = now
-        entered, used, left = (np.array(counts) for counts in (self.entered, self.used, self.left))
-        self.entered, self.used, self.left = ((counts * fade).tolist() for counts in (entered, used, left))
-        for index in range(len(self._wider) - 1, 0, -1):  # wider kinds come before theirs
-            for counts in (entered, used, left):
+        for index in range(len(self) - 1, 0, -1):  # wider kinds come before theirs
+            for counts in (used, waiting):
                 counts[self._wider[index]] += counts[index]
-        # Those still inside a level have, on average, half of it behind them.
-        exposed = used + left + np.maximum(entered - used - left, 0) / 2
+        # Those that ended or wait in a level were, on average, exposed to half of it; to those before, whole.
+        stopped = used + waiting
+        exposed = np.cumsum(stopped[:, ::-1], axis=1)[:, ::-1] - waiting / 2
+        used[:, LAST] = 0
         used, exposed = smooth(used), smooth(exposed)
         chance = np.empty_like(used)
         for index, wider in enumerate(self._wider):
