@@ -1,6 +1,6 @@
-"""`reuse`: does as the policy does that would have had the most hits so far.
+"""`reuse`: does as the policy does that would have had most hits of late.
 
-See docs/storage/eviction.md. Eight ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold;
+See docs/storage/eviction.md. A few ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold;
 the tier lets go of what the best of them does not hold.
 """
 
@@ -11,29 +11,21 @@ from collections.abc import Iterator
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
-from lmcache.storage.eviction_ghosts import (
-    HELD,
-    Ghost,
-    GhostLFU,
-    GhostLRU,
-    GhostMRU,
-    GhostS3FIFO,
-    GhostSieve,
-    Known,
-)
+from lmcache.storage.eviction_ghosts import DOWN, HELD, START, UP, Ghost, GhostLFU, GhostLRU, GhostS3FIFO, Known, Log
 from lmcache.storage.eviction_learned import GhostLearned
 
-COUNT_EVERY = 64  # uses
+# Uses after which all ghosts have played them, the best is looked for, and what nobody needs is forgotten.
+TICK = 128
+SWEEP = 3
 # Uses after which a hit counts half.
 HALF_LIFE = 20000
-# Of the hits that still count, how many more another ghost must have to be followed.
+# How many more hits another ghost must have to be followed, of those that still count.
 MARGIN = 0.0
-# Chunks looked at for each use after another ghost is followed.
-SEARCH = 8192
-TICK_EVERY = 32
-LRU_BIT = 2
-FIELD_BITS = 40
-FIELD = (1 << FIELD_BITS) - 1
+# Chunks looked at in each tick after another ghost is followed.
+SEARCH = 4096
+# The ghosts are smaller by this share of the tier: so many chunks can be let go before the log has to be played.
+SLACK = 1 / 128
+UNKNOWN = 1 << 62
 
 
 class Reuse(EvictionPolicy):
@@ -41,66 +33,48 @@ class Reuse(EvictionPolicy):
 
     def __init__(self) -> None:
         known = self._known = Known()
-        bits = iter(1 << n for n in range(1, 64))
-        self._lru, self._mru = GhostLRU(known, next(bits)), GhostMRU(known, next(bits))
-        lfu, sieve = GhostLFU(known, next(bits)), GhostSieve(known, next(bits))
-        two, one, learned = next(bits), next(bits), next(bits)
-        self._learned = GhostLearned(known, learned, next(bits), next(bits))
+        bits = iter([1 << n for n in range(1, 32)])
+        self._lru = GhostLRU(known, next(bits))
+        self._learned = GhostLearned(known, next(bits), next(bits), next(bits))
         self._ghosts: list[Ghost] = [
-            self._lru, self._mru, lfu, sieve,
-            GhostS3FIFO(known, two, next(bits), 2, 0.9, True),
-            GhostS3FIFO(known, one, next(bits), 1, 1.0, False),
             self._learned,
+            self._lru,
+            GhostS3FIFO(known, next(bits), next(bits), 1, 1.0, False),
+            GhostS3FIFO(known, next(bits), next(bits), 2, 0.9, True),
+            GhostLFU(known, next(bits)),
         ]
-        self.names = ["lru", "mru", "lfu", "sieve", "s3fifo", "s3p", "learned"]
-        # By which of them: the ghosts; and fields of a wide number, one for the tier and one for each ghost.
-        self._all = sum(ghost.bit for ghost in self._ghosts)
-        counted = self._all | HELD
-        self._absent = [[g for g in self._ghosts if mask & g.bit] for mask in range(counted + 1)]
-        fields = range(len(self._ghosts) + 1)
-        self._ones = [sum(1 << FIELD_BITS * n for n in fields if mask >> n & 1) for mask in range(counted + 1)]
-        self._fields = [ones * FIELD for ones in self._ones]
-        self._counted = counted
-        self._hits = self._run = self._led = 0
-        self._previous = known.number(ChunkKey(b'', b''))
-        self._one = self._ones[counted]
-        self._scores = [0.0 for _ in fields]
-        self._leader: Ghost = self._learned
+        self.names = ["learned", "lru", "s3p", "s3fifo", "lfu"]
+        self._scores = [0.0 for _ in self._ghosts]
         self._fell: OrderedDict[int, None] = OrderedDict()
-        self._learned.fell = self._fell
+        self._leader: Ghost = self._learned
+        self._leader.fell = self._fell
         self._search: list[int] = []
+        """Chunks of the tier of which it is not known yet whether the leader has them."""
         self._held: dict[int, None] = {}
-        self._capacity = 1 << 62
-        self._asked = self._evicted = False
-        self._now = 0
-        self.log = []; self.grand = 0
+        self._log = Log()
+        self._previous = known.number(ChunkKey(b"", b""))
+        known.mask[self._previous] = HELD  # of no real chunk, and never forgotten
+        self._capacity = UNKNOWN
+        self._asked, self._evicted = False, 0
+        self.log = []; self.total = [0]*9; self._now=0
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
         known = self._known
         chunk = known.number(key)
-        if known.mask[chunk] & HELD:
-            self._use(chunk, known.mask[chunk])
-            return
-        self._asked = False
-        if self._evicted:
-            self._evicted = False
-            self._resize(len(self._held))
-        if place is not None and place.parent is not None and known.parent[chunk] < 0 and place.parent != key:
-            parent = known.number(place.parent)
-            known.parent[chunk] = parent
-            known.children[parent] += 1
-            self._learned.linked(chunk, parent)
-        self._use(chunk, known.mask[chunk])
-        known.mask[chunk] |= HELD
-        self._held[chunk] = None
-        if not known.mask[chunk] & self._leader.bit:
-            self._fell[chunk] = None
+        if not known.mask[chunk] & HELD:
+            if self._evicted:
+                self._resize()
+            if place is not None and (above := place.parent) is not None and known.parent[chunk] < 0 and above != key:
+                parent = known.parent[chunk] = known.number(above)
+                known.children[parent] += 1
+            known.mask[chunk] |= HELD
+            self._held[chunk] = None
+        self._use(chunk)
 
     def touch(self, key: ChunkKey) -> None:
         chunk = self._known.numbers.get(key)
-        if chunk is not None and (mask := self._known.mask[chunk]) & HELD:
-            self._asked = False
-            self._use(chunk, mask)
+        if chunk is not None and self._known.mask[chunk] & HELD:
+            self._use(chunk)
 
     def remove(self, key: ChunkKey) -> None:
         chunk = self._known.numbers.get(key)
@@ -108,11 +82,13 @@ class Reuse(EvictionPolicy):
             self._known.mask[chunk] ^= HELD
             del self._held[chunk]
             self._fell.pop(chunk, None)
-            self._evicted = self._asked
+            self._evicted += self._asked
 
     def victims(self) -> Iterator[ChunkKey]:
         self._asked = True
-        keys, fell = self._known.keys, self._fell
+        fell, keys = self._fell, self._known.keys
+        if len(fell) <= self._evicted:
+            self._leader.play(self._log, self._capacity)
         for chunk in fell:
             yield keys[chunk]
         mask, order = self._known.mask, self._lru.order
@@ -123,65 +99,53 @@ class Reuse(EvictionPolicy):
             if chunk not in fell and chunk not in order:
                 yield keys[chunk]
 
-    def _resize(self, held: int) -> None:
-        if held >= self._capacity or self._capacity == 1 << 62:
-            self._capacity = held
-        else:
-            self._capacity -= (self._capacity - held + 63) // 64
-
-    def _use(self, chunk: int, mask: int) -> None:
-        known = self._known
-        self._now = now = self._now + 1
-        # Hits are those in the longest prefix that one holds; chains come from either end.
-        counted, previous, parent = mask & self._counted, self._previous, known.parent
-        if parent[previous] == chunk:
-            self._run = self._run + self._one & self._fields[counted]
-        elif parent[chunk] == previous:
-            self._led &= counted
-            self._run += self._ones[self._led]
-        else:
-            self._hits += self._run
-            self._run = self._ones[counted]
-            self._led = counted
+    def _use(self, chunk: int) -> None:
+        self._asked = False
+        log, parent, previous = self._log, self._known.parent, self._previous
         self._previous = chunk
-        known.uses[chunk] += 1
-        if mask & LRU_BIT:
-            self._lru.order.move_to_end(chunk)
-        self._learned.use(chunk, now)
-        if lacking := self._all & ~mask:
-            for ghost in self._absent[lacking]:
-                ghost.admit(chunk, self._capacity)
-            known.mask[chunk] |= lacking
-            if lacking & self._leader.bit:
-                self._fell.pop(chunk, None)
-        self._mru.newest = chunk
-        # Last: until here nobody holds a new chunk.
-        if not now % TICK_EVERY:
-            self._tick(now)
+        log.steps.append(DOWN if parent[previous] == chunk else UP if parent[chunk] == previous else START)
+        log.chunks.append(chunk)
+        if len(log.chunks) == TICK // 2:
+            self._learned.learn()
+        elif len(log.chunks) >= TICK:
+            self._tick()
 
-    def _tick(self, now: int) -> None:
-        self._learned.tick(now)
-        self._known.sweep(3 * TICK_EVERY)
+    def _resize(self) -> None:
+        held = len(self._held)
+        slack = max(int(held * SLACK) - self._evicted, 0)
+        self._evicted = 0
+        if held - slack >= self._capacity or self._capacity == UNKNOWN:
+            self._capacity = held - slack
+        else:
+            self._capacity -= (self._capacity - held + slack + 63) // 64
+
+    def _tick(self) -> None:
+        for ghost in self._ghosts:
+            ghost.play(self._log, self._capacity)
+            ghost.played = 0
+        self._log.chunks.clear()
+        self._log.steps.clear()
+        self._known.sweep(SWEEP * TICK)
+        self._choose()
         if self._search:
             self._find()
-        if not now % COUNT_EVERY:
-            self._choose()
 
     def _choose(self) -> None:
-        fade = 0.5 ** (COUNT_EVERY / HALF_LIFE)
-        hits, self._hits = self._hits, 0
-        self.grand += hits
-        scores = self._scores = [
-            score * fade + (hits >> FIELD_BITS * n & FIELD) for n, score in enumerate(self._scores)
-        ]
-        best = max(range(1, len(scores)), key=scores.__getitem__)
-        ghost = self._ghosts[best - 1]
-        if ghost is not self._leader and scores[best] > scores[self._ghosts.index(self._leader) + 1] * (1 + MARGIN):
+        self._now += TICK
+        fade = 0.5 ** (TICK / HALF_LIFE)
+        for n, ghost in enumerate(self._ghosts):
+            self._scores[n] = self._scores[n] * fade + ghost.hits
+            self.total[n] += ghost.hits
+            ghost.hits = 0
+        scores = self._scores
+        best = max(range(len(scores)), key=scores.__getitem__)
+        ghost = self._ghosts[best]
+        if ghost is not self._leader and scores[best] > scores[self._ghosts.index(self._leader)] * (1 + MARGIN):
             self._leader.fell = None
             self._leader = ghost
             self._fell = ghost.fell = OrderedDict()
             self._search = list(reversed(self._held))
-            self.log.append((self._now, self.names[best - 1]))
+            self.log.append((self._now, self.names[best]))
 
     def _find(self) -> None:
         bit, mask = self._leader.bit, self._known.mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 from lmcache.storage.eviction_ghosts import Ghost, Known
 from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
@@ -16,6 +17,7 @@ from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
 FIRST_FIT, FIT_EVERY = 256, 4096  # uses; the time between doubles
+AGE_EVERY = 64  # uses
 # Chunks whose next use is waited for and counted: all at first; when there are more, half of them, and so on.
 MOST_COUNTED = 8192
 # Ages of queues, in shares of the capacity: finer ones for what may soon be evicted than the model's are not needed.
@@ -31,8 +33,10 @@ class GhostLearned(Ghost):
     def __init__(self, known: Known, bit: int, memory: int, counted: int) -> None:
         super().__init__(known, bit)
         self._memory, self._counted = memory, counted
-        self._parent, self._children = known.parent, known.children
-        self._last, self._gap, self._kids = (known.column() for _ in range(3))
+        self._above, self._children = known.parent, known.children
+        self._uses, self._last, self._gap, self._kids = (known.column() for _ in range(4))
+        self._parent = known.column(NOWHERE)
+        """The chunk of whose held children it is one."""
         self._kind = known.column()
         """Of those that are counted, since when they were used last."""
         self._queue = known.column(NOWHERE)
@@ -55,68 +59,70 @@ class GhostLearned(Ghost):
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
-        self._count = self._capacity = 0
+        self._count = self._now = self._aged = self._capacity = 0
         self._next_fit = FIRST_FIT
 
-    def use(self, chunk: int, now: int) -> None:
-        """``chunk`` is used, whether it is held or not; ``admit`` comes after, if it comes."""
-        if self._uses[chunk] == 1:
-            self._gap[chunk] = 0
-            self._fresh += 1
-            if not (self._fresh * MIXER >> 12) & (self._stride - 1):
-                self._mask[chunk] |= self._counted
-                self._waiting[chunk] = None
-                self._kind[chunk] = self._kind_of(chunk)
-        else:
-            gap = now - self._last[chunk]
-            self._gap[chunk] = self._gap[chunk] + gap >> 1
-            if self._mask[chunk] & self._counted:
-                self._model.used[self._kind[chunk]][bisect_right(STARTS, gap) - 1] += self._stride
-                self._kind[chunk] = self._kind_of(chunk)
-        self._last[chunk] = now
-        if (queue := self._queue[chunk]) >= 0:
-            del self._queues[queue][chunk]
-            self._enqueue(chunk, 0)
-
-    def admit(self, chunk: int, capacity: int) -> None:
+    def _play(self, chunks: Sequence[int], capacity: int) -> list[int]:
+        mask, bit, uses, last, gaps, kids = self._mask, self.bit, self._uses, self._last, self._gap, self._kids
+        queue, counted, now, above = self._queue, self._counted, self._now, self._above
         self._capacity = capacity
-        parent = self._parent[chunk]
-        if parent >= 0:
-            # Before room is made: the chain that grows is not cut off where it grows.
-            self._kids[parent] += 1
-            if self._queue[parent] >= 0:
-                self._dequeue(parent)
-        if self._mask[chunk] & self._memory:
-            self._mask[chunk] ^= self._memory
-        while self._count >= capacity:
-            self._evict()
-        self._count += 1
-        if not self._kids[chunk]:
-            self._enqueue(chunk, 0)
+        found = []
+        for chunk in chunks:
+            now += 1
+            found.append(hit := mask[chunk] & bit)
+            if not mask[chunk] & (bit | self._memory):
+                uses[chunk] = 0
+            uses[chunk] += 1
+            if uses[chunk] > 1:
+                gap = now - last[chunk]
+                gaps[chunk] = gaps[chunk] + gap >> 1
+            else:
+                gap = gaps[chunk] = 0
+            last[chunk] = now
+            if mask[chunk] & counted or not gap:
+                self._observe(chunk, gap)
+            if hit:
+                if queue[chunk] >= 0:
+                    del self._queues[queue[chunk]][chunk]
+                    self._enqueue(chunk, 0)
+                continue
+            mask[chunk] &= ~self._memory
+            parent = self._parent[chunk] = above[chunk]
+            if parent >= 0:
+                # Before room is made: the chain that grows is not cut off where it grows.
+                kids[parent] += 1
+                if queue[parent] >= 0:
+                    del self._queues[queue[parent]][parent]
+                    queue[parent] = NOWHERE
+            while self._count >= capacity:
+                self._evict()
+            self._count += 1
+            self._take(chunk)
+            if not kids[chunk]:
+                self._enqueue(chunk, 0)
+        self._now = now
+        if now >= self._aged + AGE_EVERY:
+            self._aged = now
+            self._age()
+        return found
 
-    def linked(self, chunk: int, parent: int) -> None:
-        """``chunk`` was found to hang on ``parent``, which so does not end its prompt."""
-        if self._uses[parent] == 1:
-            self._kind[parent] = self._inner
-        if self._mask[chunk] & self.bit:
-            self._kids[parent] += 1
-            if self._queue[parent] >= 0:
-                self._dequeue(parent)
+    def learn(self) -> None:
+        """Look at what was counted, when it is time."""
+        if self._now >= self._next_fit:
+            self._next_fit = self._now + min(self._now, FIT_EVERY)
+            self._fit()
 
-    def tick(self, now: int) -> None:
-        """Let chunks grow older, and learn."""
-        last = self._last
-        for age in range(LAST_AGE):
-            aging, due = self._aging[age], now - self._starts[age + 1]
-            while aging and aging[0][1] <= due:
-                chunk, since = aging.popleft()
-                queue = self._queue[chunk]
-                if last[chunk] == since and queue >= 0 and queue % len(AGES) == age:
-                    del self._queues[queue][chunk]
-                    self._enqueue(chunk, age + 1)
-        if now >= self._next_fit:
-            self._next_fit = now + min(now, FIT_EVERY)
-            self._fit(now)
+    def _observe(self, chunk: int, gap: int) -> None:
+        """A use after ``gap``, or the first use (0), of a chunk that the model counts, or may."""
+        if gap:
+            self._model.used[self._kind[chunk]][bisect_right(STARTS, gap) - 1] += self._stride
+        elif not self._mask[chunk] & self._counted:
+            self._fresh += 1
+            if (self._fresh * MIXER >> 12) & (self._stride - 1):
+                return
+            self._mask[chunk] |= self._counted
+            self._waiting[chunk] = None
+        self._kind[chunk] = self._kind_of(chunk)
 
     def _evict(self) -> None:
         queues, order, lowest = self._queues, self._sorted, self._lowest
@@ -126,18 +132,18 @@ class GhostLearned(Ghost):
         chunk = queues[order[lowest]].popitem(last=False)[0]
         self._queue[chunk] = NOWHERE
         self._count -= 1
-        mask, memory = self._mask, self._memory
-        parent = self._parent[chunk]
+        mask, parent = self._mask, self._parent[chunk]
         if parent >= 0:
+            self._parent[chunk] = NOWHERE
             kids = self._kids[parent] = self._kids[parent] - 1
             if not kids and mask[parent] & self.bit:
-                # The time was in the queue that the child was in, or later.
+                # As old as the child or younger; which is found out later.
                 self._enqueue(parent, order[lowest] % len(AGES), first=True)
-        mask[chunk] |= memory
+        mask[chunk] |= self._memory
         self._remembered.append(chunk)
         self._drop(chunk)
         if len(self._remembered) > 2 * self._capacity:
-            mask[self._remembered.popleft()] &= ~memory
+            mask[self._remembered.popleft()] &= ~self._memory
 
     def _kind_of(self, chunk: int) -> int:
         uses = self._uses[chunk]
@@ -154,23 +160,32 @@ class GhostLearned(Ghost):
             self._lowest = rank
         self._aging[age].append((chunk, self._last[chunk]))
 
-    def _dequeue(self, chunk: int) -> None:
-        del self._queues[self._queue[chunk]][chunk]
-        self._queue[chunk] = NOWHERE
+    def _age(self) -> None:
+        """Move what is old enough to the next queues."""
+        last, queues = self._last, self._queue
+        for age in range(LAST_AGE):
+            aging, due = self._aging[age], self._now - self._starts[age + 1]
+            while aging and aging[0][1] <= due:
+                chunk, since = aging.popleft()
+                queue = queues[chunk]
+                if last[chunk] == since and queue >= 0 and queue % len(AGES) == age:
+                    del self._queues[queue][chunk]
+                    self._enqueue(chunk, age + 1)
 
-    def _fit(self, now: int) -> None:
-        model, kind, last = self._model, self._kind, self._last
-        chunks = list(self._waiting)
-        for chunk in chunks:
-            if now - last[chunk] >= STARTS[LAST]:
-                model.used[kind[chunk]][LAST] += self._stride
-                self._ignore(chunk)
+    def _fit(self) -> None:
+        model, kind, last, now = self._model, self._kind, self._last, self._now
+        for chunk in [chunk for chunk in self._waiting if now - last[chunk] >= STARTS[LAST]]:
+            model.used[kind[chunk]][LAST] += self._stride
+            self._ignore(chunk)
         if len(self._waiting) > MOST_COUNTED:
             self._stride *= 2
             for chunk in list(self._waiting)[::2]:
                 self._ignore(chunk)
-        waiting = list(self._waiting)
-        model.fit(now, [kind[chunk] for chunk in waiting], [now - last[chunk] for chunk in waiting], self._stride)
+        for chunk in self._waiting:
+            if kind[chunk] == self._end and self._children[chunk]:
+                kind[chunk] = self._inner
+        kinds, ages = [kind[chunk] for chunk in self._waiting], [now - last[chunk] for chunk in self._waiting]
+        model.fit(now, kinds, ages, self._stride)
         capacity = max(min(self._capacity, self._count) or self._count, 256)
         self._starts = [int(capacity * share) for share in AGES]
         ends = [*self._starts[1:], 2 * self._starts[-1]]
