@@ -1,10 +1,13 @@
 """What other policies would hold by now: ghosts, caches of names only, each as large as the tier that is ruled.
 
-Chunks are numbered, and what is known of a chunk stands in lists under its number: no object for each chunk, so Python's
-garbage collector has nothing to walk through. ``mask`` says in bits who holds or remembers a chunk: the tier, the ghosts.
+Chunks that came in together and hang on one another are one segment, until a request goes another way in the middle of
+them. They are used together, and go from the end, so what a ghost holds of a segment is one number, ``kept``:
 
-What is used is written to a log, which each ghost plays later in one go: one loop with everything at hand takes half
-the time of a call for each use.
+    segment  [ c0 c1 c2 c3 c4 c5 ]        kept = 4: c0 to c3 are held, c4 and c5 are gone
+    a request for c0 c1 x y        ──▶    [ c0 c1 ] ── [ c2 c3 c4 c5 ]
+                                             └────── [ x y ]
+
+So a ghost's work is for each segment of a request, not for each chunk, and several ghosts take less time than the rest.
 """
 
 from __future__ import annotations
@@ -12,206 +15,248 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from itertools import islice
 
 from lmcache.keys import ChunkKey
 
-HELD = 1  # the bit of the tier itself; those of ghosts and of what they remember follow
-# How a use follows the one before: on to the parent, on to a child, or neither.
+# How the part of a chain that is used now follows what was used before: its parents, its children, or neither.
 DOWN, UP, START = 0, 1, 2
-# Chunks that one admission looks at; the next one goes then, whether it was used or not.
-MOST_STEPS = 500
-GROWTH = 1024  # numbers
+# A chunk's place in ``Segments.places``: segment << PLACE_BITS | index.
+PLACE_BITS = 16
+INDEX = (1 << PLACE_BITS) - 1
+NOTHING = -1
+# Segments that one use looks at; the next one goes then, whether it was used or not.
+MOST_STEPS = 100
 
 
-class Known:
-    """The chunks that somebody holds or remembers, by number. A list here has an entry for every number."""
+class Segments:
+    """The chunks that somebody holds or remembers, by segment. A list here has an entry for every segment."""
 
     def __init__(self) -> None:
-        self.numbers: dict[ChunkKey, int] = {}
-        self.keys: list[ChunkKey | None] = []
-        self.mask: list[int] = []
-        self.parent: list[int] = []
-        """Number of the chunk that it hangs on, or -1; ``children`` counts the known ones that hang on it."""
+        self.places: dict[ChunkKey, int] = {}
+        self.keys: list[list[ChunkKey]] = []
+        """From the first to the last; empty: free."""
+        self.size: list[int] = []
+        self.above: list[int] = []
+        """The segment on whose end it hangs, or -1; ``children``: segments that hang on its own."""
         self.children: list[int] = []
-        self._columns: list[tuple[list[int], int]] = [
-            (self.mask, 0),
-            (self.parent, -1),
+        self.held: list[int] = []
+        """Bit n: the tier holds chunk n."""
+        self.users: list[int] = []
+        """Bits of the ghosts that hold it, or some of it, or remember it."""
+        self._columns: list[tuple[list[int], int]] = []
+        for column, initial in (
+            (self.size, 0),
+            (self.above, NOTHING),
             (self.children, 0),
-        ]
+            (self.held, 0),
+            (self.users, 0),
+        ):
+            self._columns.append((column, initial))
         self._free: list[int] = []
         self._hand = 0
 
     def column(self, initial: int = 0) -> list[int]:
-        """One more list. Whoever writes to it restores ``initial`` before it lets a chunk go, or sets it at first."""
+        """One more list."""
         column: list[int] = []
         self._columns.append((column, initial))
         return column
 
-    def number(self, key: ChunkKey) -> int:
-        """That of ``key``, which is known from now on."""
-        number = self.numbers.get(key)
-        if number is None:
-            if not self._free:
-                self._grow()
-            number = self._free.pop()
-            self.keys[number] = key
-            self.numbers[key] = number
-        return number
+    def new(self, keys: list[ChunkKey], above: int) -> int:
+        """A segment of ``keys`` that hangs on ``above``."""
+        if self._free:
+            segment = self._free.pop()
+            self.keys[segment] = keys
+            for column, initial in self._columns:
+                column[segment] = initial
+        else:
+            segment = len(self.keys)
+            self.keys.append(keys)
+            for column, initial in self._columns:
+                column.append(initial)
+        place = segment << PLACE_BITS
+        self.places.update(zip(keys, range(place, place + len(keys)), strict=True))
+        self.size[segment] = len(keys)
+        self.link(segment, above)
+        return segment
+
+    def link(self, segment: int, above: int) -> None:
+        if above >= 0:
+            self.above[segment] = above
+            self.children[above] += 1
+
+    def split(self, segment: int, index: int) -> int:
+        """Cut off the chunks before ``index``; returns their segment, on which the rest hangs, which keeps its number."""
+        keys, held, above = self.keys[segment], self.held[segment], self.above[segment]
+        head = self.new(keys[:index], NOTHING)
+        if above >= 0:
+            self.above[head] = above
+        self.above[segment], self.children[head] = head, 1
+        self.users[head] = self.users[segment]
+        self.held[head], self.held[segment] = held & ((1 << index) - 1), held >> index
+        self.keys[segment] = rest = keys[index:]
+        self.size[segment] = len(rest)
+        place = segment << PLACE_BITS
+        self.places.update(zip(rest, range(place, place + len(rest)), strict=True))
+        return head
 
     def sweep(self, count: int) -> None:
-        """Forget those of the next ``count`` numbers that nobody holds, remembers or hangs on."""
-        hand, keys = self._hand, self.keys
-        for number, mask in enumerate(self.mask[hand : hand + count], hand):
-            if not mask and (key := keys[number]) is not None:
-                if (parent := self.parent[number]) >= 0:
-                    self.children[parent] -= 1
-                    self.parent[number] = -1
-                if not self.children[number]:
-                    del self.numbers[key]
-                    keys[number] = None
-                    self._free.append(number)
-        self._hand = hand + count if hand + count < len(keys) else 0
-
-    def _grow(self) -> None:
-        size = len(self.keys)
-        self.keys += [None] * GROWTH
-        for column, initial in self._columns:
-            column += [initial] * GROWTH
-        self._free += range(size + GROWTH - 1, size - 1, -1)
-
-
-class Log:
-    """Uses that not all ghosts have played: the chunks, and how each follows the one before."""
-
-    def __init__(self) -> None:
-        self.chunks: list[int] = []
-        self.steps: list[int] = []
+        """Forget those of the next ``count`` segments that nobody holds, remembers or hangs on."""
+        hand = self._hand
+        for segment in range(hand, min(hand + count, len(self.keys))):
+            if not self.users[segment] and not self.held[segment] and self.keys[segment]:
+                if (above := self.above[segment]) >= 0:
+                    self.children[above] -= 1
+                    self.above[segment] = NOTHING
+                if not self.children[segment]:
+                    for key in self.keys[segment]:
+                        del self.places[key]
+                    self.keys[segment] = []
+                    self._free.append(segment)
+        self._hand = hand + count if hand + count < len(self.keys) else 0
 
 
 class Ghost(ABC):
     """What one policy would hold, and how many hits it would have had.
 
-    fell: when not None, gets what the tier holds and this does not hold any longer.
+    fell: when not None, the segments of which the tier holds more than this does.
     """
 
-    def __init__(self, known: Known, bit: int) -> None:
+    def __init__(self, segments: Segments, bit: int) -> None:
         self.bit = bit
         self.fell: OrderedDict[int, None] | None = None
         self.hits = 0
-        """Since somebody set it to 0: blocks in the longest prefix that it held, of each request."""
-        self.played = 0
-        """Uses of the log that it has played."""
-        self._mask = known.mask
+        """Since somebody set it to 0: chunks in the longest prefix that it held, of each request."""
+        self.kept = segments.column()
+        self._size, self._held, self._users = segments.size, segments.held, segments.users
+        self._count = 0
         self._run, self._whole = 0, True
 
-    def play(self, log: Log, capacity: int) -> None:
-        """Use what it has not played yet, in order."""
-        chunks, steps = log.chunks[self.played :], log.steps[self.played :]
-        self.played = len(log.chunks)
-        if chunks:
-            self._score(self._play(chunks, capacity), steps)
+    def use(self, part: Sequence[int], step: int, capacity: int) -> None:
+        """``part``, segments each of which hangs on the one before, is used, the last one first."""
+        # Of a chain that comes from its end, the last run of hits counts; of one from its beginning, the first.
+        kept, size, hits, whole = self.kept, self._size, 0, True
+        for segment in part:
+            hits += kept[segment]
+            if kept[segment] < size[segment]:
+                whole = False
+                break
+        if step == START:
+            self.hits += self._run
+            self._run, self._whole = hits, whole
+        elif step == DOWN:
+            self._run = self._run + hits if whole else hits
+        elif self._whole:
+            self._run += hits
+            self._whole = whole
+        for segment in reversed(part):
+            self._use(segment, capacity)
 
     @abstractmethod
-    def _play(self, chunks: Sequence[int], capacity: int) -> list[int]:
-        """Use ``chunks``; returns for each whether it was held, as its bit or 0."""
+    def _use(self, segment: int, capacity: int) -> None:
+        """``segment`` is used: hold all of it, and no more than ``capacity`` chunks."""
 
-    def _drop(self, chunk: int) -> None:
-        self._mask[chunk] ^= self.bit
-        if self.fell is not None and self._mask[chunk] & HELD:
-            self.fell[chunk] = None
+    @abstractmethod
+    def divided(self, head: int, rest: int) -> None:
+        """``rest`` was cut in two; ``head`` is about to be used. ``kept`` is right for both."""
 
-    def _take(self, chunk: int) -> None:
-        self._mask[chunk] |= self.bit
+    def divide(self, head: int, rest: int) -> None:
+        kept, size = self.kept, self._size[head]
+        kept[head], kept[rest] = min(kept[rest], size), max(kept[rest] - size, 0)
+        if not kept[rest]:
+            self._users[rest] &= ~self.bit
+        if self.fell is not None and rest in self.fell:
+            for segment in (head, rest):
+                if self._held[segment] >> kept[segment]:
+                    self.fell[segment] = None
+                else:
+                    self.fell.pop(segment, None)
+        self.divided(head, rest)
+
+    def _fill(self, segment: int) -> None:
+        self._count += self._size[segment] - self.kept[segment]
+        self.kept[segment] = self._size[segment]
+        self._users[segment] |= self.bit
         if self.fell is not None:
-            self.fell.pop(chunk, None)
+            self.fell.pop(segment, None)
 
-    def _score(self, found: Sequence[int], steps: Sequence[int]) -> None:
-        """Of a chain that comes from its end, the last run of hits counts; of one from its beginning, the first."""
-        if not any(found):
-            self.hits += self._run
-            self._run, self._whole = 0, False
-            return
-        hits, run, whole = self.hits, self._run, self._whole
-        for hit, step in zip(found, steps, strict=True):
-            if step == DOWN:
-                run = run + 1 if hit else 0
-            elif step == START:
-                hits += run
-                run, whole = (1, True) if hit else (0, False)
-            elif whole and hit:
-                run += 1
-            else:
-                whole = False
-        self.hits, self._run, self._whole = hits, run, whole
+    def _shrink(self, segment: int, kept: int) -> None:
+        self._count += kept - self.kept[segment]
+        self.kept[segment] = kept
+        if not kept:
+            self._users[segment] ^= self.bit
+        if self.fell is not None and self._held[segment] >> kept:
+            self.fell[segment] = None
 
 
 class GhostLRU(Ghost):
     """Least recently used first."""
 
-    def __init__(self, known: Known, bit: int) -> None:
-        super().__init__(known, bit)
+    def __init__(self, segments: Segments, bit: int) -> None:
+        super().__init__(segments, bit)
         self.order: OrderedDict[int, None] = OrderedDict()
 
-    def _play(self, chunks: Sequence[int], capacity: int) -> list[int]:
-        order, mask, bit, fell = self.order, self._mask, self.bit, self.fell
-        found = []
-        for chunk in chunks:
-            found.append(hit := mask[chunk] & bit)
-            if hit:
-                order.move_to_end(chunk)
-                continue
-            mask[chunk] |= bit
-            order[chunk] = None
-            if fell is not None:
-                fell.pop(chunk, None)
-            while len(order) > capacity:
-                oldest = order.popitem(last=False)[0]
-                mask[oldest] ^= bit
-                if fell is not None and mask[oldest] & HELD:
-                    fell[oldest] = None
-        return found
+    def _use(self, segment: int, capacity: int) -> None:
+        order, kept = self.order, self.kept
+        order[segment] = None
+        order.move_to_end(segment)
+        if kept[segment] == self._size[segment]:
+            return
+        self._fill(segment)
+        while (over := self._count - capacity) > 0:
+            oldest = next(iter(order))
+            if kept[oldest] <= over:
+                del order[oldest]
+            self._shrink(oldest, max(kept[oldest] - over, 0))
+
+    def divided(self, head: int, rest: int) -> None:
+        if self.kept[head]:
+            self.order[head] = None
+        if not self.kept[rest]:
+            self.order.pop(rest, None)
 
 
 class GhostLFU(Ghost):
-    """Least often used first. A chunk is moved to the group of its uses when it comes to the front of a lower one."""
+    """Least often used first. A segment is moved to the group of its uses when it comes to the front of a lower one."""
 
     MOST_USES = 64
 
-    def __init__(self, known: Known, bit: int) -> None:
-        super().__init__(known, bit)
-        self._uses = known.column()
+    def __init__(self, segments: Segments, bit: int) -> None:
+        super().__init__(segments, bit)
+        self._uses = segments.column()
         self._groups: list[deque[int]] = [deque() for _ in range(self.MOST_USES + 1)]
-        self._count = 0
 
-    def _play(self, chunks: Sequence[int], capacity: int) -> list[int]:
-        mask, bit, uses, first = self._mask, self.bit, self._uses, self._groups[0]
-        found = []
-        for chunk in chunks:
-            found.append(hit := mask[chunk] & bit)
-            if hit:
-                uses[chunk] += 1
-                continue
-            if self._count >= capacity:
-                self._make_room(capacity)
-            self._take(chunk)
-            uses[chunk] = 0
-            first.append(chunk)
-            self._count += 1
-        return found
+    def _use(self, segment: int, capacity: int) -> None:
+        kept, size = self.kept, self._size[segment]
+        self._uses[segment] += 1
+        if kept[segment] < size:
+            self._make_room(capacity - size + kept[segment])
+            if not kept[segment]:
+                self._uses[segment] = 0
+                self._groups[0].append(segment)
+            self._fill(segment)
 
-    def _make_room(self, capacity: int) -> None:
-        groups, uses, steps = self._groups, self._uses, 0
-        while self._count >= capacity:
-            low = 0 if groups[0] else next(low for low, group in enumerate(groups) if group)
+    def divided(self, head: int, rest: int) -> None:
+        self._uses[head] = self._uses[rest]
+        if self.kept[head]:
+            self._groups[min(self._uses[rest], self.MOST_USES)].append(head)
+
+    def _make_room(self, most: int) -> None:
+        groups, uses, kept, steps, low = self._groups, self._uses, self.kept, 0, 0
+        while self._count > max(most, 0):
+            while not groups[low]:
+                low += 1
             oldest = groups[low].popleft()
             now = min(uses[oldest], self.MOST_USES)
             steps += 1
+            if not kept[oldest]:
+                continue
             if now > low and steps < MOST_STEPS:
                 groups[now].append(oldest)
+            elif (left := kept[oldest] - self._count + most) > 0:
+                groups[low].appendleft(oldest)
+                self._shrink(oldest, left)
             else:
-                self._count -= 1
-                self._drop(oldest)
+                self._shrink(oldest, 0)
 
 
 class GhostS3FIFO(Ghost):
@@ -221,73 +266,109 @@ class GhostS3FIFO(Ghost):
     in later is in the main queue.
     """
 
-    def __init__(self, known: Known, bit: int, memory: int, promote_at: int, ghost_share: float, divide: bool) -> None:
-        super().__init__(known, bit)
-        self._memory, self._promote_at, self._ghost_share, self._divide = memory, promote_at, ghost_share, divide
-        self._uses = known.column()
+    SMALL, MAIN = 1, 2
+
+    def __init__(
+        self, segments: Segments, bit: int, memory: int, promote_at: int, ghost_share: float, fill_main: bool
+    ) -> None:
+        super().__init__(segments, bit)
+        self._memory, self._promote_at, self._ghost_share, self._fill_main = memory, promote_at, ghost_share, fill_main
+        self._uses, self._where, self._weight = (segments.column() for _ in range(3))
+        """``_weight``: chunks that were let go of what is remembered."""
         self._small: deque[int] = deque()
         self._main: deque[int] = deque()
         self._remembered: deque[int] = deque()
-        self._taken = 0
-        """Of those: were taken again, and stand there for nothing."""
+        self._main_count = self._remembered_count = 0
         self._full = False
 
-    def _play(self, chunks: Sequence[int], capacity: int) -> list[int]:
-        mask, bit, uses, memory, fell = self._mask, self.bit, self._uses, self._memory, self.fell
-        found = []
-        for chunk in chunks:
-            found.append(hit := mask[chunk] & bit)
-            if hit:
-                uses[chunk] += 1
-                continue
-            if len(self._small) + len(self._main) >= capacity:
-                self._make_room(capacity)
-            uses[chunk] = 0
-            if mask[chunk] & memory:
-                mask[chunk] ^= memory
-                self._taken += 1
-                self._main.append(chunk)
+    def _use(self, segment: int, capacity: int) -> None:
+        kept, size = self.kept, self._size[segment]
+        self._uses[segment] += 1
+        if kept[segment] == size:
+            return
+        self._make_room(capacity, size - kept[segment])
+        if not kept[segment]:
+            self._uses[segment] = 0
+            if self._weight[segment]:
+                self._forget(segment)
+                self._where[segment] = self.MAIN
+                self._main.append(segment)
             else:
-                self._small.append(chunk)
-            mask[chunk] |= bit
-            if fell is not None:
-                fell.pop(chunk, None)
-        return found
+                self._where[segment] = self.SMALL
+                self._small.append(segment)
+        if self._where[segment] == self.MAIN:
+            self._main_count += size - kept[segment]
+        self._fill(segment)
 
-    def _make_room(self, capacity: int) -> None:
-        small, main, uses, steps = self._small, self._main, self._uses, 0
-        if not self._full:
+    def divided(self, head: int, rest: int) -> None:
+        self._uses[head] = self._uses[rest]
+        where = self._where[head] = self._where[rest]
+        if self.kept[head]:
+            (self._main if where == self.MAIN else self._small).append(head)
+
+    def _make_room(self, capacity: int, wanted: int) -> None:
+        kept, uses, where, steps = self.kept, self._uses, self._where, 0
+        most, most_main = max(capacity - wanted, 0), capacity - capacity // 10
+        if self._count > most and not self._full:
             self._full = True
-            if self._divide:
-                first = capacity // 10
-                main.extend(islice(small, first, None))
-                small = self._small = deque(islice(small, first))
-        most_main = capacity - capacity // 10
-        while len(small) + len(main) >= capacity:
-            if small and len(main) <= most_main:
-                oldest = small.popleft()
-                if uses[oldest] >= self._promote_at:
-                    uses[oldest] = 0
-                    main.append(oldest)
-                else:
-                    self._remember(oldest, int(capacity * self._ghost_share))
-                    self._drop(oldest)
-                continue
-            oldest = main.popleft()
+            if self._fill_main:
+                self._divide_at(capacity // 10)
+        small, main = self._small, self._main
+        while self._count > most:
             steps += 1
-            if uses[oldest] and steps < MOST_STEPS:
+            in_small = small and (self._main_count <= most_main or not main)
+            queue = small if in_small else main
+            oldest = queue[0]
+            if not kept[oldest] or where[oldest] != (self.SMALL if in_small else self.MAIN):
+                queue.popleft()
+                continue
+            left = max(kept[oldest] - self._count + most, 0)
+            if in_small:
+                if uses[oldest] >= self._promote_at:
+                    small.popleft()
+                    self._promote(oldest)
+                    continue
+            elif uses[oldest] and steps < MOST_STEPS:
+                main.popleft()
                 uses[oldest] = min(uses[oldest], 3) - 1
                 main.append(oldest)
+                continue
             else:
-                self._drop(oldest)
+                self._main_count -= kept[oldest] - left
+            if not left:
+                queue.popleft()
+                if in_small:
+                    self._remember(oldest, int(capacity * self._ghost_share))
+            self._shrink(oldest, left)
 
-    def _remember(self, chunk: int, most: int) -> None:
-        remembered, mask = self._remembered, self._mask
-        mask[chunk] |= self._memory
-        remembered.append(chunk)
-        while len(remembered) - self._taken > most:
-            oldest = remembered.popleft()
-            if mask[oldest] & self._memory:
-                mask[oldest] ^= self._memory
+    def _promote(self, segment: int) -> None:
+        self._uses[segment] = 0
+        self._where[segment] = self.MAIN
+        self._main.append(segment)
+        self._main_count += self.kept[segment]
+
+    def _divide_at(self, first: int) -> None:
+        queue, self._small, count = self._small, deque(), 0
+        for segment in queue:
+            count += self.kept[segment]
+            if count <= first:
+                self._small.append(segment)
             else:
-                self._taken -= 1
+                uses = self._uses[segment]
+                self._promote(segment)
+                self._uses[segment] = uses
+
+    def _remember(self, segment: int, most: int) -> None:
+        self._users[segment] |= self._memory
+        self._weight[segment] = self._size[segment]
+        self._remembered_count += self._size[segment]
+        self._remembered.append(segment)
+        while self._remembered_count > most:
+            oldest = self._remembered.popleft()
+            if self._weight[oldest]:
+                self._forget(oldest)
+
+    def _forget(self, segment: int) -> None:
+        self._remembered_count -= self._weight[segment]
+        self._weight[segment] = 0
+        self._users[segment] &= ~self._memory

@@ -11,19 +11,33 @@ from collections.abc import Iterator
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
-from lmcache.storage.eviction_ghosts import DOWN, HELD, START, UP, Ghost, GhostLFU, GhostLRU, GhostS3FIFO, Known, Log
+from lmcache.storage.eviction_ghosts import (
+    DOWN,
+    INDEX,
+    NOTHING,
+    PLACE_BITS,
+    START,
+    UP,
+    Ghost,
+    GhostLFU,
+    GhostLRU,
+    GhostS3FIFO,
+    Segments,
+)
 from lmcache.storage.eviction_learned import GhostLearned
 
-# Uses after which all ghosts have played them, the best is looked for, and what nobody needs is forgotten.
-TICK = 128
-SWEEP = 3
+# Chunks of which nothing is known but that they came in with the others of the run.
+PENDING = -1
+MOST_RUN = 256
+# Uses after which the best ghost is looked for.
+CHOOSE_EVERY = 128
 # Uses after which a hit counts half.
 HALF_LIFE = 20000
 # How many more hits another ghost must have to be followed, of those that still count.
 MARGIN = 0.0
-# Chunks looked at in each tick after another ghost is followed.
-SEARCH = 4096
-# The ghosts are smaller by this share of the tier: so many chunks can be let go before the log has to be played.
+# Segments looked at with each run, after another ghost is followed, and whether somebody still needs them.
+SEARCH, SWEEP = 256, 6
+# The ghosts are smaller by this share of the tier: so many chunks can be let go before a run has to be cut.
 SLACK = 1 / 128
 UNKNOWN = 1 << 62
 
@@ -32,16 +46,16 @@ class Reuse(EvictionPolicy):
     """Follows the ghost that had most hits of late."""
 
     def __init__(self) -> None:
-        known = self._known = Known()
-        bits = iter([1 << n for n in range(1, 32)])
-        self._lru = GhostLRU(known, next(bits))
-        self._learned = GhostLearned(known, next(bits), next(bits), next(bits))
+        segments = self._segments = Segments()
+        bits = iter([1 << n for n in range(32)])
+        self._lru = GhostLRU(segments, next(bits))
+        self._learned = GhostLearned(segments, next(bits), next(bits), next(bits))
         self._ghosts: list[Ghost] = [
             self._learned,
             self._lru,
-            GhostS3FIFO(known, next(bits), next(bits), 1, 1.0, False),
-            GhostS3FIFO(known, next(bits), next(bits), 2, 0.9, True),
-            GhostLFU(known, next(bits)),
+            GhostS3FIFO(segments, next(bits), next(bits), 1, 1.0, False),
+            GhostS3FIFO(segments, next(bits), next(bits), 2, 0.9, True),
+            GhostLFU(segments, next(bits)),
         ]
         self.names = ["learned", "lru", "s3p", "s3fifo", "lfu"]
         self._scores = [0.0 for _ in self._ghosts]
@@ -49,90 +63,206 @@ class Reuse(EvictionPolicy):
         self._leader: Ghost = self._learned
         self._leader.fell = self._fell
         self._search: list[int] = []
-        """Chunks of the tier of which it is not known yet whether the leader has them."""
-        self._held: dict[int, None] = {}
-        self._log = Log()
-        self._previous = known.number(ChunkKey(b"", b""))
-        known.mask[self._previous] = HELD  # of no real chunk, and never forgotten
+        """Segments of which it is not known yet whether the tier holds more of them than the leader."""
+        self._run: list[ChunkKey] = []
+        """Chunks used one after another, each the parent of the one before, or (``_step`` UP) the other way round."""
+        self._step = self._joint = START
+        """How the run goes on; and how it follows the one before, when it was cut."""
+        self._parent: ChunkKey | None = None
+        """Of what was used last; ``_first``: of the first of a run from its beginning."""
+        self._first: ChunkKey | None = None
+        self._below = NOTHING
+        """The segment that the run, when it comes from its end, is the parent of."""
+        self._count = self._now = self._chosen = 0
         self._capacity = UNKNOWN
         self._asked, self._evicted = False, 0
-        self.log = []; self.total = [0]*9; self._now=0
+        self.log = []; self.total = [0]*9
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
-        known = self._known
-        chunk = known.number(key)
-        if not known.mask[chunk] & HELD:
-            if self._evicted:
-                self._resize()
-            if place is not None and (above := place.parent) is not None and known.parent[chunk] < 0 and above != key:
-                parent = known.parent[chunk] = known.number(above)
-                known.children[parent] += 1
-            known.mask[chunk] |= HELD
-            self._held[chunk] = None
-        self._use(chunk)
+        segments = self._segments
+        self._asked = False
+        if self._evicted:
+            self._resize()
+        found = segments.places.get(key)
+        if found == PENDING:
+            self._close()
+            found = segments.places[key]
+        if found is None:
+            segments.places[key] = PENDING
+            self._count += 1
+            self._use(key, place.parent if place is not None and place.parent != key else None)
+            return
+        segment, index = found >> PLACE_BITS, found & INDEX
+        if not segments.held[segment] >> index & 1:
+            segments.held[segment] |= 1 << index
+            self._count += 1
+            if index >= self._leader.kept[segment]:
+                self._fell[segment] = None
+        self._use(key, self._parent_of(segment, index))
 
     def touch(self, key: ChunkKey) -> None:
-        chunk = self._known.numbers.get(key)
-        if chunk is not None and self._known.mask[chunk] & HELD:
-            self._use(chunk)
+        found = self._segments.places.get(key)
+        if found is None:
+            return
+        self._asked = False
+        if found == PENDING:
+            self._close()
+            found = self._segments.places[key]
+        segment, index = found >> PLACE_BITS, found & INDEX
+        if self._segments.held[segment] >> index & 1:
+            self._use(key, self._parent_of(segment, index))
 
     def remove(self, key: ChunkKey) -> None:
-        chunk = self._known.numbers.get(key)
-        if chunk is not None and self._known.mask[chunk] & HELD:
-            self._known.mask[chunk] ^= HELD
-            del self._held[chunk]
-            self._fell.pop(chunk, None)
+        segments = self._segments
+        found = segments.places.get(key)
+        if found is None:
+            return
+        if found == PENDING:
+            self._close()
+            found = segments.places[key]
+        segment, bit = found >> PLACE_BITS, 1 << (found & INDEX)
+        if segments.held[segment] & bit:
+            held = segments.held[segment] = segments.held[segment] ^ bit
+            self._count -= 1
             self._evicted += self._asked
+            if segment in self._fell and not held >> self._leader.kept[segment]:
+                del self._fell[segment]
 
     def victims(self) -> Iterator[ChunkKey]:
         self._asked = True
-        fell, keys = self._fell, self._known.keys
-        if len(fell) <= self._evicted:
-            self._leader.play(self._log, self._capacity)
-        for chunk in fell:
-            yield keys[chunk]
-        mask, order = self._known.mask, self._lru.order
-        for chunk in order:
-            if mask[chunk] & HELD and chunk not in fell:
-                yield keys[chunk]
-        for chunk in self._held:
-            if chunk not in fell and chunk not in order:
-                yield keys[chunk]
+        if len(self._fell) <= self._evicted // 8:
+            self._close()
+        segments, fell, kept = self._segments, self._fell, self._leader.kept
+        for segment in fell:
+            yield from self._chunks(segment, kept[segment], segments.size[segment])
+        order = self._lru.order
+        for segment in order:
+            yield from self._chunks(segment, 0, kept[segment])
+        for segment in range(len(segments.keys)):
+            if segment not in order:
+                yield from self._chunks(segment, 0, kept[segment])
+        for key in self._run:
+            if segments.places[key] == PENDING:
+                yield key
 
-    def _use(self, chunk: int) -> None:
-        self._asked = False
-        log, parent, previous = self._log, self._known.parent, self._previous
-        self._previous = chunk
-        log.steps.append(DOWN if parent[previous] == chunk else UP if parent[chunk] == previous else START)
-        log.chunks.append(chunk)
-        if len(log.chunks) == TICK // 2:
-            self._learned.learn()
-        elif len(log.chunks) >= TICK:
-            self._tick()
+    def _chunks(self, segment: int, start: int, stop: int) -> Iterator[ChunkKey]:
+        """Those of the tier, the last one first."""
+        held, keys = self._segments.held[segment], self._segments.keys[segment]
+        for index in range(min(stop, held.bit_length()) - 1, start - 1, -1):
+            if held >> index & 1:
+                yield keys[index]
+
+    def _parent_of(self, segment: int, index: int) -> ChunkKey | None:
+        segments = self._segments
+        if index:
+            return segments.keys[segment][index - 1]
+        above = segments.above[segment]
+        return segments.keys[above][-1] if above >= 0 else None
+
+    def _use(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+        run = self._run
+        if run:
+            if key == self._parent and self._step != UP:
+                self._step = DOWN
+            elif parent is not None and parent == run[-1] and self._step != DOWN:
+                self._step = UP
+            else:
+                self._close(ended=True)
+        if not self._run:
+            # What follows a run that was cut may go on with it.
+            if self._joint == DOWN and key != self._parent:
+                self._joint = START
+            elif self._joint == UP and parent != self._last:
+                self._joint = START
+            self._step = self._joint
+            self._first = parent
+        run.append(key)
+        self._parent = parent
+        self._now += 1
+        if len(run) >= MOST_RUN:
+            self._close()
+
+    def _close(self, ended: bool = False) -> None:
+        """Let the ghosts use the run. ``ended``: the next use does not go on with it."""
+        if self._run:
+            down = self._step == DOWN
+            self._last = self._run[-1]
+            path = self._run[::-1] if down else self._run[:]
+            joint = self._joint
+            self._run.clear()
+            part = self._find(path, self._parent if down else self._first, self._below if joint == DOWN else NOTHING)
+            capacity = self._capacity
+            for ghost in self._ghosts:
+                ghost.use(part, joint, capacity)
+            self._below = part[0]
+            self._joint = DOWN if down else UP if self._step == UP else START
+            self._segments.sweep(SWEEP)
+            if self._search:
+                self._look()
+            if self._now >= self._chosen + CHOOSE_EVERY:
+                self._chosen = self._now
+                self._choose()
+                self._learned.learn()
+        if ended:
+            self._joint = START
+
+    def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
+        """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.
+
+        first: the parent of its first chunk. below: the segment that hangs on its last one.
+        """
+        segments, part, at, end = self._segments, list[int](), 0, len(path)
+        places = segments.places
+        above = NOTHING
+        if first is not None and (found := places.get(first, PENDING)) >= 0:
+            above = self._cut(found >> PLACE_BITS, (found & INDEX) + 1)
+        while at < end:
+            found = places[path[at]]
+            if found == PENDING:
+                stop = at + 1
+                while stop < end and places[path[stop]] == PENDING:
+                    stop += 1
+                if stop == end and below < 0 and stop > at + 1:
+                    stop -= 1  # the end of a prompt is of another kind
+                segment = segments.new(path[at:stop], above)
+                segments.held[segment] = (1 << stop - at) - 1
+                self._fell[segment] = None
+            else:
+                segment, index = found >> PLACE_BITS, found & INDEX
+                keys = segments.keys[segment]
+                stop = at + 1
+                while stop < end and index + stop - at < len(keys) and path[stop] is keys[index + stop - at] or (
+                    stop < end and index + stop - at < len(keys) and path[stop] == keys[index + stop - at]
+                ):
+                    stop += 1
+                segment = self._cut(segment, index + stop - at)
+            part.append(segment)
+            above, at = segment, stop
+        if below >= 0 and segments.above[below] < 0 and below != above:
+            segments.link(below, above)
+            self._learned.linked(below, above)
+        return part
+
+    def _cut(self, segment: int, index: int) -> int:
+        """``segment`` up to ``index``."""
+        if index >= self._segments.size[segment]:
+            return segment
+        head = self._segments.split(segment, index)
+        for ghost in self._ghosts:
+            ghost.divide(head, segment)
+        return head
 
     def _resize(self) -> None:
-        held = len(self._held)
-        slack = max(int(held * SLACK) - self._evicted, 0)
+        count = self._count
+        fit = count - max(int(count * SLACK) - self._evicted, 0)
         self._evicted = 0
-        if held - slack >= self._capacity or self._capacity == UNKNOWN:
-            self._capacity = held - slack
+        if fit >= self._capacity or self._capacity == UNKNOWN:
+            self._capacity = fit
         else:
-            self._capacity -= (self._capacity - held + slack + 63) // 64
-
-    def _tick(self) -> None:
-        for ghost in self._ghosts:
-            ghost.play(self._log, self._capacity)
-            ghost.played = 0
-        self._log.chunks.clear()
-        self._log.steps.clear()
-        self._known.sweep(SWEEP * TICK)
-        self._choose()
-        if self._search:
-            self._find()
+            self._capacity -= (self._capacity - fit + 63) // 64
 
     def _choose(self) -> None:
-        self._now += TICK
-        fade = 0.5 ** (TICK / HALF_LIFE)
+        fade = 0.5 ** (CHOOSE_EVERY / HALF_LIFE)
         for n, ghost in enumerate(self._ghosts):
             self._scores[n] = self._scores[n] * fade + ghost.hits
             self.total[n] += ghost.hits
@@ -144,12 +274,12 @@ class Reuse(EvictionPolicy):
             self._leader.fell = None
             self._leader = ghost
             self._fell = ghost.fell = OrderedDict()
-            self._search = list(reversed(self._held))
+            self._search = list(range(len(self._segments.keys)))
             self.log.append((self._now, self.names[best]))
 
-    def _find(self) -> None:
-        bit, mask = self._leader.bit, self._known.mask
-        for chunk in self._search[-SEARCH:][::-1]:
-            if mask[chunk] & HELD and not mask[chunk] & bit:
-                self._fell[chunk] = None
+    def _look(self) -> None:
+        held, kept = self._segments.held, self._leader.kept
+        for segment in self._search[-SEARCH:]:
+            if held[segment] >> kept[segment]:
+                self._fell[segment] = None
         del self._search[-SEARCH:]

@@ -56,14 +56,14 @@ class ReuseModel:
             self.value.append(self.value[wider] if kind else [1.0 / (start + 1) for start in STARTS])
         return index
 
-    def fit(self, now: int, kinds: Sequence[int], ages: Sequence[int], weight: float) -> None:
+    def fit(self, now: int, kinds: Sequence[int], ages: Sequence[int], weights: Sequence[int]) -> None:
         """Renew ``value`` by what was counted, and let old counts fade.
 
-        kinds, ages: of the chunks that wait for their next use, each of which stands for ``weight`` chunks.
+        kinds, ages: of what waits for its next use, each of which stands for some chunks, its weight.
         """
         used, waiting = np.array(self.used), np.zeros((len(self), LEVELS))
         levels = np.searchsorted(_STARTS, np.array(ages, dtype=np.int64), side="right") - 1
-        np.add.at(waiting, (np.array(kinds, dtype=np.int64), levels), weight)
+        np.add.at(waiting, (np.array(kinds, dtype=np.int64), levels), np.array(weights, dtype=np.float64))
         self.used = (used * 0.5 ** ((now - self._fitted) / HALF_LIFE)).tolist()
         self._fitted = now
         for index in range(len(self) - 1, 0, -1):  # wider kinds come before theirs
