@@ -47,6 +47,7 @@ class Reuse(EvictionPolicy):
 
     def __init__(self) -> None:
         segments = self._segments = Segments()
+        self._places = segments.places
         bits = iter([1 << n for n in range(32)])
         self._lru = GhostLRU(segments, next(bits))
         self._learned = GhostLearned(segments, next(bits), next(bits), next(bits))
@@ -69,86 +70,108 @@ class Reuse(EvictionPolicy):
         self._step = self._joint = START
         """How the run goes on; and how it follows the one before, when it was cut."""
         self._parent: ChunkKey | None = None
+        self._last: ChunkKey | None = None
         """Of what was used last; ``_first``: of the first of a run from its beginning."""
         self._first: ChunkKey | None = None
+        self._next = NOTHING
+        """The place of the parent of what was used last, when both are of one segment and the run may go there."""
         self._below = NOTHING
         """The segment that the run, when it comes from its end, is the parent of."""
         self._count = self._now = self._chosen = 0
         self._capacity = UNKNOWN
-        self._asked, self._evicted = False, 0
+        self._asked = False
+        """Somebody asked for victims, and nothing was used since."""
+        self._batch = self._low = 0
+        """Chunks that were evicted since, and how many were left; 0: not many, none."""
         self.log = []; self.total = [0]*9
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
-        segments = self._segments
-        self._asked = False
-        if self._evicted:
-            self._resize()
-        found = segments.places.get(key)
-        if found == PENDING:
-            self._close()
-            found = segments.places[key]
+        found = self._places.get(key)
         if found is None:
-            segments.places[key] = PENDING
+            self._places[key] = PENDING
             self._count += 1
-            self._use(key, place.parent if place is not None and place.parent != key else None)
+            self._asked = False
+            self._use(key, place.parent if place is not None else None)
             return
-        segment, index = found >> PLACE_BITS, found & INDEX
-        if not segments.held[segment] >> index & 1:
-            segments.held[segment] |= 1 << index
+        segment, index = self._place(key, found)
+        held, bit = self._segments.held, 1 << index
+        if not held[segment] & bit:
+            held[segment] |= bit
             self._count += 1
             if index >= self._leader.kept[segment]:
                 self._fell[segment] = None
-        self._use(key, self._parent_of(segment, index))
+        self.touch(key)
 
     def touch(self, key: ChunkKey) -> None:
-        found = self._segments.places.get(key)
-        if found is None:
+        if (found := self._places.get(key)) is None:
+            return
+        if found < 0:
+            self._close()
+            found = self._places[key]
+        segment, index = found >> PLACE_BITS, found & INDEX
+        if not self._segments.held[segment] >> index & 1:
             return
         self._asked = False
-        if found == PENDING:
-            self._close()
-            found = self._segments.places[key]
-        segment, index = found >> PLACE_BITS, found & INDEX
-        if self._segments.held[segment] >> index & 1:
+        if found == self._next and len(self._run) < MOST_RUN:
+            # The parent of what was used last, and of the same segment.
+            self._run.append(key)
+        else:
             self._use(key, self._parent_of(segment, index))
+        if index and self._step != UP:
+            self._next = found - 1
+            self._parent = self._segments.keys[segment][index - 1]
+        else:
+            self._next = NOTHING
+            self._parent = self._parent_of(segment, index)
 
     def remove(self, key: ChunkKey) -> None:
-        segments = self._segments
-        found = segments.places.get(key)
-        if found is None:
+        if (found := self._places.get(key)) is None:
             return
-        if found == PENDING:
+        if found < 0:
             self._close()
-            found = segments.places[key]
+            found = self._places[key]
         segment, bit = found >> PLACE_BITS, 1 << (found & INDEX)
-        if segments.held[segment] & bit:
-            held = segments.held[segment] = segments.held[segment] ^ bit
+        held = self._segments.held
+        if held[segment] & bit:
+            held[segment] ^= bit
             self._count -= 1
-            self._evicted += self._asked
-            if segment in self._fell and not held >> self._leader.kept[segment]:
+            if self._asked:
+                self._batch += 1
+                self._low = self._count
+            if segment in self._fell and not held[segment] >> self._leader.kept[segment]:
                 del self._fell[segment]
 
     def victims(self) -> Iterator[ChunkKey]:
         self._asked = True
-        if len(self._fell) <= self._evicted // 8:
+        if len(self._fell) <= self._batch // 8:
             self._close()
+        self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
-            yield from self._chunks(segment, kept[segment], segments.size[segment])
+            held, least, keys = segments.held[segment], kept[segment], segments.keys[segment]
+            for index in range(held.bit_length() - 1, least - 1, -1):
+                if held >> index & 1:
+                    yield keys[index]
         order = self._lru.order
         for segment in order:
-            yield from self._chunks(segment, 0, kept[segment])
+            yield from self._chunks(segment, kept[segment])
         for segment in range(len(segments.keys)):
             if segment not in order:
-                yield from self._chunks(segment, 0, kept[segment])
+                yield from self._chunks(segment, kept[segment])
         for key in self._run:
-            if segments.places[key] == PENDING:
+            if self._places[key] == PENDING:
                 yield key
 
-    def _chunks(self, segment: int, start: int, stop: int) -> Iterator[ChunkKey]:
-        """Those of the tier, the last one first."""
+    def _place(self, key: ChunkKey, found: int) -> tuple[int, int]:
+        if found == PENDING:
+            self._close()
+            found = self._places[key]
+        return found >> PLACE_BITS, found & INDEX
+
+    def _chunks(self, segment: int, stop: int) -> Iterator[ChunkKey]:
+        """Those before ``stop`` that the tier holds, the last one first."""
         held, keys = self._segments.held[segment], self._segments.keys[segment]
-        for index in range(min(stop, held.bit_length()) - 1, start - 1, -1):
+        for index in range(min(stop, held.bit_length()) - 1, -1, -1):
             if held >> index & 1:
                 yield keys[index]
 
@@ -161,50 +184,50 @@ class Reuse(EvictionPolicy):
 
     def _use(self, key: ChunkKey, parent: ChunkKey | None) -> None:
         run = self._run
+        self._next = NOTHING
         if run:
             if key == self._parent and self._step != UP:
                 self._step = DOWN
-            elif parent is not None and parent == run[-1] and self._step != DOWN:
+            elif parent == run[-1] and self._step != DOWN:
                 self._step = UP
             else:
-                self._close(ended=True)
-        if not self._run:
-            # What follows a run that was cut may go on with it.
-            if self._joint == DOWN and key != self._parent:
-                self._joint = START
-            elif self._joint == UP and parent != self._last:
+                self._close()
+        if not run:
+            # It may go on with a run that was cut.
+            if (self._joint == DOWN and key != self._parent) or (self._joint == UP and parent != self._last):
                 self._joint = START
             self._step = self._joint
             self._first = parent
         run.append(key)
         self._parent = parent
-        self._now += 1
         if len(run) >= MOST_RUN:
             self._close()
 
-    def _close(self, ended: bool = False) -> None:
-        """Let the ghosts use the run. ``ended``: the next use does not go on with it."""
-        if self._run:
-            down = self._step == DOWN
-            self._last = self._run[-1]
-            path = self._run[::-1] if down else self._run[:]
-            joint = self._joint
-            self._run.clear()
-            part = self._find(path, self._parent if down else self._first, self._below if joint == DOWN else NOTHING)
-            capacity = self._capacity
-            for ghost in self._ghosts:
-                ghost.use(part, joint, capacity)
-            self._below = part[0]
-            self._joint = DOWN if down else UP if self._step == UP else START
-            self._segments.sweep(SWEEP)
-            if self._search:
-                self._look()
-            if self._now >= self._chosen + CHOOSE_EVERY:
-                self._chosen = self._now
-                self._choose()
-                self._learned.learn()
-        if ended:
-            self._joint = START
+    def _close(self) -> None:
+        """Let the ghosts use the run."""
+        run, joint, down = self._run, self._joint, self._step == DOWN
+        if not run:
+            return
+        self._last = run[-1]
+        self._now += len(run)
+        part = (
+            self._find(run[::-1], self._parent, self._below if joint == DOWN else NOTHING)
+            if down
+            else self._find(run, self._first, NOTHING)
+        )
+        run.clear()
+        if self._low:
+            self._resize(self._low - int(self._low * SLACK))
+        for ghost in self._ghosts:
+            ghost.use(part, joint, self._capacity)
+        self._below, self._joint = part[0], self._step
+        self._segments.sweep(SWEEP)
+        if self._search:
+            self._look()
+        if self._now >= self._chosen + CHOOSE_EVERY:
+            self._chosen = self._now
+            self._choose()
+            self._learned.learn()
 
     def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
         """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.
@@ -230,11 +253,9 @@ class Reuse(EvictionPolicy):
             else:
                 segment, index = found >> PLACE_BITS, found & INDEX
                 keys = segments.keys[segment]
-                stop = at + 1
-                while stop < end and index + stop - at < len(keys) and path[stop] is keys[index + stop - at] or (
-                    stop < end and index + stop - at < len(keys) and path[stop] == keys[index + stop - at]
-                ):
-                    stop += 1
+                stop = at + min(end - at, len(keys) - index)
+                if keys[index : index + stop - at] != path[at:stop]:
+                    stop = next(n for n in range(at + 1, end) if path[n] != keys[index + n - at])
                 segment = self._cut(segment, index + stop - at)
             part.append(segment)
             above, at = segment, stop
@@ -252,14 +273,12 @@ class Reuse(EvictionPolicy):
             ghost.divide(head, segment)
         return head
 
-    def _resize(self) -> None:
-        count = self._count
-        fit = count - max(int(count * SLACK) - self._evicted, 0)
-        self._evicted = 0
-        if fit >= self._capacity or self._capacity == UNKNOWN:
-            self._capacity = fit
+    def _resize(self, capacity: int) -> None:
+        self._low = 0
+        if capacity >= self._capacity or self._capacity == UNKNOWN:
+            self._capacity = capacity
         else:
-            self._capacity -= (self._capacity - fit + 63) // 64
+            self._capacity -= (self._capacity - capacity + 63) // 64
 
     def _choose(self) -> None:
         fade = 0.5 ** (CHOOSE_EVERY / HALF_LIFE)

@@ -15,7 +15,7 @@ from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
 
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
-FIRST_FIT, FIT_EVERY = 256, 4096  # uses; the time between doubles
+FIRST_FIT, FIT_EVERY = 256, 8192  # uses; the time between doubles
 AGE_EVERY = 64  # uses
 # Segments whose next use is waited for and counted: all at first; when there are more, half of them, and so on.
 MOST_COUNTED = 8192

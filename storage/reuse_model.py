@@ -26,7 +26,6 @@ Kind = tuple[int, ...]
 Counts = npt.NDArray[np.float64]
 _STARTS = np.array(STARTS)
 _WIDTHS = np.diff(np.array([*STARTS, 2 * STARTS[-1]], dtype=np.float64))
-_LATER = np.triu(np.ones((LEVELS, LEVELS), dtype=bool))
 
 
 class ReuseModel:
@@ -61,9 +60,10 @@ class ReuseModel:
 
         kinds, ages: of what waits for its next use, each of which stands for some chunks, its weight.
         """
-        used, waiting = np.array(self.used), np.zeros((len(self), LEVELS))
+        used = np.array(self.used)
         levels = np.searchsorted(_STARTS, np.array(ages, dtype=np.int64), side="right") - 1
-        np.add.at(waiting, (np.array(kinds, dtype=np.int64), levels), np.array(weights, dtype=np.float64))
+        places = np.array(kinds, dtype=np.int64) * LEVELS + levels
+        waiting = np.bincount(places, np.array(weights, dtype=np.float64), used.size).reshape(used.shape)
         self.used = (used * 0.5 ** ((now - self._fitted) / HALF_LIFE)).tolist()
         self._fitted = now
         for index in range(len(self) - 1, 0, -1):  # wider kinds come before theirs
@@ -90,14 +90,13 @@ def worth(chance: Counts) -> Counts:
     large the cache is. Reuse that becomes likely only later, as when a user reads an answer first, counts already now.
     """
     none = np.zeros((len(chance), 1))
-    alive = np.concatenate([none + 1, np.cumprod(1 - chance, axis=1)[:, :-1]], axis=1)
+    alive = np.maximum(np.concatenate([none + 1, np.cumprod(1 - chance, axis=1)[:, :-1]], axis=1), 1e-60)
     uses = np.concatenate([none, np.cumsum(alive * chance, axis=1)], axis=1)
     time = np.concatenate([none, np.cumsum(alive * (1 - chance / 2) * _WIDTHS, axis=1)], axis=1)
-    # From every level [:, i] to the end of every other [:, j]; what is alive at i divides both and cancels out.
-    more_uses = uses[:, None, 1:] - uses[:, :-1, None]
-    more_time = time[:, None, 1:] - time[:, :-1, None]
-    ratio = np.divide(more_uses, more_time, out=np.zeros_like(more_uses), where=_LATER & (more_time > 0))
-    value: Counts = ratio.max(axis=2)
+    value = np.zeros_like(chance)
+    for level in range(LAST):
+        # What is alive at this level divides both and cancels out.
+        value[:, level] = ((uses[:, level + 1 :] - uses[:, level, None]) / (time[:, level + 1 :] - time[:, level, None])).max(1)
     return value
 
 
