@@ -26,6 +26,7 @@ INDEX = (1 << PLACE_BITS) - 1
 NOTHING = -1
 # Segments that one use looks at; the next one goes then, whether it was used or not.
 MOST_STEPS = 100
+GROWTH = 256  # segments
 
 
 class Segments:
@@ -44,52 +45,35 @@ class Segments:
         self.users: list[int] = []
         """Bits of the ghosts that hold it, or some of it, or remember it."""
         self._columns: list[tuple[list[int], int]] = []
-        for column, initial in (
-            (self.size, 0),
-            (self.above, NOTHING),
-            (self.children, 0),
-            (self.held, 0),
-            (self.users, 0),
-        ):
-            self._columns.append((column, initial))
         self._free: list[int] = []
         self._hand = 0
 
     def column(self, initial: int = 0) -> list[int]:
-        """One more list."""
+        """One more list. It is ``initial`` for new numbers; who writes to it sees to it that it is for freed ones, or
+        sets it at first."""
         column: list[int] = []
         self._columns.append((column, initial))
         return column
 
     def new(self, keys: list[ChunkKey], above: int) -> int:
         """A segment of ``keys`` that hangs on ``above``."""
-        if self._free:
-            segment = self._free.pop()
-            self.keys[segment] = keys
-            for column, initial in self._columns:
-                column[segment] = initial
-        else:
-            segment = len(self.keys)
-            self.keys.append(keys)
-            for column, initial in self._columns:
-                column.append(initial)
+        if not self._free:
+            self._grow()
+        segment = self._free.pop()
+        self.keys[segment] = keys
         place = segment << PLACE_BITS
         self.places.update(zip(keys, range(place, place + len(keys)), strict=True))
         self.size[segment] = len(keys)
-        self.link(segment, above)
-        return segment
-
-    def link(self, segment: int, above: int) -> None:
+        self.above[segment] = above
         if above >= 0:
-            self.above[segment] = above
             self.children[above] += 1
+        return segment
 
     def split(self, segment: int, index: int) -> int:
         """Cut off the chunks before ``index``; returns their segment, on which the rest hangs, which keeps its number."""
         keys, held, above = self.keys[segment], self.held[segment], self.above[segment]
         head = self.new(keys[:index], NOTHING)
-        if above >= 0:
-            self.above[head] = above
+        self.above[head] = above
         self.above[segment], self.children[head] = head, 1
         self.users[head] = self.users[segment]
         self.held[head], self.held[segment] = held & ((1 << index) - 1), held >> index
@@ -101,18 +85,28 @@ class Segments:
 
     def sweep(self, count: int) -> None:
         """Forget those of the next ``count`` segments that nobody holds, remembers or hangs on."""
-        hand = self._hand
-        for segment in range(hand, min(hand + count, len(self.keys))):
-            if not self.users[segment] and not self.held[segment] and self.keys[segment]:
+        hand, users, held = self._hand, self.users, self.held
+        for segment in range(hand, min(hand + count, len(users))):
+            if not users[segment] and not held[segment] and (keys := self.keys[segment]):
                 if (above := self.above[segment]) >= 0:
                     self.children[above] -= 1
                     self.above[segment] = NOTHING
                 if not self.children[segment]:
-                    for key in self.keys[segment]:
+                    for key in keys:
                         del self.places[key]
                     self.keys[segment] = []
                     self._free.append(segment)
-        self._hand = hand + count if hand + count < len(self.keys) else 0
+        self._hand = hand + count if hand + count < len(users) else 0
+
+    def _grow(self) -> None:
+        start = len(self.keys)
+        self.keys += ([] for _ in range(GROWTH))
+        for column in (self.size, self.children, self.held, self.users):
+            column += [0] * GROWTH
+        self.above += [NOTHING] * GROWTH
+        for column, initial in self._columns:
+            column += [initial] * GROWTH
+        self._free += range(start + GROWTH - 1, start - 1, -1)
 
 
 class Ghost(ABC):
@@ -133,13 +127,13 @@ class Ghost(ABC):
 
     def use(self, part: Sequence[int], step: int, capacity: int) -> None:
         """``part``, segments each of which hangs on the one before, is used, the last one first."""
-        # Of a chain that comes from its end, the last run of hits counts; of one from its beginning, the first.
         kept, size, hits, whole = self.kept, self._size, 0, True
         for segment in part:
             hits += kept[segment]
             if kept[segment] < size[segment]:
                 whole = False
                 break
+        # Of a chain that comes from its end, the last run of hits counts; of one from its beginning, the first.
         if step == START:
             self.hits += self._run
             self._run, self._whole = hits, whole
@@ -148,12 +142,22 @@ class Ghost(ABC):
         elif self._whole:
             self._run += hits
             self._whole = whole
+        if whole:
+            self._hit(part)
+            return
         for segment in reversed(part):
-            self._use(segment, capacity)
+            if kept[segment] == size[segment]:
+                self._hit((segment,))
+            else:
+                self._admit(segment, capacity)
 
     @abstractmethod
-    def _use(self, segment: int, capacity: int) -> None:
-        """``segment`` is used: hold all of it, and no more than ``capacity`` chunks."""
+    def _hit(self, part: Sequence[int]) -> None:
+        """``part``, of which it holds all, is used."""
+
+    @abstractmethod
+    def _admit(self, segment: int, capacity: int) -> None:
+        """``segment``, of which it does not hold all, is used: hold all of it, and no more than ``capacity`` chunks."""
 
     @abstractmethod
     def divided(self, head: int, rest: int) -> None:
@@ -195,12 +199,14 @@ class GhostLRU(Ghost):
         super().__init__(segments, bit)
         self.order: OrderedDict[int, None] = OrderedDict()
 
-    def _use(self, segment: int, capacity: int) -> None:
+    def _hit(self, part: Sequence[int]) -> None:
+        for segment in reversed(part):
+            self.order.move_to_end(segment)
+
+    def _admit(self, segment: int, capacity: int) -> None:
         order, kept = self.order, self.kept
         order[segment] = None
         order.move_to_end(segment)
-        if kept[segment] == self._size[segment]:
-            return
         self._fill(segment)
         while (over := self._count - capacity) > 0:
             oldest = next(iter(order))
@@ -213,50 +219,6 @@ class GhostLRU(Ghost):
             self.order[head] = None
         if not self.kept[rest]:
             self.order.pop(rest, None)
-
-
-class GhostLFU(Ghost):
-    """Least often used first. A segment is moved to the group of its uses when it comes to the front of a lower one."""
-
-    MOST_USES = 64
-
-    def __init__(self, segments: Segments, bit: int) -> None:
-        super().__init__(segments, bit)
-        self._uses = segments.column()
-        self._groups: list[deque[int]] = [deque() for _ in range(self.MOST_USES + 1)]
-
-    def _use(self, segment: int, capacity: int) -> None:
-        kept, size = self.kept, self._size[segment]
-        self._uses[segment] += 1
-        if kept[segment] < size:
-            self._make_room(capacity - size + kept[segment])
-            if not kept[segment]:
-                self._uses[segment] = 0
-                self._groups[0].append(segment)
-            self._fill(segment)
-
-    def divided(self, head: int, rest: int) -> None:
-        self._uses[head] = self._uses[rest]
-        if self.kept[head]:
-            self._groups[min(self._uses[rest], self.MOST_USES)].append(head)
-
-    def _make_room(self, most: int) -> None:
-        groups, uses, kept, steps, low = self._groups, self._uses, self.kept, 0, 0
-        while self._count > max(most, 0):
-            while not groups[low]:
-                low += 1
-            oldest = groups[low].popleft()
-            now = min(uses[oldest], self.MOST_USES)
-            steps += 1
-            if not kept[oldest]:
-                continue
-            if now > low and steps < MOST_STEPS:
-                groups[now].append(oldest)
-            elif (left := kept[oldest] - self._count + most) > 0:
-                groups[low].appendleft(oldest)
-                self._shrink(oldest, left)
-            else:
-                self._shrink(oldest, 0)
 
 
 class GhostS3FIFO(Ghost):
@@ -281,12 +243,16 @@ class GhostS3FIFO(Ghost):
         self._main_count = self._remembered_count = 0
         self._full = False
 
-    def _use(self, segment: int, capacity: int) -> None:
+    def _hit(self, part: Sequence[int]) -> None:
+        uses = self._uses
+        for segment in part:
+            uses[segment] += 1
+
+    def _admit(self, segment: int, capacity: int) -> None:
         kept, size = self.kept, self._size[segment]
         self._uses[segment] += 1
-        if kept[segment] == size:
-            return
-        self._make_room(capacity, size - kept[segment])
+        if self._count + size - kept[segment] > capacity:
+            self._make_room(capacity, size - kept[segment])
         if not kept[segment]:
             self._uses[segment] = 0
             if self._weight[segment]:

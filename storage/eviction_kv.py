@@ -19,7 +19,6 @@ from lmcache.storage.eviction_ghosts import (
     START,
     UP,
     Ghost,
-    GhostLFU,
     GhostLRU,
     GhostS3FIFO,
     Segments,
@@ -29,6 +28,8 @@ from lmcache.storage.eviction_learned import GhostLearned
 # Chunks of which nothing is known but that they came in with the others of the run.
 PENDING = -1
 MOST_RUN = 256
+# Chunks of a new end of a chain of which the last one gets a segment of its own.
+LEAST_CUT = 4
 # Uses after which the best ghost is looked for.
 CHOOSE_EVERY = 128
 # Uses after which a hit counts half.
@@ -56,9 +57,8 @@ class Reuse(EvictionPolicy):
             self._lru,
             GhostS3FIFO(segments, next(bits), next(bits), 1, 1.0, False),
             GhostS3FIFO(segments, next(bits), next(bits), 2, 0.9, True),
-            GhostLFU(segments, next(bits)),
         ]
-        self.names = ["learned", "lru", "s3p", "s3fifo", "lfu"]
+        self.names = ["learned", "lru", "s3p", "s3fifo"]
         self._scores = [0.0 for _ in self._ghosts]
         self._fell: OrderedDict[int, None] = OrderedDict()
         self._leader: Ghost = self._learned
@@ -245,7 +245,7 @@ class Reuse(EvictionPolicy):
                 stop = at + 1
                 while stop < end and places[path[stop]] == PENDING:
                     stop += 1
-                if stop == end and below < 0 and stop > at + 1:
+                if stop == end and below < 0 and stop >= at + LEAST_CUT:
                     stop -= 1  # the end of a prompt is of another kind
                 segment = segments.new(path[at:stop], above)
                 segments.held[segment] = (1 << stop - at) - 1
@@ -260,7 +260,8 @@ class Reuse(EvictionPolicy):
             part.append(segment)
             above, at = segment, stop
         if below >= 0 and segments.above[below] < 0 and below != above:
-            segments.link(below, above)
+            segments.above[below] = above
+            segments.children[above] += 1
             self._learned.linked(below, above)
         return part
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 from lmcache.storage.eviction_ghosts import NOTHING, Ghost, Segments
 from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
@@ -16,7 +17,8 @@ from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
 FIRST_FIT, FIT_EVERY = 256, 8192  # uses; the time between doubles
-AGE_EVERY = 64  # uses
+# Segments that are remembered after they are gone, for each that is held.
+MEMORY = 4
 # Segments whose next use is waited for and counted: all at first; when there are more, half of them, and so on.
 MOST_COUNTED = 8192
 # Ages of queues, in shares of the capacity: finer ones for what may soon be evicted than the model's are not needed.
@@ -30,14 +32,14 @@ class GhostLearned(Ghost):
 
     def __init__(self, segments: Segments, bit: int, memory: int, counted: int) -> None:
         super().__init__(segments, bit)
-        self._memory, self._counted = memory, counted
+        self._memory, self._counted, self._known = memory, counted, memory | counted | bit
         self._above, self._children = segments.above, segments.children
         self._uses, self._last, self._gap, self._kids = (segments.column() for _ in range(4))
         self._kind = segments.column()
         """Of those that are counted, since when they were used last."""
         self._queue = segments.column(NOTHING)
         self._model = model = ReuseModel()
-        self._inner, self._end = (model.kind((1, ends)) for ends in (0, 1))
+        self._inner, self._end, self._short = (model.kind((1, which)) for which in range(3))
         again = [[model.kind((bits, gap)) for gap in range(INTERVALS)] for bits in range(2, MOST_USES + 1)]
         # By the bit lengths of uses and of the interval.
         self._again = [
@@ -55,22 +57,24 @@ class GhostLearned(Ghost):
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
-        self._now = self._aged = self._capacity = 0
+        self._now = self._capacity = self._segments = 0
         self._next_fit = FIRST_FIT
 
-    def _use(self, segment: int, capacity: int) -> None:
-        self._capacity = capacity
-        kept, kids, queue, size = self.kept, self._kids, self._queue, self._size[segment]
-        now = self._now = self._now + size
-        if now >= self._aged + AGE_EVERY:
-            self._aged = now
-            self._age()
-        self._observe(segment, now)
-        if kept[segment] == size:
+    def _hit(self, part: Sequence[int]) -> None:
+        queue, size, now = self._queue, self._size, self._now
+        for segment in reversed(part):
+            now += size[segment]
+            self._observe(segment, now)
             if queue[segment] >= 0:
                 del self._queues[queue[segment]][segment]
                 self._enqueue(segment, 0)
-            return
+        self._now = now
+
+    def _admit(self, segment: int, capacity: int) -> None:
+        self._capacity = capacity
+        kept, kids, queue, size = self.kept, self._kids, self._queue, self._size[segment]
+        self._now += size
+        self._observe(segment, self._now)
         # Not a candidate while room is made for it, nor is what it hangs on: a chain is not cut where it grows.
         if queue[segment] >= 0:
             self._dequeue(segment)
@@ -78,6 +82,8 @@ class GhostLearned(Ghost):
             kids[parent] += 1
             if queue[parent] >= 0:
                 self._dequeue(parent)
+        if not kept[segment]:
+            self._segments += 1
         most = max(capacity - size + kept[segment], 0)
         while self._count > most and self._evict(most):
             pass
@@ -92,6 +98,7 @@ class GhostLearned(Ghost):
             self._waiting[head] = None
         if self.kept[rest]:
             self._kids[head] = 1
+            self._segments += 1
         elif self._queue[rest] >= 0:
             age = self._queue[rest] % len(AGES)
             self._dequeue(rest)
@@ -105,21 +112,24 @@ class GhostLearned(Ghost):
                 self._dequeue(parent)
 
     def learn(self) -> None:
-        """Look at what was counted, when it is time."""
+        """Let segments grow older, and look at what was counted, when it is time."""
+        self._age()
         if self._now >= self._next_fit:
             self._next_fit = self._now + min(self._now, FIT_EVERY)
             self._fit()
 
     def _observe(self, segment: int, now: int) -> None:
-        uses = self._uses[segment] = self._uses[segment] + 1
         users, counted, last = self._users, self._counted, self._last
-        if uses == 1:
+        if not users[segment] & self._known:
+            self._uses[segment] = 1
+            self._gap[segment] = 0
             self._fresh += 1
             if not (self._fresh * MIXER >> 12) & (self._stride - 1):
                 users[segment] |= counted
                 self._waiting[segment] = None
                 self._kind[segment] = self._kind_of(segment)
         else:
+            self._uses[segment] += 1
             gap = now - last[segment]
             self._gap[segment] = self._gap[segment] + gap >> 1
             if users[segment] & counted:
@@ -143,23 +153,24 @@ class GhostLearned(Ghost):
             self._shrink(segment, left)
             return True
         self._dequeue(segment)
-        users, parent, memory = self._users, self._above[segment], self._memory
+        parent = self._above[segment]
         if parent >= 0:
             kids = self._kids[parent] = self._kids[parent] - 1
             if not kids and self.kept[parent]:
                 # As old as the child or younger; which is found out later.
                 self._enqueue(parent, order[lowest] % len(AGES), first=True)
-        users[segment] |= memory
-        self._remembered.append(segment)
         self._shrink(segment, 0)
-        if len(self._remembered) > 2 * len(self._waiting) + 1024:
-            users[self._remembered.popleft()] &= ~memory
+        self._segments -= 1
+        self._users[segment] |= self._memory
+        self._remembered.append(segment)
+        if len(self._remembered) > MEMORY * self._segments + 64:
+            self._users[self._remembered.popleft()] &= ~self._memory
         return True
 
     def _kind_of(self, segment: int) -> int:
         uses = self._uses[segment]
         if uses == 1:
-            return self._inner if self._children[segment] or self._size[segment] > 1 else self._end
+            return self._inner if self._children[segment] else self._short if self._size[segment] > 1 else self._end
         return self._again[uses.bit_length()][self._gap[segment].bit_length()]
 
     def _enqueue(self, segment: int, age: int, first: bool = False) -> None:
@@ -197,7 +208,7 @@ class GhostLearned(Ghost):
             for segment in list(self._waiting)[::2]:
                 self._ignore(segment)
         for segment in self._waiting:
-            if kind[segment] == self._end and self._children[segment]:
+            if self._children[segment] and kind[segment] in (self._end, self._short):
                 kind[segment] = self._inner
         kinds, ages, weights = (
             [kind[segment] for segment in self._waiting],
