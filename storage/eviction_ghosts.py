@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lmcache.keys import ChunkKey
 
@@ -44,6 +44,8 @@ class Segments:
         """Bit n: the tier holds chunk n."""
         self.users: list[int] = []
         """Bits of the ghosts that hold it, or some of it, or remember it."""
+        self.uses: list[int] = []
+        """How often it was used, from wherever its number counts; ghosts note from where they count (``_base``)."""
         self._columns: list[tuple[list[int], int]] = []
         self._free: list[int] = []
         self._hand = 0
@@ -75,7 +77,7 @@ class Segments:
         head = self.new(keys[:index], NOTHING)
         self.above[head] = above
         self.above[segment], self.children[head] = head, 1
-        self.users[head] = self.users[segment]
+        self.users[head], self.uses[head] = self.users[segment], self.uses[segment]
         self.held[head], self.held[segment] = held & ((1 << index) - 1), held >> index
         self.keys[segment] = rest = keys[index:]
         self.size[segment] = len(rest)
@@ -101,7 +103,7 @@ class Segments:
     def _grow(self) -> None:
         start = len(self.keys)
         self.keys += ([] for _ in range(GROWTH))
-        for column in (self.size, self.children, self.held, self.users):
+        for column in (self.size, self.children, self.held, self.users, self.uses):
             column += [0] * GROWTH
         self.above += [NOTHING] * GROWTH
         for column, initial in self._columns:
@@ -115,34 +117,40 @@ class Ghost(ABC):
     fell: when not None, the segments of which the tier holds more than this does.
     """
 
-    def __init__(self, segments: Segments, bit: int) -> None:
-        self.bit = bit
+    def __init__(self, segments: Segments, bits: Iterator[int]) -> None:
+        self.bit, self.full = next(bits), next(bits)
+        """In ``Segments.users``: it holds some of a segment; it holds all of it."""
         self.fell: OrderedDict[int, None] | None = None
         self.hits = 0
         """Since somebody set it to 0: chunks in the longest prefix that it held, of each request."""
         self.kept = segments.column()
-        self._size, self._held, self._users = segments.size, segments.held, segments.users
+        self._size, self._held, self._users, self._uses = segments.size, segments.held, segments.users, segments.uses
+        self._base = segments.column()
+        self._both = self.bit | self.full
         self._count = 0
         self._run, self._whole = 0, True
 
-    def use(self, part: Sequence[int], step: int, capacity: int) -> None:
-        """``part``, segments each of which hangs on the one before, is used, the last one first."""
-        kept, size, hits, whole = self.kept, self._size, 0, True
-        for segment in part:
-            hits += kept[segment]
-            if kept[segment] < size[segment]:
-                whole = False
-                break
+    def use(self, part: Sequence[int], step: int, capacity: int, chunks: int) -> None:
+        """``part`` is used, the last one first: segments of which each hangs on the one before.
+
+        chunks: how many they have together, when it holds all of them; else 0.
+        """
+        hits, kept, size = chunks, self.kept, self._size
+        if not chunks:
+            for segment in part:
+                hits += kept[segment]
+                if kept[segment] < size[segment]:
+                    break
         # Of a chain that comes from its end, the last run of hits counts; of one from its beginning, the first.
         if step == START:
             self.hits += self._run
-            self._run, self._whole = hits, whole
+            self._run, self._whole = hits, bool(chunks)
         elif step == DOWN:
-            self._run = self._run + hits if whole else hits
+            self._run = self._run + hits if chunks else hits
         elif self._whole:
             self._run += hits
-            self._whole = whole
-        if whole:
+            self._whole = bool(chunks)
+        if chunks:
             self._hit(part)
             return
         for segment in reversed(part):
@@ -166,8 +174,14 @@ class Ghost(ABC):
     def divide(self, head: int, rest: int) -> None:
         kept, size = self.kept, self._size[head]
         kept[head], kept[rest] = min(kept[rest], size), max(kept[rest] - size, 0)
+        users = self._users
         if not kept[rest]:
-            self._users[rest] &= ~self.bit
+            users[rest] &= ~self.bit
+        if kept[head] == size:
+            users[head] |= self._both
+        elif not kept[head]:
+            users[head] &= ~self.bit
+        self._base[head] = self._base[rest]
         if self.fell is not None and rest in self.fell:
             for segment in (head, rest):
                 if self._held[segment] >> kept[segment]:
@@ -179,15 +193,14 @@ class Ghost(ABC):
     def _fill(self, segment: int) -> None:
         self._count += self._size[segment] - self.kept[segment]
         self.kept[segment] = self._size[segment]
-        self._users[segment] |= self.bit
+        self._users[segment] |= self._both
         if self.fell is not None:
             self.fell.pop(segment, None)
 
     def _shrink(self, segment: int, kept: int) -> None:
         self._count += kept - self.kept[segment]
         self.kept[segment] = kept
-        if not kept:
-            self._users[segment] ^= self.bit
+        self._users[segment] &= ~(self.full if kept else self._both)
         if self.fell is not None and self._held[segment] >> kept:
             self.fell[segment] = None
 
@@ -195,8 +208,8 @@ class Ghost(ABC):
 class GhostLRU(Ghost):
     """Least recently used first."""
 
-    def __init__(self, segments: Segments, bit: int) -> None:
-        super().__init__(segments, bit)
+    def __init__(self, segments: Segments, bits: Iterator[int]) -> None:
+        super().__init__(segments, bits)
         self.order: OrderedDict[int, None] = OrderedDict()
 
     def _hit(self, part: Sequence[int]) -> None:
@@ -224,18 +237,18 @@ class GhostLRU(Ghost):
 class GhostS3FIFO(Ghost):
     """S3-FIFO, as in eviction_queues.py, with its ways to be set up.
 
-    memory: the bit of what it remembers beside what it holds. divide: when it is full for the first time, what came
-    in later is in the main queue.
+    fill_main: when it is full for the first time, only what came first is in the small queue.
     """
 
     SMALL, MAIN = 1, 2
 
     def __init__(
-        self, segments: Segments, bit: int, memory: int, promote_at: int, ghost_share: float, fill_main: bool
+        self, segments: Segments, bits: Iterator[int], promote_at: int, ghost_share: float, fill_main: bool
     ) -> None:
-        super().__init__(segments, bit)
-        self._memory, self._promote_at, self._ghost_share, self._fill_main = memory, promote_at, ghost_share, fill_main
-        self._uses, self._where, self._weight = (segments.column() for _ in range(3))
+        super().__init__(segments, bits)
+        self._memory = next(bits)
+        self._promote_at, self._ghost_share, self._fill_main = promote_at, ghost_share, fill_main
+        self._where, self._weight = segments.column(), segments.column()
         """``_weight``: chunks that were let go of what is remembered."""
         self._small: deque[int] = deque()
         self._main: deque[int] = deque()
@@ -244,17 +257,14 @@ class GhostS3FIFO(Ghost):
         self._full = False
 
     def _hit(self, part: Sequence[int]) -> None:
-        uses = self._uses
-        for segment in part:
-            uses[segment] += 1
+        """That it was used is seen later."""
 
     def _admit(self, segment: int, capacity: int) -> None:
         kept, size = self.kept, self._size[segment]
-        self._uses[segment] += 1
         if self._count + size - kept[segment] > capacity:
             self._make_room(capacity, size - kept[segment])
         if not kept[segment]:
-            self._uses[segment] = 0
+            self._base[segment] = self._uses[segment]
             if self._weight[segment]:
                 self._forget(segment)
                 self._where[segment] = self.MAIN
@@ -267,13 +277,12 @@ class GhostS3FIFO(Ghost):
         self._fill(segment)
 
     def divided(self, head: int, rest: int) -> None:
-        self._uses[head] = self._uses[rest]
         where = self._where[head] = self._where[rest]
         if self.kept[head]:
             (self._main if where == self.MAIN else self._small).append(head)
 
     def _make_room(self, capacity: int, wanted: int) -> None:
-        kept, uses, where, steps = self.kept, self._uses, self._where, 0
+        kept, uses, base, where, steps = self.kept, self._uses, self._base, self._where, 0
         most, most_main = max(capacity - wanted, 0), capacity - capacity // 10
         if self._count > most and not self._full:
             self._full = True
@@ -290,13 +299,13 @@ class GhostS3FIFO(Ghost):
                 continue
             left = max(kept[oldest] - self._count + most, 0)
             if in_small:
-                if uses[oldest] >= self._promote_at:
+                if uses[oldest] - base[oldest] >= self._promote_at:
                     small.popleft()
                     self._promote(oldest)
                     continue
-            elif uses[oldest] and steps < MOST_STEPS:
+            elif uses[oldest] > base[oldest] and steps < MOST_STEPS:
                 main.popleft()
-                uses[oldest] = min(uses[oldest], 3) - 1
+                base[oldest] = max(base[oldest], uses[oldest] - 3) + 1
                 main.append(oldest)
                 continue
             else:
@@ -308,7 +317,7 @@ class GhostS3FIFO(Ghost):
             self._shrink(oldest, left)
 
     def _promote(self, segment: int) -> None:
-        self._uses[segment] = 0
+        self._base[segment] = self._uses[segment]
         self._where[segment] = self.MAIN
         self._main.append(segment)
         self._main_count += self.kept[segment]
@@ -320,9 +329,9 @@ class GhostS3FIFO(Ghost):
             if count <= first:
                 self._small.append(segment)
             else:
-                uses = self._uses[segment]
+                base = self._base[segment]
                 self._promote(segment)
-                self._uses[segment] = uses
+                self._base[segment] = base
 
     def _remember(self, segment: int, most: int) -> None:
         self._users[segment] |= self._memory

@@ -36,6 +36,7 @@ CHOOSE_EVERY = 128
 HALF_LIFE = 20000
 # How many more hits another ghost must have to be followed, of those that still count.
 MARGIN = 0.0
+HALF_CAP = 0
 # Segments looked at with each run, after another ghost is followed, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 # The ghosts are smaller by this share of the tier: so many chunks can be let go before a run has to be cut.
@@ -50,16 +51,16 @@ class Reuse(EvictionPolicy):
         segments = self._segments = Segments()
         self._places = segments.places
         bits = iter([1 << n for n in range(32)])
-        self._lru = GhostLRU(segments, next(bits))
-        self._learned = GhostLearned(segments, next(bits), next(bits), next(bits))
+        self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
         self._ghosts: list[Ghost] = [
             self._learned,
             self._lru,
-            GhostS3FIFO(segments, next(bits), next(bits), 1, 1.0, False),
-            GhostS3FIFO(segments, next(bits), next(bits), 2, 0.9, True),
+            GhostS3FIFO(segments, bits, 1, 1.0, False),
+            GhostS3FIFO(segments, bits, 2, 0.9, True),
         ]
         self.names = ["learned", "lru", "s3p", "s3fifo"]
         self._scores = [0.0 for _ in self._ghosts]
+        self._uses = 0.0
         self._fell: OrderedDict[int, None] = OrderedDict()
         self._leader: Ghost = self._learned
         self._leader.fell = self._fell
@@ -73,8 +74,10 @@ class Reuse(EvictionPolicy):
         self._last: ChunkKey | None = None
         """Of what was used last; ``_first``: of the first of a run from its beginning."""
         self._first: ChunkKey | None = None
+        self._at = NOTHING
+        """Where what was used last stands, when ``_parent`` is not known yet."""
         self._next = NOTHING
-        """The place of the parent of what was used last, when both are of one segment and the run may go there."""
+        """The place of the parent of what was used last, when the run may go there."""
         self._below = NOTHING
         """The segment that the run, when it comes from its end, is the parent of."""
         self._count = self._now = self._chosen = 0
@@ -108,21 +111,23 @@ class Reuse(EvictionPolicy):
         if found < 0:
             self._close()
             found = self._places[key]
-        segment, index = found >> PLACE_BITS, found & INDEX
-        if not self._segments.held[segment] >> index & 1:
+        segments, segment, index = self._segments, found >> PLACE_BITS, found & INDEX
+        if not segments.held[segment] >> index & 1:
             return
         self._asked = False
-        if found == self._next and len(self._run) < MOST_RUN:
-            # The parent of what was used last, and of the same segment.
+        if found == self._next:
             self._run.append(key)
         else:
-            self._use(key, self._parent_of(segment, index))
-        if index and self._step != UP:
+            self._use(key, self._parent_of(found))
+            if self._step == UP:
+                return
+        self._at = found
+        if index:
             self._next = found - 1
-            self._parent = self._segments.keys[segment][index - 1]
+        elif len(self._run) < MOST_RUN and (above := segments.above[segment]) >= 0:
+            self._next = (above << PLACE_BITS) + segments.size[above] - 1
         else:
             self._next = NOTHING
-            self._parent = self._parent_of(segment, index)
 
     def remove(self, key: ChunkKey) -> None:
         if (found := self._places.get(key)) is None:
@@ -175,16 +180,23 @@ class Reuse(EvictionPolicy):
             if held >> index & 1:
                 yield keys[index]
 
-    def _parent_of(self, segment: int, index: int) -> ChunkKey | None:
-        segments = self._segments
+    def _parent_of(self, place: int) -> ChunkKey | None:
+        segments, segment, index = self._segments, place >> PLACE_BITS, place & INDEX
         if index:
             return segments.keys[segment][index - 1]
         above = segments.above[segment]
         return segments.keys[above][-1] if above >= 0 else None
 
+    def _settle(self) -> None:
+        if self._at >= 0:
+            if len(self._run) > 1 and self._step != UP:
+                self._step = DOWN
+            self._parent = self._parent_of(self._at)
+            self._at = self._next = NOTHING
+
     def _use(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+        self._settle()
         run = self._run
-        self._next = NOTHING
         if run:
             if key == self._parent and self._step != UP:
                 self._step = DOWN
@@ -205,6 +217,7 @@ class Reuse(EvictionPolicy):
 
     def _close(self) -> None:
         """Let the ghosts use the run."""
+        self._settle()
         run, joint, down = self._run, self._joint, self._step == DOWN
         if not run:
             return
@@ -218,14 +231,18 @@ class Reuse(EvictionPolicy):
         run.clear()
         if self._low:
             self._resize(self._low - int(self._low * SLACK))
+        segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
+        for segment in part:
+            everywhere &= segments.users[segment]
+            chunks += segments.size[segment]
+            segments.uses[segment] += 1
         for ghost in self._ghosts:
-            ghost.use(part, joint, self._capacity)
+            ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
         self._below, self._joint = part[0], self._step
-        self._segments.sweep(SWEEP)
+        segments.sweep(SWEEP)
         if self._search:
             self._look()
         if self._now >= self._chosen + CHOOSE_EVERY:
-            self._chosen = self._now
             self._choose()
             self._learned.learn()
 
@@ -282,7 +299,11 @@ class Reuse(EvictionPolicy):
             self._capacity -= (self._capacity - capacity + 63) // 64
 
     def _choose(self) -> None:
-        fade = 0.5 ** (CHOOSE_EVERY / HALF_LIFE)
+        passed = self._now - self._chosen
+        self._chosen = self._now
+        window = max(HALF_LIFE, HALF_CAP * min(self._capacity, self._count))
+        fade = 0.5 ** (passed / window)
+        self._uses = self._uses * fade + passed
         for n, ghost in enumerate(self._ghosts):
             self._scores[n] = self._scores[n] * fade + ghost.hits
             self.total[n] += ghost.hits
@@ -290,7 +311,7 @@ class Reuse(EvictionPolicy):
         scores = self._scores
         best = max(range(len(scores)), key=scores.__getitem__)
         ghost = self._ghosts[best]
-        if ghost is not self._leader and scores[best] > scores[self._ghosts.index(self._leader)] * (1 + MARGIN):
+        if ghost is not self._leader and scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
             self._leader.fell = None
             self._leader = ghost
             self._fell = ghost.fell = OrderedDict()

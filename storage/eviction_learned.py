@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lmcache.storage.eviction_ghosts import NOTHING, Ghost, Segments
 from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
@@ -28,13 +28,15 @@ MIXER = 0x9E3779B1
 
 
 class GhostLearned(Ghost):
-    """See above. memory: the bit of what was let go and is remembered; counted: of what the model waits for."""
+    """See above."""
 
-    def __init__(self, segments: Segments, bit: int, memory: int, counted: int) -> None:
-        super().__init__(segments, bit)
-        self._memory, self._counted, self._known = memory, counted, memory | counted | bit
+    def __init__(self, segments: Segments, bits: Iterator[int]) -> None:
+        super().__init__(segments, bits)
+        self._memory, self._counted = next(bits), next(bits)
+        """The bits of what was let go and is remembered; of that whose next use the model waits for."""
+        self._known = self._memory | self._counted | self.bit
         self._above, self._children = segments.above, segments.children
-        self._uses, self._last, self._gap, self._kids = (segments.column() for _ in range(4))
+        self._last, self._gap, self._kids = (segments.column() for _ in range(3))
         self._kind = segments.column()
         """Of those that are counted, since when they were used last."""
         self._queue = segments.column(NOTHING)
@@ -61,10 +63,14 @@ class GhostLearned(Ghost):
         self._next_fit = FIRST_FIT
 
     def _hit(self, part: Sequence[int]) -> None:
-        queue, size, now = self._queue, self._size, self._now
+        queue, size, last, gaps, now = self._queue, self._size, self._last, self._gap, self._now
         for segment in reversed(part):
             now += size[segment]
-            self._observe(segment, now)
+            gap = now - last[segment]
+            gaps[segment] = gaps[segment] + gap >> 1
+            last[segment] = now
+            if self._users[segment] & self._counted:
+                self._count_use(segment, gap)
             if queue[segment] >= 0:
                 del self._queues[queue[segment]][segment]
                 self._enqueue(segment, 0)
@@ -92,7 +98,7 @@ class GhostLearned(Ghost):
             self._enqueue(segment, 0)
 
     def divided(self, head: int, rest: int) -> None:
-        for column in (self._uses, self._last, self._gap, self._kind):
+        for column in (self._last, self._gap, self._kind):
             column[head] = column[rest]
         if self._users[rest] & self._counted:
             self._waiting[head] = None
@@ -119,24 +125,26 @@ class GhostLearned(Ghost):
             self._fit()
 
     def _observe(self, segment: int, now: int) -> None:
-        users, counted, last = self._users, self._counted, self._last
-        if not users[segment] & self._known:
-            self._uses[segment] = 1
+        users, last = self._users, self._last
+        if users[segment] & self._known:
+            gap = now - last[segment]
+            self._gap[segment] = self._gap[segment] + gap >> 1
+            if users[segment] & self._counted:
+                self._count_use(segment, gap)
+        else:
+            self._base[segment] = self._uses[segment] - 1
             self._gap[segment] = 0
             self._fresh += 1
             if not (self._fresh * MIXER >> 12) & (self._stride - 1):
-                users[segment] |= counted
+                users[segment] |= self._counted
                 self._waiting[segment] = None
                 self._kind[segment] = self._kind_of(segment)
-        else:
-            self._uses[segment] += 1
-            gap = now - last[segment]
-            self._gap[segment] = self._gap[segment] + gap >> 1
-            if users[segment] & counted:
-                weight = self._stride * self._size[segment]
-                self._model.used[self._kind[segment]][bisect_right(STARTS, gap) - 1] += weight
-                self._kind[segment] = self._kind_of(segment)
         last[segment] = now
+
+    def _count_use(self, segment: int, gap: int) -> None:
+        weight = self._stride * self._size[segment]
+        self._model.used[self._kind[segment]][bisect_right(STARTS, gap) - 1] += weight
+        self._kind[segment] = self._kind_of(segment)
 
     def _evict(self, most: int) -> bool:
         """Let go of chunks of the segment that is worth least, until there are ``most``; False: there is no candidate."""
@@ -168,7 +176,7 @@ class GhostLearned(Ghost):
         return True
 
     def _kind_of(self, segment: int) -> int:
-        uses = self._uses[segment]
+        uses = self._uses[segment] - self._base[segment]
         if uses == 1:
             return self._inner if self._children[segment] else self._short if self._size[segment] > 1 else self._end
         return self._again[uses.bit_length()][self._gap[segment].bit_length()]
