@@ -25,6 +25,7 @@ MOST_COUNTED = 8192
 AGES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
+SEGMENT_BITS = 32
 
 
 class GhostLearned(Ghost):
@@ -55,7 +56,8 @@ class GhostLearned(Ghost):
         self._lowest = 0
         """No queue before this place in ``_sorted`` has a segment."""
         self._starts = [0] * len(AGES)
-        self._aging: list[deque[tuple[int, int]]] = [deque() for _ in AGES]
+        self._aging: list[deque[int]] = [deque() for _ in AGES]
+        """When a segment of the queues of an age was used last, and the segment, in one number: no object to collect."""
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
@@ -188,7 +190,7 @@ class GhostLearned(Ghost):
             self._queues[queue].move_to_end(segment, last=False)
         if (rank := self._rank[queue]) < self._lowest:
             self._lowest = rank
-        self._aging[age].append((segment, self._last[segment]))
+        self._aging[age].append(self._last[segment] << SEGMENT_BITS | segment)
 
     def _dequeue(self, segment: int) -> None:
         del self._queues[self._queue[segment]][segment]
@@ -198,9 +200,9 @@ class GhostLearned(Ghost):
         """Move what is old enough to the next queues."""
         last, queues = self._last, self._queue
         for age in range(LAST_AGE):
-            aging, due = self._aging[age], self._now - self._starts[age + 1]
-            while aging and aging[0][1] <= due:
-                segment, since = aging.popleft()
+            aging, due = self._aging[age], self._now - self._starts[age + 1] + 1 << SEGMENT_BITS
+            while aging and aging[0] < due:
+                since, segment = divmod(aging.popleft(), 1 << SEGMENT_BITS)
                 queue = queues[segment]
                 if last[segment] == since and queue >= 0 and queue % len(AGES) == age:
                     del self._queues[queue][segment]
