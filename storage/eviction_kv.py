@@ -37,6 +37,7 @@ HALF_LIFE = 20000
 # How many more hits another ghost must have to be followed, of those that still count.
 MARGIN = 0.0
 HALF_CAP = 0
+FIRST = 0
 # Segments looked at with each run, after another ghost is followed, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 # The ghosts are smaller by this share of the tier: so many chunks can be let go before a run has to be cut.
@@ -62,7 +63,7 @@ class Reuse(EvictionPolicy):
         self._scores = [0.0 for _ in self._ghosts]
         self._uses = 0.0
         self._fell: OrderedDict[int, None] = OrderedDict()
-        self._leader: Ghost = self._learned
+        self._leader: Ghost = self._ghosts[FIRST]
         self._leader.fell = self._fell
         self._search: list[int] = []
         """Segments of which it is not known yet whether the tier holds more of them than the leader."""
@@ -84,6 +85,8 @@ class Reuse(EvictionPolicy):
         self._capacity = UNKNOWN
         self._asked = False
         """Somebody asked for victims, and nothing was used since."""
+        self._spared = 0
+        """Segments at the end of ``_fell`` that the run goes through."""
         self._batch = self._low = 0
         """Chunks that were evicted since, and how many were left; 0: not many, none."""
         self.log = []; self.total = [0]*9
@@ -101,8 +104,9 @@ class Reuse(EvictionPolicy):
         if not held[segment] & bit:
             held[segment] |= bit
             self._count += 1
-            if index >= self._leader.kept[segment]:
+            if index >= self._leader.kept[segment] and segment not in self._fell:
                 self._fell[segment] = None
+                self._spared += 1
         self.touch(key)
 
     def touch(self, key: ChunkKey) -> None:
@@ -120,7 +124,10 @@ class Reuse(EvictionPolicy):
         else:
             self._use(key, self._parent_of(found))
             if self._step == UP:
+                self._spare(segment)
                 return
+        if self._at < 0 or self._at >> PLACE_BITS != segment:
+            self._spare(segment)
         self._at = found
         if index:
             self._next = found - 1
@@ -148,8 +155,8 @@ class Reuse(EvictionPolicy):
 
     def victims(self) -> Iterator[ChunkKey]:
         self._asked = True
-        if len(self._fell) <= self._batch // 8:
-            self._close()
+        if len(self._fell) <= self._batch // 8 + self._spared:
+            self._close(cut=True)
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
@@ -187,6 +194,12 @@ class Reuse(EvictionPolicy):
         above = segments.above[segment]
         return segments.keys[above][-1] if above >= 0 else None
 
+    def _spare(self, segment: int) -> None:
+        """What is used in this run is not evicted before the ghosts know of it."""
+        if segment in self._fell:
+            self._fell.move_to_end(segment)
+            self._spared += 1
+
     def _settle(self) -> None:
         if self._at >= 0:
             if len(self._run) > 1 and self._step != UP:
@@ -215,20 +228,30 @@ class Reuse(EvictionPolicy):
         if len(run) >= MOST_RUN:
             self._close()
 
-    def _close(self) -> None:
-        """Let the ghosts use the run."""
+    def _close(self, cut: bool = False) -> None:
+        """Let the ghosts use the run. ``cut``: more of it may come."""
         self._settle()
         run, joint, down = self._run, self._joint, self._step == DOWN
         if not run:
             return
+        rest: list[ChunkKey] = []
+        if cut and down and (found := self._places[run[-1]]) > 0 and (inside := found & INDEX):
+            # What it has of a segment in the middle of which it stands waits for the rest of it.
+            inside = self._segments.size[found >> PLACE_BITS] - inside
+            rest = run[-inside:]
+            del run[-inside:]
+            if not run:
+                run += rest
+                return
         self._last = run[-1]
         self._now += len(run)
         part = (
-            self._find(run[::-1], self._parent, self._below if joint == DOWN else NOTHING)
+            self._find(run[::-1], rest[0] if rest else self._parent, self._below if joint == DOWN else NOTHING)
             if down
             else self._find(run, self._first, NOTHING)
         )
-        run.clear()
+        run[:] = rest
+        self._spared = 0
         if self._low:
             self._resize(self._low - int(self._low * SLACK))
         segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity

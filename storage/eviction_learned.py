@@ -26,6 +26,7 @@ AGES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
+DISCOUNT = 0.5
 
 
 class GhostLearned(Ghost):
@@ -93,8 +94,10 @@ class GhostLearned(Ghost):
         if not kept[segment]:
             self._segments += 1
         most = max(capacity - size + kept[segment], 0)
+        kids[segment] += 1
         while self._count > most and self._evict(most):
             pass
+        kids[segment] -= 1
         self._fill(segment)
         if not kids[segment]:
             self._enqueue(segment, 0)
@@ -107,9 +110,12 @@ class GhostLearned(Ghost):
         if self.kept[rest]:
             self._kids[head] = 1
             self._segments += 1
-        elif self._queue[rest] >= 0:
-            age = self._queue[rest] % len(AGES)
+            return
+        age = 0
+        if (queue := self._queue[rest]) >= 0:
+            age = queue % len(AGES)
             self._dequeue(rest)
+        if self.kept[head]:
             self._enqueue(head, age)
 
     def linked(self, segment: int, parent: int) -> None:
@@ -230,7 +236,11 @@ class GhostLearned(Ghost):
         self._starts = [int(capacity * share) for share in AGES]
         ends = [*self._starts[1:], 2 * self._starts[-1]]
         levels = [bisect_right(STARTS, (start + end) // 2) - 1 for start, end in zip(self._starts, ends, strict=True)]
-        worths = [values[level] for values in model.value for level in levels]
+        worths = [
+            values[level] * (DISCOUNT if index in (self._inner, self._end, self._short) else 1)
+            for index, values in enumerate(model.value)
+            for level in levels
+        ]
         self._sorted = sorted(range(len(worths)), key=worths.__getitem__)
         for rank, queue in enumerate(self._sorted):
             self._rank[queue] = rank
