@@ -156,7 +156,7 @@ class Reuse(EvictionPolicy):
     def victims(self) -> Iterator[ChunkKey]:
         self._asked = True
         if len(self._fell) <= self._batch // 8 + self._spared:
-            self._close(cut=True)
+            self._close()
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
@@ -228,30 +228,22 @@ class Reuse(EvictionPolicy):
         if len(run) >= MOST_RUN:
             self._close()
 
-    def _close(self, cut: bool = False) -> None:
-        """Let the ghosts use the run. ``cut``: more of it may come."""
+    def _close(self) -> None:
+        """Let the ghosts use the run."""
         self._settle()
         run, joint, down = self._run, self._joint, self._step == DOWN
         if not run:
             return
-        rest: list[ChunkKey] = []
-        if cut and down and (found := self._places[run[-1]]) > 0 and (inside := found & INDEX):
-            # What it has of a segment in the middle of which it stands waits for the rest of it.
-            inside = self._segments.size[found >> PLACE_BITS] - inside
-            rest = run[-inside:]
-            del run[-inside:]
-            if not run:
-                run += rest
-                return
         self._last = run[-1]
         self._now += len(run)
-        part = (
-            self._find(run[::-1], rest[0] if rest else self._parent, self._below if joint == DOWN else NOTHING)
-            if down
-            else self._find(run, self._first, NOTHING)
-        )
-        run[:] = rest
-        self._spared = 0
+        below = self._below if joint == DOWN else NOTHING
+        part = self._find(run[::-1], self._parent, below) if down else self._find(run, self._first, NOTHING)
+        run.clear()
+        self._joint, self._spared = self._step, 0
+        if part[-1] == below:
+            part.pop()  # was used, all of it, when the run was cut in the middle of it
+            if not part:
+                return
         if self._low:
             self._resize(self._low - int(self._low * SLACK))
         segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
@@ -261,7 +253,7 @@ class Reuse(EvictionPolicy):
             segments.uses[segment] += 1
         for ghost in self._ghosts:
             ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
-        self._below, self._joint = part[0], self._step
+        self._below = part[0]
         segments.sweep(SWEEP)
         if self._search:
             self._look()
@@ -277,7 +269,7 @@ class Reuse(EvictionPolicy):
         segments, part, at, end = self._segments, list[int](), 0, len(path)
         places = segments.places
         above = NOTHING
-        if first is not None and (found := places.get(first, PENDING)) >= 0:
+        if first is not None and places[path[0]] == PENDING and (found := places.get(first, PENDING)) >= 0:
             above = self._cut(found >> PLACE_BITS, (found & INDEX) + 1)
         while at < end:
             found = places[path[at]]
@@ -296,7 +288,8 @@ class Reuse(EvictionPolicy):
                 stop = at + min(end - at, len(keys) - index)
                 if keys[index : index + stop - at] != path[at:stop]:
                     stop = next(n for n in range(at + 1, end) if path[n] != keys[index + n - at])
-                segment = self._cut(segment, index + stop - at)
+                if segment != below:
+                    segment = self._cut(segment, index + stop - at)
             part.append(segment)
             above, at = segment, stop
         if below >= 0 and segments.above[below] < 0 and below != above:
