@@ -24,6 +24,8 @@ DOWN, UP, START = 0, 1, 2
 PLACE_BITS = 16
 INDEX = (1 << PLACE_BITS) - 1
 NOTHING = -1
+# The place of a chunk that came in, and has no segment yet.
+PENDING = -1
 # Segments that one use looks at; the next one goes then, whether it was used or not.
 MOST_STEPS = 100
 GROWTH = 256  # segments

@@ -1,7 +1,7 @@
-"""`reuse`: does as the policy does that would have had most hits of late.
+"""`reuse`: lets go of what the policy would not hold that has had most hits of late.
 
-See docs/storage/eviction.md. A few ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold;
-the tier lets go of what the best of them does not hold.
+Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The tier
+follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lmcache.storage.eviction_ghosts import (
     DOWN,
     INDEX,
     NOTHING,
+    PENDING,
     PLACE_BITS,
     START,
     UP,
@@ -25,71 +26,66 @@ from lmcache.storage.eviction_ghosts import (
 )
 from lmcache.storage.eviction_learned import GhostLearned
 
-# Chunks of which nothing is known but that they came in with the others of the run.
-PENDING = -1
 MOST_RUN = 256
-# Chunks of a new end of a chain of which the last one gets a segment of its own.
+# Of so many new chunks at the end of a chain the last one gets a segment of its own: it is of another kind.
 LEAST_CUT = 4
-# Uses after which the best ghost is looked for.
-CHOOSE_EVERY = 128
-# Uses after which a hit counts half.
-HALF_LIFE = 20000
-# How many more hits another ghost must have to be followed, of those that still count.
-MARGIN = 0.0
-HALF_CAP = 0
-FIRST = 0
-# Segments looked at with each run, after another ghost is followed, and whether somebody still needs them.
+CHOOSE_EVERY = 128  # uses
+# A hit counts half after so many uses, or, where it is more, after so many for each chunk that fits in.
+HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
+# How many more hits another ghost must have to be followed, as a share of uses.
+MARGIN = 0.0015
+# Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
-# The ghosts are smaller by this share of the tier: so many chunks can be let go before a run has to be cut.
+# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
 SLACK = 1 / 128
 UNKNOWN = 1 << 62
 
 
 class Reuse(EvictionPolicy):
-    """Follows the ghost that had most hits of late."""
+    """Follows the ghost that had most hits of late.
+
+    Uses are gathered to runs, chunks of one chain used one after another, and the ghosts are told of whole runs:
+
+        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  every ghost ──▶ ``_fell`` of the leader
+
+    The tier holds all that the leader holds, and a little more: what is in ``_fell``, and what is new in the run.
+    """
 
     def __init__(self) -> None:
         segments = self._segments = Segments()
         self._places = segments.places
         bits = iter([1 << n for n in range(32)])
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
-        self._ghosts: list[Ghost] = [
-            self._learned,
-            self._lru,
-            GhostS3FIFO(segments, bits, 1, 1.0, False),
-            GhostS3FIFO(segments, bits, 2, 0.9, True),
-        ]
-        self.names = ["learned", "lru", "s3p", "s3fifo"]
+        paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
+        self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
+        self._leader: Ghost = self._learned
+        self._fell = self._leader.fell = OrderedDict[int, None]()
+        """Segments of which the tier holds more than the leader; the first goes first."""
+        self._search: list[int] = []
+        """Segments of which that is not known, as the leader is new."""
         self._scores = [0.0 for _ in self._ghosts]
         self._uses = 0.0
-        self._fell: OrderedDict[int, None] = OrderedDict()
-        self._leader: Ghost = self._ghosts[FIRST]
-        self._leader.fell = self._fell
-        self._search: list[int] = []
-        """Segments of which it is not known yet whether the tier holds more of them than the leader."""
+        """Hits of each ghost, and uses, that still count."""
         self._run: list[ChunkKey] = []
-        """Chunks used one after another, each the parent of the one before, or (``_step`` UP) the other way round."""
+        """Each the parent of the one before, or, where ``_step`` is UP, its child."""
         self._step = self._joint = START
-        """How the run goes on; and how it follows the one before, when it was cut."""
-        self._parent: ChunkKey | None = None
-        self._last: ChunkKey | None = None
-        """Of what was used last; ``_first``: of the first of a run from its beginning."""
+        """How the run goes on, and how it follows the one before."""
         self._first: ChunkKey | None = None
-        self._at = NOTHING
-        """Where what was used last stands, when ``_parent`` is not known yet."""
-        self._next = NOTHING
-        """The place of the parent of what was used last, when the run may go there."""
+        self._last: ChunkKey | None = None
+        """The parent of the first of the run; what was used last."""
+        self._parent: ChunkKey | None = None
+        self._at = self._next = NOTHING
+        """The parent of what was used last; or, when that is not looked up yet, the places of both, if they have one."""
         self._below = NOTHING
-        """The segment that the run, when it comes from its end, is the parent of."""
+        """The first segment of the run before, which hangs on this run when ``_joint`` is DOWN."""
         self._count = self._now = self._chosen = 0
         self._capacity = UNKNOWN
-        self._asked = False
-        """Somebody asked for victims, and nothing was used since."""
         self._spared = 0
         """Segments at the end of ``_fell`` that the run goes through."""
-        self._batch = self._low = 0
-        """Chunks that were evicted since, and how many were left; 0: not many, none."""
-        self.log = []; self.total = [0]*9
+        self._asked = False
+        """For victims, and nothing was used since."""
+        self._batch, self._low = 0, NOTHING
+        """Chunks that were evicted then, and how many were left."""
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
         found = self._places.get(key)
@@ -99,10 +95,13 @@ class Reuse(EvictionPolicy):
             self._asked = False
             self._use(key, place.parent if place is not None else None)
             return
-        segment, index = self._place(key, found)
-        held, bit = self._segments.held, 1 << index
-        if not held[segment] & bit:
-            held[segment] |= bit
+        if found == PENDING:
+            self._close()
+            found = self._places[key]
+        segment, index = found >> PLACE_BITS, found & INDEX
+        held = self._segments.held
+        if not held[segment] >> index & 1:
+            held[segment] |= 1 << index
             self._count += 1
             if index >= self._leader.kept[segment] and segment not in self._fell:
                 self._fell[segment] = None
@@ -112,7 +111,7 @@ class Reuse(EvictionPolicy):
     def touch(self, key: ChunkKey) -> None:
         if (found := self._places.get(key)) is None:
             return
-        if found < 0:
+        if found == PENDING:
             self._close()
             found = self._places[key]
         segments, segment, index = self._segments, found >> PLACE_BITS, found & INDEX
@@ -139,7 +138,7 @@ class Reuse(EvictionPolicy):
     def remove(self, key: ChunkKey) -> None:
         if (found := self._places.get(key)) is None:
             return
-        if found < 0:
+        if found == PENDING:
             self._close()
             found = self._places[key]
         segment, bit = found >> PLACE_BITS, 1 << (found & INDEX)
@@ -157,6 +156,8 @@ class Reuse(EvictionPolicy):
         self._asked = True
         if len(self._fell) <= self._batch // 8 + self._spared:
             self._close()
+        while self._search and not self._fell:
+            self._look()
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
@@ -173,12 +174,6 @@ class Reuse(EvictionPolicy):
         for key in self._run:
             if self._places[key] == PENDING:
                 yield key
-
-    def _place(self, key: ChunkKey, found: int) -> tuple[int, int]:
-        if found == PENDING:
-            self._close()
-            found = self._places[key]
-        return found >> PLACE_BITS, found & INDEX
 
     def _chunks(self, segment: int, stop: int) -> Iterator[ChunkKey]:
         """Those before ``stop`` that the tier holds, the last one first."""
@@ -201,6 +196,7 @@ class Reuse(EvictionPolicy):
             self._spared += 1
 
     def _settle(self) -> None:
+        """Look up the parent of what was used last."""
         if self._at >= 0:
             if len(self._run) > 1 and self._step != UP:
                 self._step = DOWN
@@ -244,7 +240,7 @@ class Reuse(EvictionPolicy):
             part.pop()  # was used, all of it, when the run was cut in the middle of it
             if not part:
                 return
-        if self._low:
+        if self._low >= 0:
             self._resize(self._low - int(self._low * SLACK))
         segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
         for segment in part:
@@ -308,33 +304,33 @@ class Reuse(EvictionPolicy):
         return head
 
     def _resize(self, capacity: int) -> None:
-        self._low = 0
+        """Ghosts are as large as what an eviction leaves; smaller only slowly, for a quota's eviction leaves less."""
+        self._low = NOTHING
         if capacity >= self._capacity or self._capacity == UNKNOWN:
             self._capacity = capacity
         else:
             self._capacity -= (self._capacity - capacity + 63) // 64
 
     def _choose(self) -> None:
+        """Follow the ghost that had most hits of late."""
         passed = self._now - self._chosen
         self._chosen = self._now
-        window = max(HALF_LIFE, HALF_CAP * min(self._capacity, self._count))
-        fade = 0.5 ** (passed / window)
+        fade = 0.5 ** (passed / max(HALF_LIFE, HALF_LIFE_EACH * min(self._capacity, self._count)))
         self._uses = self._uses * fade + passed
-        for n, ghost in enumerate(self._ghosts):
-            self._scores[n] = self._scores[n] * fade + ghost.hits
-            self.total[n] += ghost.hits
-            ghost.hits = 0
         scores = self._scores
+        for n, ghost in enumerate(self._ghosts):
+            scores[n] = scores[n] * fade + ghost.hits
+            ghost.hits = 0
         best = max(range(len(scores)), key=scores.__getitem__)
-        ghost = self._ghosts[best]
-        if ghost is not self._leader and scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
-            self._leader.fell = None
-            self._leader = ghost
-            self._fell = ghost.fell = OrderedDict()
-            self._search = list(range(len(self._segments.keys)))
-            self.log.append((self._now, self.names[best]))
+        if scores[best] <= scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
+            return
+        self._leader.fell = None
+        self._leader = self._ghosts[best]
+        self._fell = self._leader.fell = OrderedDict()
+        self._search = list(range(len(self._segments.keys)))
 
     def _look(self) -> None:
+        """Find some more of what the tier holds and the leader does not."""
         held, kept = self._segments.held, self._leader.kept
         for segment in self._search[-SEARCH:]:
             if held[segment] >> kept[segment]:
