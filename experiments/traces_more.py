@@ -322,6 +322,11 @@ HELD_OUT = [
 ]  # fmt: skip
 
 
+def named(entry: str) -> list[str]:
+    """The traces of a list, or the one trace that ``entry`` is."""
+    return {"development": DEVELOPMENT, "held_out": HELD_OUT}.get(entry, [entry])
+
+
 def read(name: str) -> list[Request]:
     kind, _, seed = name.partition(":")
     return KINDS[kind](int(seed or 0))

@@ -37,7 +37,7 @@ MARGIN = 0.0015
 # Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 # By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
-SLACK = 1 / 128
+SLACK = 1 / 32
 UNKNOWN = 1 << 62
 
 
@@ -255,7 +255,7 @@ class Reuse(EvictionPolicy):
             self._look()
         if self._now >= self._chosen + CHOOSE_EVERY:
             self._choose()
-            self._learned.learn()
+        self._learned.learn()
 
     def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
         """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from lmcache.storage.eviction_ghosts import NOTHING, Ghost, Segments
 from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
 
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
+AGE_EVERY = 64  # uses
 FIRST_FIT, FIT_EVERY = 256, 8192  # uses; the time between doubles
 # Segments that are remembered after they are gone, for each that is held.
 MEMORY = 4
@@ -26,7 +30,9 @@ AGES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
+# What a segment counts that was used once, of what such were worth before: a scan looks like all others at first.
 DISCOUNT = 0.5
+LEAST_CAPACITY = 256
 
 
 class GhostLearned(Ghost):
@@ -62,8 +68,12 @@ class GhostLearned(Ghost):
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
-        self._now = self._capacity = self._segments = 0
+        self._now = self._aged = self._capacity = self._segments = 0
         self._next_fit = FIRST_FIT
+        self._steps: list[Callable[[], None]] = []
+        """What is left to do of learning, the last one first."""
+        self._seen: list[npt.NDArray[np.int64]] = []
+        """Kinds, times of last use and sizes of what waits."""
 
     def _hit(self, part: Sequence[int]) -> None:
         queue, size, last, gaps, now = self._queue, self._size, self._last, self._gap, self._now
@@ -126,11 +136,15 @@ class GhostLearned(Ghost):
                 self._dequeue(parent)
 
     def learn(self) -> None:
-        """Let segments grow older, and look at what was counted, when it is time."""
-        self._age()
-        if self._now >= self._next_fit:
+        """Let segments grow older, and look at what was counted, when it is time: one step at each call."""
+        if self._now >= self._aged + AGE_EVERY:
+            self._aged = self._now
+            self._age()
+        if self._steps:
+            self._steps.pop()()
+        elif self._now >= self._next_fit:
             self._next_fit = self._now + min(self._now, FIT_EVERY)
-            self._fit()
+            self._steps = [self._sort, self._fit, self._look, self._forget]
 
     def _observe(self, segment: int, now: int) -> None:
         users, last = self._users, self._last
@@ -214,31 +228,39 @@ class GhostLearned(Ghost):
                     del self._queues[queue][segment]
                     self._enqueue(segment, age + 1)
 
-    def _fit(self) -> None:
-        model, kind, last, now, size = self._model, self._kind, self._last, self._now, self._size
+    def _forget(self) -> None:
+        """Wait no longer for what is very old, nor for more than a few thousand."""
+        kind, last, now = self._kind, self._last, self._now
         for segment in [segment for segment in self._waiting if now - last[segment] >= STARTS[LAST]]:
-            model.used[kind[segment]][LAST] += self._stride * size[segment]
+            self._model.used[kind[segment]][LAST] += self._stride * self._size[segment]
             self._ignore(segment)
         if len(self._waiting) > MOST_COUNTED:
             self._stride *= 2
             for segment in list(self._waiting)[::2]:
                 self._ignore(segment)
-        for segment in self._waiting:
-            if self._children[segment] and kind[segment] in (self._end, self._short):
-                kind[segment] = self._inner
-        kinds, ages, weights = (
-            [kind[segment] for segment in self._waiting],
-            [now - last[segment] for segment in self._waiting],
-            [size[segment] * self._stride for segment in self._waiting],
-        )
-        model.fit(now, kinds, ages, weights)
-        capacity = max(min(self._capacity, self._count) or self._count, 256)
+
+    def _look(self) -> None:
+        kind, children, waiting = self._kind, self._children, self._waiting
+        new = (self._end, self._short)
+        for segment in [segment for segment in waiting if children[segment] and kind[segment] in new]:
+            kind[segment] = self._inner
+        of = (kind, self._last, self._size)
+        self._seen = [np.fromiter(map(column.__getitem__, waiting), np.int64, len(waiting)) for column in of]
+
+    def _fit(self) -> None:
+        kinds, last, sizes = self._seen
+        self._model.fit(self._now, kinds, self._now - last, sizes * self._stride)
+
+    def _sort(self) -> None:
+        """Put the queues in order by what their chunks are worth now."""
+        capacity = max(min(self._capacity, self._count) or self._count, LEAST_CAPACITY)
         self._starts = [int(capacity * share) for share in AGES]
         ends = [*self._starts[1:], 2 * self._starts[-1]]
         levels = [bisect_right(STARTS, (start + end) // 2) - 1 for start, end in zip(self._starts, ends, strict=True)]
+        new = (self._inner, self._end, self._short)
         worths = [
-            values[level] * (DISCOUNT if index in (self._inner, self._end, self._short) else 1)
-            for index, values in enumerate(model.value)
+            values[level] * (DISCOUNT if kind in new else 1)
+            for kind, values in enumerate(self._model.value)
             for level in levels
         ]
         self._sorted = sorted(range(len(worths)), key=worths.__getitem__)

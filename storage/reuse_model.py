@@ -6,8 +6,6 @@ geometrically; chunks of one kind (see eviction_learned.py) share counts of how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +22,7 @@ HALF_LIFE = 1 << 18
 
 Kind = tuple[int, ...]
 Counts = npt.NDArray[np.float64]
+Times = npt.NDArray[np.int64]
 _STARTS = np.array(STARTS)
 _WIDTHS = np.diff(np.array([*STARTS, 2 * STARTS[-1]], dtype=np.float64))
 
@@ -55,15 +54,14 @@ class ReuseModel:
             self.value.append(self.value[wider] if kind else [1.0 / (start + 1) for start in STARTS])
         return index
 
-    def fit(self, now: int, kinds: Sequence[int], ages: Sequence[int], weights: Sequence[int]) -> None:
+    def fit(self, now: int, kinds: Times, ages: Times, weights: Times) -> None:
         """Renew ``value`` by what was counted, and let old counts fade.
 
         kinds, ages: of what waits for its next use, each of which stands for some chunks, its weight.
         """
         used = np.array(self.used)
-        levels = np.searchsorted(_STARTS, np.array(ages, dtype=np.int64), side="right") - 1
-        places = np.array(kinds, dtype=np.int64) * LEVELS + levels
-        waiting = np.bincount(places, np.array(weights, dtype=np.float64), used.size).reshape(used.shape)
+        levels = np.searchsorted(_STARTS, ages, side="right") - 1
+        waiting = np.bincount(kinds * LEVELS + levels, weights, used.size).reshape(used.shape)
         self.used = (used * 0.5 ** ((now - self._fitted) / HALF_LIFE)).tolist()
         self._fitted = now
         for index in range(len(self) - 1, 0, -1):  # wider kinds come before theirs
