@@ -29,7 +29,9 @@ class Config(ExperimentConfig):
     traces: tuple[str, ...] = Field(
         description=f"kind:seed, or development or held_out for the lists; kinds: {', '.join(traces_more.KINDS)}"
     )
-    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="cache sizes in blocks; larger ones are left out")
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        description="cache sizes in blocks; larger ones are left out"
+    )
     policies: tuple[str, ...] = Field(description="names of the stock policies")
     ours: str = Field("reuse", description="the policy that is judged")
     margin: float = Field(0.002, description="how far it may be below the best stock policy, anywhere")

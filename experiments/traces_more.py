@@ -66,7 +66,11 @@ def half(seed: int) -> list[Request]:
 
 def quarter(seed: int) -> list[Request]:
     """A quarter of the conversations."""
-    return [request for request in traces.read_mooncake() if hash((seed // 4, request[min(1, len(request) - 1)])) % 4 == seed % 4]
+    return [
+        request
+        for request in traces.read_mooncake()
+        if hash((seed // 4, request[min(1, len(request) - 1)])) % 4 == seed % 4
+    ]
 
 
 def subsample(seed: int) -> list[Request]:
@@ -91,7 +95,9 @@ def recorded_then_agents(seed: int) -> list[Request]:
 # Made up.
 
 
-def conversations(seed: int, requests: int = 9000, prompts: int = 20, on: float = 0.75, tail: float = 0.8) -> list[Request]:
+def conversations(
+    seed: int, requests: int = 9000, prompts: int = 20, on: float = 0.75, tail: float = 0.8
+) -> list[Request]:
     """Turns come back after times with a heavy tail; answers are part of the next prompt."""
     chains, found = Chains(seed), list[Request]()
     rng, popular = chains.random, Zipf(prompts, 1.0)

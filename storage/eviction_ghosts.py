@@ -267,7 +267,7 @@ class GhostS3FIFO(Ghost):
             self._make_room(capacity, size - kept[segment])
         if not kept[segment]:
             self._base[segment] = self._uses[segment]
-            if self._weight[segment]:
+            if self._weight[segment] or (self._fill_main and not self._full):
                 self._forget(segment)
                 self._where[segment] = self.MAIN
                 self._main.append(segment)
@@ -288,8 +288,7 @@ class GhostS3FIFO(Ghost):
         most, most_main = max(capacity - wanted, 0), capacity - capacity // 10
         if self._count > most and not self._full:
             self._full = True
-            if self._fill_main:
-                self._divide_at(capacity // 10)
+            self._demote(capacity // 10)
         small, main = self._small, self._main
         while self._count > most:
             steps += 1
@@ -324,16 +323,14 @@ class GhostS3FIFO(Ghost):
         self._main.append(segment)
         self._main_count += self.kept[segment]
 
-    def _divide_at(self, first: int) -> None:
-        queue, self._small, count = self._small, deque(), 0
-        for segment in queue:
-            count += self.kept[segment]
-            if count <= first:
-                self._small.append(segment)
-            else:
-                base = self._base[segment]
-                self._promote(segment)
-                self._base[segment] = base
+    def _demote(self, count: int) -> None:
+        """What came in first, before it was full, is in the small queue."""
+        while self._main and count > 0:
+            segment = self._main.popleft()
+            self._where[segment] = self.SMALL
+            self._small.append(segment)
+            self._main_count -= self.kept[segment]
+            count -= self.kept[segment]
 
     def _remember(self, segment: int, most: int) -> None:
         self._users[segment] |= self._memory

@@ -33,7 +33,7 @@ CHOOSE_EVERY = 128  # uses
 # A hit counts half after so many uses, or, where it is more, after so many for each chunk that fits in.
 HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
 # How many more hits another ghost must have to be followed, as a share of uses.
-MARGIN = 0.0015
+MARGIN = 0.001
 # Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 # By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
@@ -58,7 +58,8 @@ class Reuse(EvictionPolicy):
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
         paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
         self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
-        self._leader: Ghost = self._learned
+        # Before anything is learned the other is a guess, and a scan would cost most.
+        self._leader: Ghost = paper
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
@@ -304,12 +305,14 @@ class Reuse(EvictionPolicy):
         return head
 
     def _resize(self, capacity: int) -> None:
-        """Ghosts are as large as what an eviction leaves; smaller only slowly, for a quota's eviction leaves less."""
-        self._low = NOTHING
-        if capacity >= self._capacity or self._capacity == UNKNOWN:
+        """Ghosts are as large as what an eviction leaves; they shrink slowly, for a quota's eviction leaves less."""
+        if self._capacity == UNKNOWN:
+            self._capacity = self._low
+        elif capacity > self._capacity:
             self._capacity = capacity
         else:
             self._capacity -= (self._capacity - capacity + 63) // 64
+        self._low = NOTHING
 
     def _choose(self) -> None:
         """Follow the ghost that had most hits of late."""
@@ -322,10 +325,12 @@ class Reuse(EvictionPolicy):
             scores[n] = scores[n] * fade + ghost.hits
             ghost.hits = 0
         best = max(range(len(scores)), key=scores.__getitem__)
-        if scores[best] <= scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
-            return
+        if scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
+            self._follow(self._ghosts[best])
+
+    def _follow(self, ghost: Ghost) -> None:
         self._leader.fell = None
-        self._leader = self._ghosts[best]
+        self._leader = ghost
         self._fell = self._leader.fell = OrderedDict()
         self._search = list(range(len(self._segments.keys)))
 

@@ -31,7 +31,7 @@ LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
 # What a segment counts that was used once, of what such were worth before: a scan looks like all others at first.
-DISCOUNT = 0.5
+DISCOUNT = 0.3
 LEAST_CAPACITY = 256
 
 
@@ -53,7 +53,10 @@ class GhostLearned(Ghost):
         again = [[model.kind((bits, gap)) for gap in range(INTERVALS)] for bits in range(2, MOST_USES + 1)]
         # By the bit lengths of uses and of the interval.
         self._again = [
-            [again[min(max(bits - 2, 0), MOST_USES - 2)][min(max((gap - 6) // 2, 0), INTERVALS - 1)] for gap in range(64)]
+            [
+                again[min(max(bits - 2, 0), MOST_USES - 2)][min(max((gap - 6) // 2, 0), INTERVALS - 1)]
+                for gap in range(64)
+            ]
             for bits in range(64)
         ]
         queues = len(model) * len(AGES)

@@ -94,7 +94,9 @@ def worth(chance: Counts) -> Counts:
     value = np.zeros_like(chance)
     for level in range(LAST):
         # What is alive at this level divides both and cancels out.
-        value[:, level] = ((uses[:, level + 1 :] - uses[:, level, None]) / (time[:, level + 1 :] - time[:, level, None])).max(1)
+        value[:, level] = (
+            (uses[:, level + 1 :] - uses[:, level, None]) / (time[:, level + 1 :] - time[:, level, None])
+        ).max(1)
     return value
 
 
