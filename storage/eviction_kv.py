@@ -325,7 +325,7 @@ class Reuse(EvictionPolicy):
             scores[n] = scores[n] * fade + ghost.hits
             ghost.hits = 0
         best = max(range(len(scores)), key=scores.__getitem__)
-        if scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * self._uses:
+        if scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * max(self._uses, HALF_LIFE):
             self._follow(self._ghosts[best])
 
     def _follow(self, ghost: Ghost) -> None:
