@@ -1,7 +1,7 @@
-"""A policy against the best stock policy of each point, over many traces and cache sizes: hits, time, longest eviction.
+"""A policy against the best stock policy of each point, over many traces and sizes: hits, time, longest eviction.
 
-A replay as in replay.py, one victim at a time. Times are of the processor, of the whole replay for each block (a key has
-to be made for each, whatever the policy), and of the first of our policies against that of ``lru`` in the same run.
+A replay as in replay.py, one victim at a time. Times are of the processor, for each block, of the whole replay, which
+makes a key of every block, whatever the policy. They stand beside those of ``lru`` in the same run.
 """
 
 from __future__ import annotations

@@ -153,12 +153,12 @@ def bursts(seed: int, requests: int = 9000, period: int = 1500) -> list[Request]
     chains = Chains(seed + 1000)
     rng = chains.random
     job = [chains.blocks([("job",), *chains.fresh(rng.randint(5, 50))]) for _ in range(period // 8)]
-    chat, job = joined(traces.chat(seed, requests), job)
+    talks, jobs = joined(traces.chat(seed, requests), job)
     found = list[Request]()
-    for index, request in enumerate(chat):
+    for index, request in enumerate(talks):
         found.append(request)
         if index % period == period - 1:
-            found += job
+            found += jobs
     return found
 
 
@@ -292,7 +292,14 @@ def of(make: Callable[..., list[Request]], **given: object) -> Trace:
 
 KINDS: dict[str, Trace] = {
     "mooncake": lambda seed: traces.read_mooncake(),
-    **{name: make for name, make in traces.SYNTHETIC.items()},  # type: ignore[dict-item]
+    "chat": traces.chat,
+    "agents": traces.agents,
+    "documents": traces.documents,
+    "scans": traces.scans,
+    "phases": traces.phases,
+    "tools": traces.tools,
+    "calls": traces.calls,
+    "assistants": traces.assistants,
     "half": half,
     "quarter": quarter,
     "subsample": subsample,
@@ -316,9 +323,9 @@ KINDS: dict[str, Trace] = {
     "service": service,
 }
 DEVELOPMENT = [
-    "mooncake:0", "half:0", "quarter:1", "chat:1", "agents:1", "documents:1", "scans:1", "phases:1", "tools:1", "calls:1",
-    "assistants:1", "conversations:1", "passages:1", "loop:1", "shifts:1", "chat_and_scans:1", "keyed:1", "mixture:1",
-    "service:1", "service:2", "service:3", "lengths:1",
+    "mooncake:0", "half:0", "quarter:1", "chat:1", "agents:1", "documents:1", "scans:1", "phases:1", "tools:1",
+    "calls:1", "assistants:1", "conversations:1", "passages:1", "loop:1", "shifts:1", "chat_and_scans:1", "keyed:1",
+    "mixture:1", "service:1", "service:2", "service:3", "lengths:1",
 ]  # fmt: skip
 HELD_OUT = [
     "half:1", "quarter:2", "quarter:7", "subsample:5", "doubled:5", "recorded_and_scans:5", "recorded_then_agents:5",

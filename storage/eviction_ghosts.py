@@ -74,7 +74,7 @@ class Segments:
         return segment
 
     def split(self, segment: int, index: int) -> int:
-        """Cut off the chunks before ``index``; returns their segment, on which the rest hangs, which keeps its number."""
+        """Cut off the chunks before ``index``; returns their segment. The rest hangs on it, and keeps its number."""
         keys, held, above = self.keys[segment], self.held[segment], self.above[segment]
         head = self.new(keys[:index], NOTHING)
         self.above[head] = above

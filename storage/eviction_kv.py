@@ -1,7 +1,7 @@
 """`reuse`: lets go of what the policy would not hold that has had most hits of late.
 
-Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The tier
-follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
+Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The
+tier follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Reuse(EvictionPolicy):
         """The parent of the first of the run; what was used last."""
         self._parent: ChunkKey | None = None
         self._at = self._next = NOTHING
-        """The parent of what was used last; or, when that is not looked up yet, the places of both, if they have one."""
+        """The parent of what was used last; or, before that is looked up, the places of both, if any."""
         self._below = NOTHING
         """The first segment of the run before, which hangs on this run when ``_joint`` is DOWN."""
         self._count = self._now = self._chosen = 0

@@ -67,7 +67,7 @@ class GhostLearned(Ghost):
         """No queue before this place in ``_sorted`` has a segment."""
         self._starts = [0] * len(AGES)
         self._aging: list[deque[int]] = [deque() for _ in AGES]
-        """When a segment of the queues of an age was used last, and the segment, in one number: no object to collect."""
+        """When a segment of the queues of an age was used last, and the segment, in one number."""
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
@@ -172,7 +172,7 @@ class GhostLearned(Ghost):
         self._kind[segment] = self._kind_of(segment)
 
     def _evict(self, most: int) -> bool:
-        """Let go of chunks of the segment that is worth least, until there are ``most``; False: there is no candidate."""
+        """Let go of chunks of what is worth least, until there are ``most``; False: there is no candidate."""
         queues, order, lowest = self._queues, self._sorted, self._lowest
         while not queues[order[lowest]]:
             lowest += 1
