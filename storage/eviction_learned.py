@@ -147,7 +147,7 @@ class GhostLearned(Ghost):
             self._steps.pop()()
         elif self._now >= self._next_fit:
             self._next_fit = self._now + min(self._now, FIT_EVERY)
-            self._steps = [self._sort, self._fit, self._look, self._forget]
+            self._steps = [self._sort, self._model.price, self._fit, self._look, self._forget]
 
     def _observe(self, segment: int, now: int) -> None:
         users, last = self._users, self._last

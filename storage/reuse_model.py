@@ -37,6 +37,7 @@ class ReuseModel:
         """By kind and level: chunks that were used there; in the last level, those that were never used again."""
         self.value: list[list[float]] = []
         """By kind and level: expected uses for each unit of time that such a chunk is kept."""
+        self._chance = np.zeros((0, LEVELS))
         self._fitted = 0
         self.kind(())
 
@@ -55,7 +56,7 @@ class ReuseModel:
         return index
 
     def fit(self, now: int, kinds: Times, ages: Times, weights: Times) -> None:
-        """Renew ``value`` by what was counted, and let old counts fade.
+        """Renew the chances by what was counted, and let old counts fade; ``price`` comes next.
 
         kinds, ages: of what waits for its next use, each of which stands for some chunks, its weight.
         """
@@ -77,7 +78,11 @@ class ReuseModel:
             prior = chance[wider] if index else np.full(LEVELS, FIRST_GUESS)
             chance[index] = (used[index] + PRIOR_CHUNKS * prior) / (exposed[index] + PRIOR_CHUNKS)
         chance[:, LAST] = 0
-        self.value = worth(np.minimum(chance, 0.999)).tolist()
+        self._chance = np.minimum(chance, 0.999)
+
+    def price(self) -> None:
+        """Renew ``value`` by the chances."""
+        self.value = worth(self._chance).tolist()
 
 
 def worth(chance: Counts) -> Counts:

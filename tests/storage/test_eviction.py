@@ -372,8 +372,8 @@ def test_calls_take_microseconds(name: str) -> None:
 def test_reuse_takes_a_few_times_the_time_of_lru_and_no_eviction_takes_long() -> None:
     requests = traces.read("mooncake")[:1500]
     lru, reuse = (min(replay_matrix.cost_us(requests, 2000, name) for _ in range(2)) for name in ("lru", "reuse"))
-    assert reuse < 6 * lru  # some 3 to 4 on an idle machine; it was 12
-    assert replay_matrix.longest_eviction_ms(requests, 2000, "reuse") < 10  # some 1; it was 50
+    assert reuse < 8 * lru  # some 4 on an idle machine; it was 10 to 12
+    assert replay_matrix.longest_eviction_ms(requests, 2000, "reuse") < 20  # some 1 to 2 on an idle machine
 
 
 def test_the_manager_tells_the_policy_where_a_chunk_stands() -> None:
