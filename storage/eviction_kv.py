@@ -36,6 +36,7 @@ HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
 MARGIN = 0.001
 # Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
+MOST_LOOKS = 8  # for one eviction
 # By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
 SLACK = 1 / 32
 UNKNOWN = 1 << 62
@@ -157,8 +158,9 @@ class Reuse(EvictionPolicy):
         self._asked = True
         if len(self._fell) <= self._batch // 8 + self._spared:
             self._close()
-        while self._search and not self._fell:
-            self._look()
+        for _ in range(MOST_LOOKS):
+            if self._search and not self._fell:
+                self._look()
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,8 @@ class GhostLearned(Ghost):
         self._steps: list[Callable[[], None]] = []
         """What is left to do of learning, the last one first."""
         self._seen: list[npt.NDArray[np.int64]] = []
-        """Kinds, times of last use and sizes of what waits."""
+        """Kinds, times of last use and sizes of what waits, ``_looked``."""
+        self._looked: list[int] = []
 
     def _hit(self, part: Sequence[int]) -> None:
         queue, size, last, gaps, now = self._queue, self._size, self._last, self._gap, self._now
@@ -147,7 +149,9 @@ class GhostLearned(Ghost):
             self._steps.pop()()
         elif self._now >= self._next_fit:
             self._next_fit = self._now + min(self._now, FIT_EVERY)
-            self._steps = [self._sort, self._model.price, self._fit, self._look, self._forget]
+            self._steps = [self._sort, self._model.price, self._fit]
+            self._steps += [partial(self._look, column) for column in (self._size, self._last, self._kind)]
+            self._steps += [self._correct, self._thin, self._forget]
 
     def _observe(self, segment: int, now: int) -> None:
         users, last = self._users, self._last
@@ -232,23 +236,30 @@ class GhostLearned(Ghost):
                     self._enqueue(segment, age + 1)
 
     def _forget(self) -> None:
-        """Wait no longer for what is very old, nor for more than a few thousand."""
-        kind, last, now = self._kind, self._last, self._now
-        for segment in [segment for segment in self._waiting if now - last[segment] >= STARTS[LAST]]:
+        """Wait no longer for what is very old."""
+        kind, last, oldest = self._kind, self._last, self._now - STARTS[LAST]
+        for segment in [segment for segment in self._waiting if last[segment] <= oldest]:
             self._model.used[kind[segment]][LAST] += self._stride * self._size[segment]
             self._ignore(segment)
+
+    def _thin(self) -> None:
+        """Wait for no more than a few thousand."""
         if len(self._waiting) > MOST_COUNTED:
             self._stride *= 2
             for segment in list(self._waiting)[::2]:
                 self._ignore(segment)
 
-    def _look(self) -> None:
-        kind, children, waiting = self._kind, self._children, self._waiting
-        new = (self._end, self._short)
-        for segment in [segment for segment in waiting if children[segment] and kind[segment] in new]:
+    def _correct(self) -> None:
+        """What something came to hang on did not end its prompt."""
+        kind, children, new = self._kind, self._children, (self._end, self._short)
+        for segment in [segment for segment in self._waiting if children[segment] and kind[segment] in new]:
             kind[segment] = self._inner
-        of = (kind, self._last, self._size)
-        self._seen = [np.fromiter(map(column.__getitem__, waiting), np.int64, len(waiting)) for column in of]
+
+    def _look(self, column: list[int]) -> None:
+        if column is self._kind:
+            self._seen = []
+            self._looked = list(self._waiting)
+        self._seen.append(np.fromiter(map(column.__getitem__, self._looked), np.int64, len(self._looked)))
 
     def _fit(self) -> None:
         kinds, last, sizes = self._seen
