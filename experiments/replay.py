@@ -22,10 +22,8 @@ from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
-from lmcache.storage.eviction_queues import S3FIFO
 from lmcache.storage.registry import EVICTION_POLICIES
 
-PAPER = "s3fifo-paper"  # as most people write it down: one use promotes, a ghost as large as the cache
 NEVER = 1 << 62
 BELADY, INFINITE = "belady", "infinite"
 
@@ -48,7 +46,7 @@ class Config(ExperimentConfig):
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="cache sizes in blocks; none: by how many different blocks there are"
     )
-    policies: tuple[str, ...] = Field(description=f"names of eviction policies; {PAPER} too")
+    policies: tuple[str, ...] = Field(description="names of eviction policies")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
 
 
@@ -90,7 +88,7 @@ def run(config: Config, results: Results) -> Outcome:
 
 
 def make(name: str) -> EvictionPolicy:
-    return S3FIFO(promote_at=1, ghost_share=1.0, fill_main=False) if name == PAPER else EVICTION_POLICIES.get(name)()
+    return EVICTION_POLICIES.get(name)()
 
 
 def replay(requests: Iterable[Request], size: int, policy: EvictionPolicy, *, last_first: bool = True) -> float:

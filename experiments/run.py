@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "codec_quality": "experiments.codec_quality",
     "codec_answers": "experiments.codec_answers",
     "replay": "experiments.replay",
+    "replay_matrix": "experiments.replay_matrix",
     "blend_loading": "experiments.blend_loading",
     "blend_quality": "experiments.blend_quality",
     "blend_ttft": "experiments.blend_ttft",

@@ -1,304 +1,345 @@
-"""A policy that knows what a KV cache knows.
+"""`reuse`: lets go of what the policy would not hold that has had most hits of late.
 
-prefix      a chunk is worthless without its parents, so only chunks without cached children are candidates
-reuse       from how long ago and how often a chunk was used, and whether it ends a prompt, its chances are learned
-cost, size  a chunk far down its prompt costs more to compute again; what counts is cost saved for each byte of room
+Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The
+tier follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import count
-from math import inf, log2
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import EvictionPolicy, Place
-from lmcache.storage.reuse_model import LAST, STARTS, Kind, ReuseModel
+from lmcache.storage.eviction_ghosts import (
+    DOWN,
+    INDEX,
+    NOTHING,
+    PENDING,
+    PLACE_BITS,
+    START,
+    UP,
+    Ghost,
+    GhostLRU,
+    GhostS3FIFO,
+    Segments,
+)
+from lmcache.storage.eviction_learned import GhostLearned
 
-# The position at which attention makes a token cost twice what the first one costs.
-COST_DOUBLES_AT = 1 << 18
-MOST_USES = 8  # uses beyond 128 are not told apart
-FIRST_FIT, FIT_EVERY = 256, 2048  # uses; the time between doubles
-TICK_EVERY = 16  # uses; below the end of the first level
-
-
-class _Chunk:
-    """What is remembered of a chunk: while it is held, and for some time after."""
-
-    __slots__ = (
-        "ends",
-        "gap",
-        "held",
-        "key",
-        "kids",
-        "kind",
-        "last",
-        "level",
-        "open",
-        "parent",
-        "queued",
-        "uses",
-        "weight",
-    )
-
-    def __init__(self, key: ChunkKey) -> None:
-        self.key = key
-        self.parent: _Chunk | None = None
-        self.kids = 0  # held children
-        self.held = False
-        self.queued = False  # a candidate
-        self.ends = False  # when it was used last, nothing hung on it
-        self.open = False  # used last, and it may be that more comes to hang on it
-        self.uses = 0
-        self.gap = 0  # between its uses; the last ones weigh most
-        self.last = -1  # when it was last used; -1: it is only known as a parent
-        self.kind = 0
-        self.level = -1  # of its age; -1: it has no kind yet
-        self.weight = 0  # cost a byte, in octaves
-
-
-class _Queue(OrderedDict[ChunkKey, _Chunk]):
-    """Candidates of one kind, level and weight, which are worth the same: the longest unused first."""
+MOST_RUN = 256
+# Of so many new chunks at the end of a chain the last one gets a segment of its own: it is of another kind.
+LEAST_CUT = 4
+CHOOSE_EVERY = 128  # uses
+# A hit counts half after so many uses, or, where it is more, after so many for each chunk that fits in.
+HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
+# How many more hits another ghost must have to be followed, as a share of uses.
+MARGIN = 0.001
+# Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
+SEARCH, SWEEP = 256, 6
+MOST_LOOKS = 8  # for one eviction
+# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
+SLACK = 1 / 32
+UNKNOWN = 1 << 62
 
 
 class Reuse(EvictionPolicy):
-    """Least expected saving for each byte and each unit of time first, never a chunk before its children.
+    """Follows the ghost that had most hits of late.
 
-    See reuse_model.py for how the expectation is learned, from what was let go too, and docs/storage/eviction.md.
-    Whether a new chunk is an end shows when the chain ends that it came with; until then that chain goes last.
+    Uses are gathered to runs, chunks of one chain used one after another, and the ghosts are told of whole runs:
+
+        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  every ghost ──▶ ``_fell`` of the leader
+
+    The tier holds all that the leader holds, and a little more: what is in ``_fell``, and what is new in the run.
     """
 
     def __init__(self) -> None:
-        self._model = ReuseModel()
-        self._chunks: dict[ChunkKey, _Chunk] = {}
-        self._now = 0
-        self._next_fit = FIRST_FIT
-        self._ages: list[deque[tuple[_Chunk, int]]] = [deque() for _ in STARTS]
-        """By level: chunks and the time of the use since when they age; stale when used again."""
-        self._queues: dict[tuple[int, int, int], _Queue] = {}
-        self._order: list[tuple[float, int, int, int]] = []
-        """Worth, kind, level, weight of every queue that has candidates, and of some that had; ascending."""
-        self._newest: _Chunk | None = None
-        """What was used last, and the parent that it has or had."""
-        self._above: ChunkKey | None = None
-        self._tokens = self._bytes = 0
+        segments = self._segments = Segments()
+        self._places = segments.places
+        bits = iter([1 << n for n in range(32)])
+        self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
+        paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
+        self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
+        # Before anything is learned the other is a guess, and a scan would cost most.
+        self._leader: Ghost = paper
+        self._fell = self._leader.fell = OrderedDict[int, None]()
+        """Segments of which the tier holds more than the leader; the first goes first."""
+        self._search: list[int] = []
+        """Segments of which that is not known, as the leader is new."""
+        self._scores = [0.0 for _ in self._ghosts]
+        self._uses = 0.0
+        """Hits of each ghost, and uses, that still count."""
+        self._run: list[ChunkKey] = []
+        """Each the parent of the one before, or, where ``_step`` is UP, its child."""
+        self._step = self._joint = START
+        """How the run goes on, and how it follows the one before."""
+        self._first: ChunkKey | None = None
+        self._last: ChunkKey | None = None
+        """The parent of the first of the run; what was used last."""
+        self._parent: ChunkKey | None = None
+        self._at = self._next = NOTHING
+        """The parent of what was used last; or, before that is looked up, the places of both, if any."""
+        self._below = NOTHING
+        """The first segment of the run before, which hangs on this run when ``_joint`` is DOWN."""
+        self._count = self._now = self._chosen = 0
+        self._capacity = UNKNOWN
+        self._spared = 0
+        """Segments at the end of ``_fell`` that the run goes through."""
+        self._asked = False
+        """For victims, and nothing was used since."""
+        self._batch, self._low = 0, NOTHING
+        """Chunks that were evicted then, and how many were left."""
 
     def add(self, key: ChunkKey, nbytes: int, place: Place | None = None) -> None:
-        chunk = self._chunks.get(key)
-        if chunk is not None and chunk.held:
-            self.touch(key)
+        found = self._places.get(key)
+        if found is None:
+            self._places[key] = PENDING
+            self._count += 1
+            self._asked = False
+            self._use(key, place.parent if place is not None else None)
             return
-        self._tick()
-        if chunk is None:
-            chunk = self._chunks[key] = _Chunk(key)
-        self._link(chunk, place)
-        chunk.weight = self._weigh(nbytes, place)
-        chunk.held = True
-        self._use(chunk)
+        if found == PENDING:
+            self._close()
+            found = self._places[key]
+        segment, index = found >> PLACE_BITS, found & INDEX
+        held = self._segments.held
+        if not held[segment] >> index & 1:
+            held[segment] |= 1 << index
+            self._count += 1
+            if index >= self._leader.kept[segment] and segment not in self._fell:
+                self._fell[segment] = None
+                self._spared += 1
+        self.touch(key)
 
     def touch(self, key: ChunkKey) -> None:
-        chunk = self._chunks.get(key)
-        if chunk is None or not chunk.held:
+        if (found := self._places.get(key)) is None:
             return
-        self._tick()
-        self._dequeue(chunk)
-        self._use(chunk)
+        if found == PENDING:
+            self._close()
+            found = self._places[key]
+        segments, segment, index = self._segments, found >> PLACE_BITS, found & INDEX
+        if not segments.held[segment] >> index & 1:
+            return
+        self._asked = False
+        if found == self._next:
+            self._run.append(key)
+        else:
+            self._use(key, self._parent_of(found))
+            if self._step == UP:
+                self._spare(segment)
+                return
+        if self._at < 0 or self._at >> PLACE_BITS != segment:
+            self._spare(segment)
+        self._at = found
+        if index:
+            self._next = found - 1
+        elif len(self._run) < MOST_RUN and (above := segments.above[segment]) >= 0:
+            self._next = (above << PLACE_BITS) + segments.size[above] - 1
+        else:
+            self._next = NOTHING
 
     def remove(self, key: ChunkKey) -> None:
-        chunk = self._chunks.get(key)
-        if chunk is None or not chunk.held:
+        if (found := self._places.get(key)) is None:
             return
-        chunk.held = False
-        self._dequeue(chunk)
-        parent, chunk.parent = chunk.parent, None
-        if parent:
-            parent.kids -= 1
-            if not parent.kids:
-                if parent.held:
-                    self._enqueue(parent, first=True)
-                self._forget(parent)
-        self._forget(chunk)
+        if found == PENDING:
+            self._close()
+            found = self._places[key]
+        segment, bit = found >> PLACE_BITS, 1 << (found & INDEX)
+        held = self._segments.held
+        if held[segment] & bit:
+            held[segment] ^= bit
+            self._count -= 1
+            if self._asked:
+                self._batch += 1
+                self._low = self._count
+            if segment in self._fell and not held[segment] >> self._leader.kept[segment]:
+                del self._fell[segment]
 
     def victims(self) -> Iterator[ChunkKey]:
-        left: dict[ChunkKey, int] = {}  # of parents: held children that did not go yet
-        freed: list[tuple[float, int, _Chunk]] = []
-        serial = count()
-        for worth, queue in self._worths():
-            while freed and freed[0][0] <= worth:
-                yield from self._climb(heapq.heappop(freed), left, freed, serial)
-            for chunk in queue.values():
-                yield from self._climb((worth, 0, chunk), left, freed, serial)
-                while freed and freed[0][0] <= worth:
-                    yield from self._climb(heapq.heappop(freed), left, freed, serial)
-        while freed:
-            yield from self._climb(heapq.heappop(freed), left, freed, serial)
-        if (newest := self._newest) and newest.open and newest.held:
-            yield from self._climb((inf, 0, newest), left, freed, serial)
+        self._asked = True
+        if len(self._fell) <= self._batch // 8 + self._spared:
+            self._close()
+        for _ in range(MOST_LOOKS):
+            if self._search and not self._fell:
+                self._look()
+        self._batch = 0
+        segments, fell, kept = self._segments, self._fell, self._leader.kept
+        for segment in fell:
+            held, least, keys = segments.held[segment], kept[segment], segments.keys[segment]
+            for index in range(held.bit_length() - 1, least - 1, -1):
+                if held >> index & 1:
+                    yield keys[index]
+        order = self._lru.order
+        for segment in order:
+            yield from self._chunks(segment, kept[segment])
+        for segment in range(len(segments.keys)):
+            if segment not in order:
+                yield from self._chunks(segment, kept[segment])
+        for key in self._run:
+            if self._places[key] == PENDING:
+                yield key
 
-    def _worths(self) -> Iterator[tuple[float, _Queue]]:
-        for worth, *name in self._order:
-            kind, level, weight = name
-            if queue := self._queues.get((kind, level, weight)):
-                yield worth, queue
+    def _chunks(self, segment: int, stop: int) -> Iterator[ChunkKey]:
+        """Those before ``stop`` that the tier holds, the last one first."""
+        held, keys = self._segments.held[segment], self._segments.keys[segment]
+        for index in range(min(stop, held.bit_length()) - 1, -1, -1):
+            if held >> index & 1:
+                yield keys[index]
 
-    def _climb(
-        self,
-        start: tuple[float, int, _Chunk],
-        left: dict[ChunkKey, int],
-        freed: list[tuple[float, int, _Chunk]],
-        serial: Iterator[int],
-    ) -> Iterator[ChunkKey]:
-        """A victim, and its ancestors as long as they are left without children and are not worth more."""
-        worth, _, chunk = start
-        while True:
-            yield chunk.key
-            parent = self._childless(chunk, left)
-            if parent is None:
-                return
-            of_parent = self._worth(parent)
-            if of_parent > worth:
-                heapq.heappush(freed, (of_parent, next(serial), parent))
-                return
-            chunk = parent
+    def _parent_of(self, place: int) -> ChunkKey | None:
+        segments, segment, index = self._segments, place >> PLACE_BITS, place & INDEX
+        if index:
+            return segments.keys[segment][index - 1]
+        above = segments.above[segment]
+        return segments.keys[above][-1] if above >= 0 else None
 
-    @staticmethod
-    def _childless(gone: _Chunk, left: dict[ChunkKey, int]) -> _Chunk | None:
-        """The parent, when ``gone`` was the last of its children."""
-        parent = gone.parent
-        if parent is None or not parent.held:
-            return None
-        left[parent.key] = kids = left.get(parent.key, parent.kids) - 1
-        return None if kids else parent
+    def _spare(self, segment: int) -> None:
+        """What is used in this run is not evicted before the ghosts know of it."""
+        if segment in self._fell:
+            self._fell.move_to_end(segment)
+            self._spared += 1
 
-    def _worth(self, chunk: _Chunk) -> float:
-        return float(self._model.value[chunk.kind][chunk.level] * 2.0**chunk.weight)
+    def _settle(self) -> None:
+        """Look up the parent of what was used last."""
+        if self._at >= 0:
+            if len(self._run) > 1 and self._step != UP:
+                self._step = DOWN
+            self._parent = self._parent_of(self._at)
+            self._at = self._next = NOTHING
 
-    def _link(self, chunk: _Chunk, place: Place | None) -> None:
-        if place is None or place.parent is None or place.parent == chunk.key:
-            chunk.parent = None
-            return
-        parent = self._chunks.get(place.parent)
-        if parent is None:
-            parent = self._chunks[place.parent] = _Chunk(place.parent)
-        chunk.parent = parent
-        parent.kids += 1
-        self._dequeue(parent)
-
-    def _weigh(self, nbytes: int, place: Place | None) -> int:
-        """Cost a byte against what is usual, in octaves: finer differences matter less than chances do."""
-        if place is None or place.stop <= place.start:
-            return 0
-        tokens = place.stop - place.start
-        self._tokens += tokens
-        self._bytes += nbytes
-        dense = tokens * self._bytes / (max(nbytes, 1) * max(self._tokens, 1))
-        return round(log2(max(dense, 1e-9) * (1 + place.start / COST_DOUBLES_AT)))
-
-    def _use(self, chunk: _Chunk) -> None:
-        if chunk.level >= 0:
-            self._model.used[chunk.kind][chunk.level] += 1
-        gap = self._now - chunk.last
-        chunk.gap = (chunk.gap + gap) // 2 if chunk.uses > 1 else gap
-        chunk.last, chunk.level = self._now, 0
-        chunk.uses += 1
-        newest, self._newest = self._newest, chunk
-        if newest and newest.open:
-            newest.open = False
-            if newest is not chunk.parent and newest is not chunk:
-                self._settle(newest)
-        # Chains come from either end. What hangs on nothing or on what was used right before may grow; what was used
-        # right before may have hung on this, and may be gone already.
-        chunk.ends = not chunk.kids and chunk.key != self._above
-        chunk.open = chunk.ends and (chunk.parent is None or chunk.parent is newest)
-        self._above = chunk.parent.key if chunk.parent else None
-        self._begin(chunk)
-        if not chunk.kids and not chunk.open:
-            self._enqueue(chunk)
-
-    def _settle(self, chunk: _Chunk) -> None:
-        """``chunk`` ends its prompt, as nothing came to hang on it."""
-        if chunk.level == 0 and (kind := self._model.kind(self._kind_of(chunk))) != chunk.kind:
-            self._model.entered[chunk.kind][0] -= 1
-            self._model.entered[kind][0] += 1
-            chunk.kind = kind
-        if chunk.held and not chunk.kids:
-            self._enqueue(chunk)
-
-    @staticmethod
-    def _kind_of(chunk: _Chunk) -> Kind:
-        """Of a new chunk, whether it ends a prompt: few ask exactly the same again. Else how often, and how far apart.
-
-        How long the request was, and what it hangs on, were tried too: many kinds of which little is known do worse.
-        """
-        if chunk.uses == 1:
-            return (1, int(chunk.ends and not chunk.open))
-        return (min(chunk.uses.bit_length(), MOST_USES), min(max(0, chunk.gap.bit_length() - 6) // 2, 4))
-
-    def _begin(self, chunk: _Chunk) -> None:
-        """``chunk`` begins to age."""
-        chunk.kind = self._model.kind(self._kind_of(chunk))
-        self._model.entered[chunk.kind][0] += 1
-        self._ages[0].append((chunk, chunk.last))
-
-    def _enqueue(self, chunk: _Chunk, first: bool = False) -> None:
-        name = chunk.kind, chunk.level, chunk.weight
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self._queues[name] = _Queue()
-        if not queue:
-            entry = (self._worth(chunk), *name)
-            place = bisect_left(self._order, entry)
-            if place == len(self._order) or self._order[place] != entry:
-                self._order.insert(place, entry)
-        queue[chunk.key] = chunk
-        if first:
-            queue.move_to_end(chunk.key, last=False)
-        chunk.queued = True
-
-    def _dequeue(self, chunk: _Chunk) -> None:
-        if chunk.queued:
-            del self._queues[chunk.kind, chunk.level, chunk.weight][chunk.key]
-            chunk.queued = False
-
-    def _tick(self) -> None:
-        self._now += 1
-        if self._now % TICK_EVERY:
-            return
-        for level in range(LAST):
-            self._age(level)
-        if self._now >= self._next_fit:
-            self._next_fit = self._now + min(self._now, FIT_EVERY)
-            self._model.fit(self._now)
-            self._order = sorted(
-                (self._model.value[kind][level] * 2.0**weight, kind, level, weight)
-                for (kind, level, weight), queue in self._queues.items()
-                if queue
-            )
-
-    def _age(self, level: int) -> None:
-        """Move what is old enough from ``level`` to the next."""
-        ages, due = self._ages[level], self._now - STARTS[level + 1]
-        left, entered = self._model.left, self._model.entered
-        while ages and ages[0][1] <= due:
-            chunk, since = ages.popleft()
-            if chunk.last != since:
-                continue
-            left[chunk.kind][level] += 1
-            entered[chunk.kind][level + 1] += 1
-            queued = chunk.queued
-            self._dequeue(chunk)
-            chunk.level = level + 1
-            if queued:
-                self._enqueue(chunk)
-            if level + 1 < LAST:
-                self._ages[level + 1].append((chunk, since))
+    def _use(self, key: ChunkKey, parent: ChunkKey | None) -> None:
+        self._settle()
+        run = self._run
+        if run:
+            if key == self._parent and self._step != UP:
+                self._step = DOWN
+            elif parent == run[-1] and self._step != DOWN:
+                self._step = UP
             else:
-                self._forget(chunk)
+                self._close()
+        if not run:
+            # It may go on with a run that was cut.
+            if (self._joint == DOWN and key != self._parent) or (self._joint == UP and parent != self._last):
+                self._joint = START
+            self._step = self._joint
+            self._first = parent
+        run.append(key)
+        self._parent = parent
+        if len(run) >= MOST_RUN:
+            self._close()
 
-    def _forget(self, chunk: _Chunk) -> None:
-        """Drop what is neither held nor young nor the parent of what is held."""
-        if not chunk.held and not chunk.kids and chunk.level in (-1, LAST):
-            self._chunks.pop(chunk.key, None)
+    def _close(self) -> None:
+        """Let the ghosts use the run."""
+        self._settle()
+        run, joint, down = self._run, self._joint, self._step == DOWN
+        if not run:
+            return
+        self._last = run[-1]
+        self._now += len(run)
+        below = self._below if joint == DOWN else NOTHING
+        part = self._find(run[::-1], self._parent, below) if down else self._find(run, self._first, NOTHING)
+        run.clear()
+        self._joint, self._spared = self._step, 0
+        if part[-1] == below:
+            part.pop()  # was used, all of it, when the run was cut in the middle of it
+            if not part:
+                return
+        if self._low >= 0:
+            self._resize(self._low - int(self._low * SLACK))
+        segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
+        for segment in part:
+            everywhere &= segments.users[segment]
+            chunks += segments.size[segment]
+            segments.uses[segment] += 1
+        for ghost in self._ghosts:
+            ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
+        self._below = part[0]
+        segments.sweep(SWEEP)
+        if self._search:
+            self._look()
+        if self._now >= self._chosen + CHOOSE_EVERY:
+            self._choose()
+        self._learned.learn()
+
+    def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
+        """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.
+
+        first: the parent of its first chunk. below: the segment that hangs on its last one.
+        """
+        segments, part, at, end = self._segments, list[int](), 0, len(path)
+        places = segments.places
+        above = NOTHING
+        if first is not None and places[path[0]] == PENDING and (found := places.get(first, PENDING)) >= 0:
+            above = self._cut(found >> PLACE_BITS, (found & INDEX) + 1)
+        while at < end:
+            found = places[path[at]]
+            if found == PENDING:
+                stop = at + 1
+                while stop < end and places[path[stop]] == PENDING:
+                    stop += 1
+                if stop == end and below < 0 and stop >= at + LEAST_CUT:
+                    stop -= 1  # the end of a prompt is of another kind
+                segment = segments.new(path[at:stop], above)
+                segments.held[segment] = (1 << stop - at) - 1
+                self._fell[segment] = None
+            else:
+                segment, index = found >> PLACE_BITS, found & INDEX
+                keys = segments.keys[segment]
+                stop = at + min(end - at, len(keys) - index)
+                if keys[index : index + stop - at] != path[at:stop]:
+                    stop = next(n for n in range(at + 1, end) if path[n] != keys[index + n - at])
+                if segment != below:
+                    segment = self._cut(segment, index + stop - at)
+            part.append(segment)
+            above, at = segment, stop
+        if below >= 0 and segments.above[below] < 0 and below != above:
+            segments.above[below] = above
+            segments.children[above] += 1
+            self._learned.linked(below, above)
+        return part
+
+    def _cut(self, segment: int, index: int) -> int:
+        """``segment`` up to ``index``."""
+        if index >= self._segments.size[segment]:
+            return segment
+        head = self._segments.split(segment, index)
+        for ghost in self._ghosts:
+            ghost.divide(head, segment)
+        return head
+
+    def _resize(self, capacity: int) -> None:
+        """Ghosts are as large as what an eviction leaves; they shrink slowly, for a quota's eviction leaves less."""
+        if self._capacity == UNKNOWN:
+            self._capacity = self._low
+        elif capacity > self._capacity:
+            self._capacity = capacity
+        else:
+            self._capacity -= (self._capacity - capacity + 63) // 64
+        self._low = NOTHING
+
+    def _choose(self) -> None:
+        """Follow the ghost that had most hits of late."""
+        passed = self._now - self._chosen
+        self._chosen = self._now
+        fade = 0.5 ** (passed / max(HALF_LIFE, HALF_LIFE_EACH * min(self._capacity, self._count)))
+        self._uses = self._uses * fade + passed
+        scores = self._scores
+        for n, ghost in enumerate(self._ghosts):
+            scores[n] = scores[n] * fade + ghost.hits
+            ghost.hits = 0
+        best = max(range(len(scores)), key=scores.__getitem__)
+        if scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * max(self._uses, HALF_LIFE):
+            self._follow(self._ghosts[best])
+
+    def _follow(self, ghost: Ghost) -> None:
+        self._leader.fell = None
+        self._leader = ghost
+        self._fell = self._leader.fell = OrderedDict()
+        self._search = list(range(len(self._segments.keys)))
+
+    def _look(self) -> None:
+        """Find some more of what the tier holds and the leader does not."""
+        held, kept = self._segments.held, self._leader.kept
+        for segment in self._search[-SEARCH:]:
+            if held[segment] >> kept[segment]:
+                self._fell[segment] = None
+        del self._search[-SEARCH:]

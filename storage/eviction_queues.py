@@ -216,3 +216,10 @@ class S3FIFO(EvictionPolicy):
     def _trim(self) -> None:
         while self._ghost_bytes > int(self._capacity * self._ghost_share):
             self._ghost_bytes -= self._ghost.popitem(last=False)[1]
+
+
+class S3FIFOPaper(S3FIFO):
+    """S3-FIFO as most write it down: one use promotes, the ghost is as large as the cache, small is filled first."""
+
+    def __init__(self) -> None:
+        super().__init__(promote_at=1, ghost_share=1.0, fill_main=False)

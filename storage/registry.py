@@ -58,6 +58,7 @@ EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
         "fifo": "lmcache.storage.eviction:FIFO",
         "lfu": "lmcache.storage.eviction:LFU",
         "s3fifo": "lmcache.storage.eviction_queues:S3FIFO",
+        "s3fifo-paper": "lmcache.storage.eviction_queues:S3FIFOPaper",
         "sieve": "lmcache.storage.eviction_queues:Sieve",
         "reuse": "lmcache.storage.eviction_kv:Reuse",
     },
