@@ -124,6 +124,8 @@ class Reuse(EvictionPolicy):
             self._run.append(key)
         else:
             self._use(key, self._parent_of(found))
+            found = self._places[key]  # a run was closed, perhaps, and the segment cut
+            segment, index = found >> PLACE_BITS, found & INDEX
             if self._step == UP:
                 self._spare(segment)
                 return
@@ -252,7 +254,8 @@ class Reuse(EvictionPolicy):
             segments.uses[segment] += 1
         for ghost in self._ghosts:
             ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
-        self._below = part[0]
+        # Nobody took it: its number may soon be another's.
+        self._below = part[0] if segments.users[part[0]] or segments.held[part[0]] else NOTHING
         segments.sweep(SWEEP)
         if self._search:
             self._look()

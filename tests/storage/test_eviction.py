@@ -145,6 +145,18 @@ class ReuseMachine(RuleBasedStateMachine):
                 self.evict(1)
             self.use(number)
 
+    @rule(leaf=st.integers(1, 255), batch=st.integers(1, 6))
+    def serve(self, leaf: int, batch: int) -> None:
+        """As an engine does: what is there is used, the last first; what it computes comes in from its beginning."""
+        path = [leaf >> level for level in reversed(range(leaf.bit_length()))]
+        there = next((n for n, number in enumerate(path) if make_key(number) not in self.held), len(path))
+        for number in reversed(path[:there]):
+            self.use(number)
+        for number in path[there:]:
+            if len(self.held) >= 24 and make_key(number) not in self.held:
+                self.evict(batch)
+            self.use(number)
+
     @rule(count=st.integers(1, 6))
     def evict(self, count: int) -> None:
         for key in list(itertools.islice(self.policy.victims(), count)):
@@ -170,7 +182,7 @@ class ReuseMachine(RuleBasedStateMachine):
         check(self.policy)
 
 
-ReuseMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+ReuseMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestReuseInside = ReuseMachine.TestCase
 
 
@@ -304,6 +316,25 @@ def test_who_follows_lru_has_the_hits_of_lru(name: str, size: int) -> None:
     assert replay.replay(requests, size, following("lru"), last_first=False) > lru - 0.0005
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engines_order_and_batches_are_served(name: str) -> None:
+    """Hits are used from the last one on, what is computed comes in from its beginning, and 1/64 is evicted at once."""
+    policy, held, size = replay.make(name), set[int](), 640
+    for request in traces.read("tools")[:600]:
+        there = replay.leading(request, held)
+        for block in reversed(request[:there]):
+            policy.touch(replay.key_of(block))
+        for index in range(there, len(request)):
+            if len(held) >= size:
+                for victim in list(itertools.islice(policy.victims(), size // 64)):
+                    policy.remove(victim)
+                    held.remove(replay.block_of(victim))
+            parent = replay.key_of(request[index - 1]) if index else None
+            policy.add(replay.key_of(request[index]), 64, Place(parent, index * 64, index * 64 + 64))
+            held.add(request[index])
+    assert {replay.block_of(key) for key in policy.victims()} == held
+
+
 @pytest.mark.parametrize(("name", "size"), [("tools", 500), ("documents", 1000)])
 def test_who_follows_a_ghost_has_its_hits(name: str, size: int) -> None:
     requests = traces.read(name)[:1000]
@@ -373,7 +404,7 @@ def test_reuse_takes_a_few_times_the_time_of_lru_and_no_eviction_takes_long() ->
     requests = traces.read("mooncake")[:1500]
     lru, reuse = (min(replay_matrix.cost_us(requests, 2000, name) for _ in range(2)) for name in ("lru", "reuse"))
     assert reuse < 8 * lru  # some 4 on an idle machine; it was 10 to 12
-    assert replay_matrix.longest_eviction_ms(requests, 2000, "reuse") < 20  # some 1 to 2 on an idle machine
+    assert replay_matrix.longest_ms(requests, 2000, "reuse")[0] < 10  # some 1 on an idle machine
 
 
 def test_the_manager_tells_the_policy_where_a_chunk_stands() -> None:
