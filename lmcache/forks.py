@@ -6,6 +6,16 @@ import os
 
 from lmcache.errors import ClosedError
 
+_forks = 0  # that lead to this process; asking the system for its number at every call costs more than a lookup
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Home:
     """Remembers the process that opened ``what``.
@@ -14,18 +24,19 @@ class Home:
     whoever has a Home asks it first, before any lock, and lets everything be in a child, also in ``close``.
     """
 
-    __slots__ = ("_pid", "_what")
+    __slots__ = ("_forks", "_pid", "_what")
 
     def __init__(self, what: str) -> None:
+        self._forks = _forks
         self._pid = os.getpid()
         self._what = what
 
     @property
     def left(self) -> bool:
         """Whether this is another process."""
-        return os.getpid() != self._pid
+        return _forks != self._forks
 
     def check(self) -> None:
         """ClosedError in another process."""
-        if self.left:
+        if _forks != self._forks:
             raise ClosedError(f"{self._what} was opened by process {self._pid}, not this one: open one in the child")

@@ -74,7 +74,7 @@ class MemoryTier:
 
     def has_quota(self, key: ChunkKey) -> bool:
         """Whether the tenant of a chunk has a quota."""
-        return key.tenant in self._quotas
+        return self._quota_of(key) is not None
 
     def leading(self, keys: Sequence[ChunkKey]) -> int:
         """Length of the leading run of ``keys`` that is here."""
@@ -134,7 +134,7 @@ class MemoryTier:
             here = key in self._buffers
             if here or self._closed or generation not in (None, self.generation):
                 evicted.append(buffer)
-            elif (quota := self._quotas.get(key.tenant)) and not self._make_room_for(quota, buffer.nbytes, evicted):
+            elif (quota := self._quota_of(key)) and not self._make_room_for(quota, buffer.nbytes, evicted):
                 metrics.QUOTA_REFUSED_BYTES.labels(quota.name).inc(buffer.nbytes)
                 evicted.append(buffer)
             else:
@@ -216,17 +216,21 @@ class MemoryTier:
             self._dirty.discard(key)
         else:
             self._clean_bytes -= buffer.nbytes
-        if (quota := self._quotas.get(key.tenant)) is not None:
+        if (quota := self._quota_of(key)) is not None:
             quota.policy.remove(key)
             quota.count(-buffer.nbytes)
         return buffer
+
+    def _quota_of(self, key: ChunkKey) -> _Quota | None:
+        # Where there are no quotas, nobody pays for them.
+        return self._quotas.get(key.tenant) if self._quotas else None
 
     def _play_touches(self) -> None:
         while self._touched:
             # Last first: the head of a prefix, without which the rest is worth nothing, is evicted last.
             for key in reversed(self._touched.popleft()):
                 self._policy.touch(key)
-                if self._quotas and (quota := self._quotas.get(key.tenant)):
+                if quota := self._quota_of(key):
                     quota.policy.touch(key)
 
     def _evict(self, nbytes: int) -> int:
