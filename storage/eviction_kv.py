@@ -34,6 +34,8 @@ CHOOSE_EVERY = 128  # uses
 HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
 # How many more hits another ghost must have to be followed, as a share of uses.
 MARGIN = 0.001
+# And by how many times what such a sum varies by chance: hits come by the request.
+SURE = 1.5
 # Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 MOST_LOOKS = 8  # for one eviction
@@ -59,13 +61,14 @@ class Reuse(EvictionPolicy):
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
         paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
         self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
-        # Before anything is learned the other is a guess, and a scan would cost most.
-        self._leader: Ghost = paper
+        self._leader: Ghost = self._lru
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
         """Segments of which that is not known, as the leader is new."""
         self._scores = [0.0 for _ in self._ghosts]
+        self._noise = [0.0 for _ in self._ghosts]
+        """Squares of what each had more or less than the leader at a time, summed."""
         self._uses = 0.0
         """Hits of each ghost, and uses, that still count."""
         self._run: list[ChunkKey] = []
@@ -325,12 +328,16 @@ class Reuse(EvictionPolicy):
         self._chosen = self._now
         fade = 0.5 ** (passed / max(HALF_LIFE, HALF_LIFE_EACH * min(self._capacity, self._count)))
         self._uses = self._uses * fade + passed
-        scores = self._scores
+        scores, noise, lead = self._scores, self._noise, self._ghosts.index(self._leader)
+        hits = [ghost.hits for ghost in self._ghosts]
         for n, ghost in enumerate(self._ghosts):
-            scores[n] = scores[n] * fade + ghost.hits
+            scores[n] = scores[n] * fade + hits[n]
+            noise[n] = noise[n] * fade + (hits[n] - hits[lead]) ** 2
             ghost.hits = 0
         best = max(range(len(scores)), key=scores.__getitem__)
-        if scores[best] > scores[self._ghosts.index(self._leader)] + MARGIN * max(self._uses, HALF_LIFE):
+        certain = SURE * noise[best] ** 0.5
+        if scores[best] > scores[lead] + max(MARGIN * max(self._uses, HALF_LIFE), certain):
+            noise[lead] = noise[best]
             self._follow(self._ghosts[best])
 
     def _follow(self, ghost: Ghost) -> None:
