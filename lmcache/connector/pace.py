@@ -7,7 +7,7 @@ from collections import deque
 
 DECAY = 0.8  # weight of what was known, when a step comes in
 LEAST_TOKENS = 32  # of a step that says something of prompts
-UNKNOWN_RATE = 2_000.0  # tokens a second, until a step was measured: as slow as a small model on a laptop
+UNKNOWN_RATE = 500.0  # tokens a second, until a step was measured: a small model on one core
 
 
 class Pace:

@@ -677,7 +677,7 @@ def test_before_a_rate_is_known_nobody_waits_long(client: Client, clock: list[fl
     scheduler = half(client)
     live = request(500)
     scheduler.get_num_new_matched_tokens(live, 0)
-    clock[0] += 0.26
+    clock[0] += 1.01
     scheduler.get_num_new_matched_tokens(live, 0)
     assert client.settled == [1]
 
