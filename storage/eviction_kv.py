@@ -35,7 +35,7 @@ HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
 # How many more hits another ghost must have to be followed, as a share of uses.
 MARGIN = 0.001
 # And by how many times what such a sum varies by chance: hits come by the request.
-SURE = 1.5
+SURE = 1.0
 # Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
 SEARCH, SWEEP = 256, 6
 MOST_LOOKS = 8  # for one eviction
@@ -61,7 +61,8 @@ class Reuse(EvictionPolicy):
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
         paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
         self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
-        self._leader: Ghost = self._lru
+        # Before anything is learned the other is a guess, and a scan would cost most.
+        self._leader: Ghost = paper
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
