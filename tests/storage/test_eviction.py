@@ -360,7 +360,7 @@ def test_reuse_is_not_below_the_best_stock_policy(name: str, size: int) -> None:
     requests = traces.read(name)[:2000]
     best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo-paper"))
     # Of short traces, learning is a large part.
-    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.0025
+    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.003
 
 
 @pytest.mark.parametrize("last_first", [True, False])
