@@ -88,6 +88,11 @@ class Identity:
 
         self._weights.settle(changed)
 
+    def doubt(self) -> None:
+        """Nothing is read or stored until the weights have been read again."""
+        if self._weights is not None:
+            self._weights.doubt()
+
     def holds(self) -> bool:
         """Whether the weights still are those that were read. To be asked when copies have ended."""
         return self._weights is None or self._weights.hold()
@@ -108,5 +113,4 @@ class Identity:
             self._images_reset, self._old_images = True, False
         if method not in HARMLESS:
             self._images_reset = method in RESETS_IMAGES
-            if self._weights is not None:
-                self._weights.doubt()
+            self.doubt()

@@ -364,10 +364,6 @@ class LookupClient:
         self._answers: dict[int, dict[int, Reply]] = {}  # by lookup, then by rank
         self._so_far: dict[int, dict[int, int]] = {}
 
-    @property
-    def workers(self) -> int:
-        return len(self._sockets)
-
     def acquire(
         self,
         tokens: bytes,

@@ -64,8 +64,14 @@ class WorkerHalf:
 
     def begin_step(self, meta: StepMetadata) -> None:
         """Before anything else of a step: KV is named after the weights and adapters that compute it."""
-        self._identity.settle(meta.step, self._renamed)
-        self._adapters.begin_step(meta.step, meta.adapters)
+        try:
+            self._identity.settle(meta.step, self._renamed)
+            self._adapters.begin_step(meta.step, meta.adapters)
+        # Whatever cannot be known of a step's weights and adapters, vLLM goes on, and its KV is left alone.
+        except Exception:
+            metrics.WEIGHTS_UNKNOWN.inc()
+            logger.exception("lmcache: it cannot be known what this step computes with: nothing of it is cached")
+            self._identity.doubt()
         self._server.resume()
 
     def start_load(self, meta: StepMetadata) -> None:

@@ -350,3 +350,30 @@ def test_every_dispatcher_of_vllm_tells() -> None:
     multiproc.WorkerProc._execute_worker_rpc(process, ("look", (), {}, None))
     assert heard == ["look", "output seen", "look"]
     watcher.close()
+
+
+def test_a_step_whose_weights_cannot_be_named_leaves_them_in_doubt() -> None:
+    from types import SimpleNamespace
+
+    from lmcache.connector.metadata import StepMetadata
+    from lmcache.connector.worker import WorkerHalf
+
+    model, weights = watched()
+    identity = Identity(weights)
+
+    def broken(name: str | None) -> None:
+        raise RuntimeError("no store")
+
+    resumed: list[bool] = []
+    half: Any = SimpleNamespace(
+        _identity=identity,
+        _renamed=broken,
+        _adapters=SimpleNamespace(begin_step=lambda *args: None),
+        _server=SimpleNamespace(resume=lambda: resumed.append(True)),
+    )
+    model.up.weight.data.zero_()
+    WorkerHalf.begin_step(half, StepMetadata(step=3))  # vLLM's step goes on
+    assert identity.in_doubt()
+    assert not identity.holds()
+    assert resumed == [True]
+    identity.close()
