@@ -128,8 +128,9 @@ class DiskBackend(StorageBackend):
                     self._space.settle(entry.folder, entry.size)
         self._raise_if_all_fail(outcomes)
         self._raise_if_not_for_room(outcomes)
-        # What was held before may have been evicted for the rest of the batch.
-        held = {key for key, outcome in zip(wanted, outcomes, strict=True) if outcome is True and self._index.find(key)}
+        # What was held before may have been evicted for the rest of the batch; and what another process wrote at the
+        # same moment is there, though the index does not have it yet.
+        held = {key for key, outcome in zip(wanted, outcomes, strict=True) if outcome is True and self._locate(key)}
         return sum(key in held for key in keys)
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:

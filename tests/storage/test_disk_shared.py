@@ -97,6 +97,23 @@ def test_of_two_that_write_one_key_the_first_stays_and_bytes_count_once(tmp_path
     assert one.used_bytes == SIZE == total(tmp_path)
 
 
+def test_what_another_process_wrote_at_the_same_moment_counts_as_held(
+    tmp_path: Path, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = open_disk(tmp_path), open_disk(tmp_path)
+    buffer, real = take(pool, CHUNK), Folder.publish
+
+    def late(self: Folder, *args: object) -> bool:
+        monkeypatch.setattr(Folder, "publish", real)
+        put(one, pool, make_key(1), CHUNK, seed=1)
+        return real(self, *args)
+
+    monkeypatch.setattr(Folder, "publish", late)
+    assert two.put([make_key(1)], [buffer]) == 1
+    buffer.release()
+    assert get(two, pool, make_key(1), CHUNK) == random.Random(1).randbytes(CHUNK)
+
+
 def test_a_temporary_file_that_somebody_unseen_still_locks_is_left_alone(tmp_path: Path, pool: PinnedPool) -> None:
     import fcntl
 
