@@ -53,7 +53,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=550,  # 14 s on an idle machine
         check=False,
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
