@@ -25,8 +25,8 @@ from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV, Segment
 from lmcache.blend.selection import TokenSelector, at_ratio, build_selector, check_layers, describe
 from lmcache.errors import BlendError, ConfigError
-from lmcache.kernels.deviation import kv_deviation
-from lmcache.kernels.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill
+from lmcache.kernels.attention.deviation import kv_deviation
+from lmcache.kernels.attention.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.engine.engine import TokenIds
 from lmcache.errors import BlendError, ConfigError, CorruptChunkError, LeaseExpiredError
-from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 from lmcache.storage.manager import StorageManager
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV
 from lmcache.errors import BlendError
-from lmcache.kernels.sparse_prefill import visible
+from lmcache.kernels.attention.sparse_prefill import visible
 
 KV = tuple[torch.Tensor, torch.Tensor]
 _SLAB_SCORES = 1 << 24  # attention scores held at once

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from lmcache.errors import ConfigError, CorruptChunkError
-from lmcache.kernels.rotary_tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable
 from lmcache.keys import KVFormat, PlaneFormat
 from lmcache.storage.base import Buffer
 

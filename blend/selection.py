@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from lmcache.blend.reuse import ReusedKV, Segment
 from lmcache.config import Config, build
 from lmcache.errors import ConfigError
-from lmcache.kernels.selection import select_tokens
+from lmcache.kernels.attention.select import select_tokens
 from lmcache.registry import Registry, split_type
 
 

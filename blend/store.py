@@ -1,7 +1,7 @@
 """KV of segments in storage, and back at whatever positions a prompt has them.
 
 Kept as the engine made it: keys turned at the positions stored_at, stored_at + 1, ... that the tokens had then, which
-is kept with them. Whoever asks gets keys turned by the difference on (lmcache.kernels.rotary), values as they are.
+is kept with them. Whoever asks gets keys turned by the difference on (lmcache.kernels.rotary.ops), values as they are.
 
 The key is of the tokens alone (and of what placeholders among them stand for), not of where they stood or behind what,
 in a namespace of its own: see ``SegmentStore``. What is read is used only if it is what was asked for: the tokens in
@@ -29,12 +29,12 @@ from lmcache.blend.segments import Match, Tokens, as_tokens, explicit_spans
 from lmcache.blend.stored import Part, PrefixKV, StoredKV, Wanted, release
 from lmcache.engine.engine import TokenIds
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
-from lmcache.kernels.codecs import RAW
+from lmcache.kernels.codecs.base import RAW
 from lmcache.keys import ChunkKey, PlaceholderSpan, chunk_digest, namespace
-from lmcache.storage.eviction import Place
+from lmcache.storage.eviction.base import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.memory.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record
 from lmcache.blend.reuse import Segment
 from lmcache.errors import ClosedError, CorruptChunkError, LeaseExpiredError
-from lmcache.kernels.rotary_shift import RotaryShift
+from lmcache.kernels.rotary.shift import RotaryShift
 from lmcache.keys import ChunkKey
 from lmcache.storage.lease import Lease
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.memory.pool import PoolBuffer
 
 
 class PrefixKV(Protocol):

@@ -25,9 +25,9 @@ from experiments.report import Outcome, Results
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError, KernelArgumentError
 from lmcache.kernels import PagedLayers, gather_tokens, scatter_tokens
-from lmcache.kernels.codecs import Codec, build_codec
-from lmcache.kernels.coded import CodedPlane
-from lmcache.kernels.entropy_tables import entropy_bits
+from lmcache.kernels.codecs.base import Codec, build_codec
+from lmcache.kernels.codecs.coded import CodedPlane
+from lmcache.kernels.entropy.tables import entropy_bits
 from lmcache.kernels.sides import PlaneCodec, Side
 
 ELEMENT_BITS = 16  # what KV takes in the engines that users run: bfloat16

@@ -16,13 +16,14 @@ import torch
 
 from experiments.kernel_case import Case, Setup, Size, agree, fill, on_gpu, within
 from experiments.kernel_cases_blend import attention, deviation, rotary, selection
-from lmcache.kernels import PagedLayers, pages
-from lmcache.kernels.entropy import Encoded, max_words, rans_decode, rans_encode
-from lmcache.kernels.entropy_host import rans_encode_numpy
-from lmcache.kernels.entropy_tables import FrequencyTables, entropy_bits
-from lmcache.kernels.host import HostTransfer
-from lmcache.kernels.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
-from lmcache.kernels.quantiser import Quantiser, SideLayout
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.copy import pages
+from lmcache.kernels.copy.host import HostTransfer
+from lmcache.kernels.entropy.coder import Encoded, max_words, rans_decode, rans_encode
+from lmcache.kernels.entropy.host import rans_encode_numpy
+from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits
+from lmcache.kernels.quantise.grid import Quantiser, SideLayout
+from lmcache.kernels.quantise.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
 
 # CPU: one thread of numpy against one thread of memcpy; the rest is the price of short runs. GPU: a copy kernel that
 # spreads its accesses over random pages of 32 KiB has nothing that should cost more than the last 8 %.

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from experiments.kernel_case import Case, Setup, agree, on_gpu, within
-from lmcache.kernels.deviation import kv_deviation, kv_deviation_torch
-from lmcache.kernels.rotary import shift_rotary, shift_rotary_torch
-from lmcache.kernels.rotary_tables import RopeFrequencies, RotaryTable
-from lmcache.kernels.selection import select_tokens, select_tokens_torch
-from lmcache.kernels.sparse_prefill import PackedKV, sparse_prefill, sparse_prefill_torch
+from lmcache.kernels.attention.deviation import kv_deviation, kv_deviation_torch
+from lmcache.kernels.attention.select import select_tokens, select_tokens_torch
+from lmcache.kernels.attention.sparse_prefill import PackedKV, sparse_prefill, sparse_prefill_torch
+from lmcache.kernels.rotary.ops import shift_rotary, shift_rotary_torch
+from lmcache.kernels.rotary.tables import RopeFrequencies, RotaryTable
 
 
 def rotary(setup: Setup) -> Iterator[Case]:

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from experiments.kv_model import KVModel, Sample, Weights, replaced
-from lmcache.kernels.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
-from lmcache.kernels.transform import ANCHOR_GROUP, CENTRE, Transform
+from lmcache.kernels.codecs.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
+from lmcache.kernels.transform.ops import ANCHOR_GROUP, CENTRE, Transform
 
 # Of the mean of the diagonal, added to the weights: directions that no query of the calibration text looked at.
 _RIDGE = 1e-3

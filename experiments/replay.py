@@ -21,7 +21,7 @@ from experiments.traces import BLOCK_TOKENS, SYNTHETIC, Request, read
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import EvictionPolicy, Place
+from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.registry import EVICTION_POLICIES
 
 NEVER = 1 << 62

@@ -20,7 +20,7 @@ from experiments.config import ExperimentConfig
 from experiments.report import Outcome, Results
 from experiments.traces import BLOCK_TOKENS, Request
 from lmcache.errors import ConfigError
-from lmcache.storage.eviction import Place
+from lmcache.storage.eviction.base import Place
 
 Point = dict[str, Any]
 

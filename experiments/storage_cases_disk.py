@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.storage_case import Case
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import make_key
 
 BATCH_BYTES = 256 << 20

@@ -11,7 +11,7 @@ from experiments.storage_case import Case
 from lmcache.config import load_config
 from lmcache.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 
 CHUNKS = 512
 SMALL = 64 << 10

@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.storage_case import Case
 from lmcache.errors import ConfigError
 from lmcache.storage.backends.mooncake import MooncakeBackend, MooncakeConfig
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key, take
 
 CHUNK, COUNT = 4 << 20, 16

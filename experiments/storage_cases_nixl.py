@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import ByteSize, SecretStr
 
 from experiments.storage_case import Case
-from lmcache.storage.backends.nixl import NixlBackend, NixlConfig, object_parameters
-from lmcache.storage.backends.nixl_agent import Agent
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.backends.nixl.agent import Agent
+from lmcache.storage.backends.nixl.backend import NixlBackend, NixlConfig, object_parameters
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import fill, make_key, take
 

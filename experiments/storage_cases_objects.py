@@ -19,10 +19,10 @@ import obstore
 from experiments.object_server import SeaweedFS, weed
 from experiments.storage_case import Case
 from lmcache.keys import NAMESPACE_BYTES, ChunkKey
-from lmcache.storage.backends.object_store import ObjectStoreBackend
+from lmcache.storage.backends.objects.backend import ObjectStoreBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.layout import chunk_path
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.naming import chunk_path
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import fill, take
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from experiments.redis_servers import RedisServer, valkey_binary
 from experiments.storage_case import Case
-from lmcache.storage.backends.redis import RedisBackend
-from lmcache.storage.backends.redis_servers import RedisConfig
-from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.backends.redis.backend import RedisBackend
+from lmcache.storage.backends.redis.servers import RedisConfig
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import make_key, take
 
 FLOOR = 0.8

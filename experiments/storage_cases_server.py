@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 
 from experiments.storage_case import Case
 from lmcache.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
-from lmcache.server.client import Client, ClientConfig
+from lmcache.storage.backends.lm.client import Client, ClientConfig
 
 CHUNK_BYTES = 4 << 20
 CHUNKS = 64  # of one call, all clients together

@@ -9,8 +9,8 @@ from types import TracebackType
 
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
-from lmcache.storage.deadlines import Deadline
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.memory.pool import PoolBuffer
+from lmcache.storage.run.deadlines import Deadline
 
 
 class Lease:

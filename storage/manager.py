@@ -20,18 +20,18 @@ from lmcache.errors import ClosedError, ConfigError
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.deadlines import Deadlines
-from lmcache.storage.eviction import Place
-from lmcache.storage.joining import Ends, Joining
+from lmcache.storage.eviction.base import Place
+from lmcache.storage.flow.joining import Ends, Joining
+from lmcache.storage.flow.owed_files import FOLDER, OwedFiles
+from lmcache.storage.flow.promotion import promotion
+from lmcache.storage.flow.tier import LowerTier, TierHealth
+from lmcache.storage.flow.transfers import Transfers
 from lmcache.storage.lease import Lease, Prefetch
-from lmcache.storage.memory import MemoryTier
-from lmcache.storage.owed_files import FOLDER, OwedFiles
-from lmcache.storage.pool import PinnedPool, PoolBuffer
-from lmcache.storage.promotion import promotion
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy, place_of
+from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.selection import Selection
-from lmcache.storage.tier import LowerTier, TierHealth
-from lmcache.storage.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 

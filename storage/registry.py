@@ -14,7 +14,7 @@ from lmcache.config import Config, build
 from lmcache.errors import ConfigError
 from lmcache.registry import Registry, split_type
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.eviction import EvictionPolicy
+from lmcache.storage.eviction.base import EvictionPolicy
 
 # Options that say where a place is, by which an owed clear finds it again; of a place without one, all do.
 _PLACE = ("url", "path", "paths", "endpoint", "prefix", "bucket")
@@ -22,15 +22,15 @@ _BACKENDS = "lmcache.storage.backends"
 STORAGE_BACKENDS: Registry[type[StorageBackend]] = Registry(
     "storage backend",
     {
-        "disk": f"{_BACKENDS}.disk:DiskBackend",
+        "disk": f"{_BACKENDS}.disk.backend:DiskBackend",
         "gds": f"{_BACKENDS}.gds:GdsBackend",
-        "nixl": f"{_BACKENDS}.nixl:NixlBackend",
-        "metered": "lmcache.storage.wrappers:Metered",
-        "latency": "lmcache.storage.wrappers:Latency",
-        "faults": "lmcache.storage.wrappers:Faults",
-        "audit": "lmcache.storage.wrappers:Audit",
-        "zstd": "lmcache.storage.compression:Zstd",
-        "encrypted": "lmcache.storage.encryption:Encrypted",
+        "nixl": f"{_BACKENDS}.nixl.backend:NixlBackend",
+        "metered": "lmcache.storage.wrappers.decorators:Metered",
+        "latency": "lmcache.storage.wrappers.decorators:Latency",
+        "faults": "lmcache.storage.wrappers.decorators:Faults",
+        "audit": "lmcache.storage.wrappers.decorators:Audit",
+        "zstd": "lmcache.storage.wrappers.compression:Zstd",
+        "encrypted": "lmcache.storage.wrappers.encryption:Encrypted",
     },
     "lmcache.storage_backends",
 )
@@ -40,12 +40,12 @@ REMOTE_SCHEMES: Registry[type[StorageBackend]] = Registry(
     {
         **dict.fromkeys(
             ("redis", "rediss", "valkey", "valkeys", "redis+sentinel", "redis+cluster"),
-            f"{_BACKENDS}.redis:RedisBackend",
+            f"{_BACKENDS}.redis.backend:RedisBackend",
         ),
-        **dict.fromkeys(("s3", "gs", "az"), f"{_BACKENDS}.object_store:ObjectStoreBackend"),
+        **dict.fromkeys(("s3", "gs", "az"), f"{_BACKENDS}.objects.backend:ObjectStoreBackend"),
         "mooncake": f"{_BACKENDS}.mooncake:MooncakeBackend",
-        **dict.fromkeys(("lm", "lms"), f"{_BACKENDS}.lm:LMServerBackend"),
-        "fs": f"{_BACKENDS}.shared_folder:SharedFolderBackend",
+        **dict.fromkeys(("lm", "lms"), f"{_BACKENDS}.lm.backend:LMServerBackend"),
+        "fs": f"{_BACKENDS}.fs:SharedFolderBackend",
         "blackhole": f"{_BACKENDS}.blackhole:BlackholeBackend",
     },
     "lmcache.remote_schemes",
@@ -53,14 +53,14 @@ REMOTE_SCHEMES: Registry[type[StorageBackend]] = Registry(
 EVICTION_POLICIES: Registry[Callable[[], EvictionPolicy]] = Registry(
     "eviction policy",
     {
-        "lru": "lmcache.storage.eviction:LRU",
-        "mru": "lmcache.storage.eviction:MRU",
-        "fifo": "lmcache.storage.eviction:FIFO",
-        "lfu": "lmcache.storage.eviction:LFU",
-        "s3fifo": "lmcache.storage.eviction_queues:S3FIFO",
-        "s3fifo-paper": "lmcache.storage.eviction_queues:S3FIFOPaper",
-        "sieve": "lmcache.storage.eviction_queues:Sieve",
-        "reuse": "lmcache.storage.eviction_kv:Reuse",
+        "lru": "lmcache.storage.eviction.base:LRU",
+        "mru": "lmcache.storage.eviction.base:MRU",
+        "fifo": "lmcache.storage.eviction.base:FIFO",
+        "lfu": "lmcache.storage.eviction.base:LFU",
+        "s3fifo": "lmcache.storage.eviction.queues:S3FIFO",
+        "s3fifo-paper": "lmcache.storage.eviction.queues:S3FIFOPaper",
+        "sieve": "lmcache.storage.eviction.queues:Sieve",
+        "reuse": "lmcache.storage.eviction.reuse:Reuse",
     },
     "lmcache.eviction_policies",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 if __name__ != "lmcache.kernels":
     raise ModuleNotFoundError(f"import lmcache.kernels, not {__name__}", name=__name__)
 
+from lmcache.kernels.copy.pages import gather_pages, gather_tokens, scatter_pages, scatter_tokens
 from lmcache.kernels.layers import PagedLayers
-from lmcache.kernels.pages import gather_pages, gather_tokens, scatter_pages, scatter_tokens
 
 __all__ = ["PagedLayers", "gather_pages", "gather_tokens", "scatter_pages", "scatter_tokens"]

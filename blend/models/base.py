@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lmcache.errors import BlendError, KernelArgumentError
-from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 
 
 @dataclass(frozen=True)
 class Rope:
-    """A rope as a model's config describes it; see lmcache.kernels.rotary_tables.rope_frequencies."""
+    """A rope as a model's config describes it; see lmcache.kernels.rotary.tables.rope_frequencies."""
 
     parameters: Mapping[str, object]
     head_dim: int

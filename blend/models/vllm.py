@@ -15,7 +15,7 @@ import torch
 
 from lmcache.blend.models.base import BlendModel, KVShape, LayerAttention, Rope
 from lmcache.errors import BlendError
-from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ANGLE_ERROR = 2.0**-19  # of an angle, relative: frequencies and angles are rounded to fp32, ours and vLLM's

@@ -28,7 +28,7 @@ from lmcache.blend.segments import ContentIndex, Match, Tokens, as_tokens
 from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.config import BlendConfig
-from lmcache.connector.cpu_isa import write_cpu_tokens
+from lmcache.connector.identity.cpu_isa import write_cpu_tokens
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.gpu_connector import BlockTables

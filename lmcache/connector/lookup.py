@@ -19,9 +19,9 @@ import msgspec
 import zmq
 
 from lmcache import metrics
-from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending, Found
-from lmcache.connector.identity import Identity
+from lmcache.connector.identity.adapters import Adapter
+from lmcache.connector.identity.watch import Identity
 from lmcache.connector.passages import Passages
 from lmcache.connector.sockets import SCHEME, bind
 from lmcache.engine.engine import CacheEngine, Lookup

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from lmcache.connector.adapters import Adapter
+from lmcache.connector.identity.adapters import Adapter
 from lmcache.connector.passages import Passages
 from lmcache.keys import PlaceholderSpan
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from lmcache import metrics
 from lmcache.config import BlendConfig, LMCacheConfig
-from lmcache.connector.adapters import Adapter, Stamp, Stamps, shared_name, signature_of
-from lmcache.connector.ages import BlockAges
+from lmcache.connector.identity.adapters import Adapter, Stamp, Stamps, shared_name, signature_of
+from lmcache.connector.identity.ages import BlockAges
 from lmcache.connector.lookup import Answer, LookupClient
 from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
 from lmcache.connector.pace import Pace

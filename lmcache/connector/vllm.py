@@ -23,22 +23,22 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from lmcache.blend.models import adapt
 from lmcache.blend.models.vllm import find_model
 from lmcache.config import LMCacheConfig, load_config
-from lmcache.connector import format as vllm_format
-from lmcache.connector.adapters import LoadedAdapters, Stamps, watch_loads
-from lmcache.connector.identity import Identity
+from lmcache.connector.identity import format as vllm_format
+from lmcache.connector.identity.adapters import LoadedAdapters, Stamps, watch_loads
+from lmcache.connector.identity.surroundings import why_no_multimodal
+from lmcache.connector.identity.watch import Identity
+from lmcache.connector.identity.weights import Weights
 from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.logs import show_logs
 from lmcache.connector.lookup import LookupClient
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler import SchedulerHalf
 from lmcache.connector.sockets import meeting_name, socket_path
-from lmcache.connector.surroundings import why_no_multimodal
-from lmcache.connector.weights import Weights
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
 from lmcache.errors import ConfigError, UnsupportedLayoutError
-from lmcache.kernels.codecs import RAW
+from lmcache.kernels.codecs.base import RAW
 
 if TYPE_CHECKING:
     import torch

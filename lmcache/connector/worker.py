@@ -12,9 +12,9 @@ import torch
 from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
 from lmcache.config import LMCacheConfig
-from lmcache.connector.adapters import LoadedAdapters
 from lmcache.connector.blending import Blending
-from lmcache.connector.identity import Identity
+from lmcache.connector.identity.adapters import LoadedAdapters
+from lmcache.connector.identity.watch import Identity
 from lmcache.connector.lookup import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine

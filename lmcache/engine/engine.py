@@ -32,12 +32,12 @@ from lmcache.errors import (
     WeightsChangedError,
 )
 from lmcache.forks import Home
-from lmcache.kernels.codecs import RAW, Codec, build_codec
+from lmcache.kernels.codecs.base import RAW, Codec, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
-from lmcache.storage.eviction import Place
+from lmcache.storage.eviction.base import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PAGE, PoolBuffer
+from lmcache.storage.memory.pool import PAGE, PoolBuffer
 
 logger = logging.getLogger(__name__)
 

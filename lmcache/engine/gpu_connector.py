@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lmcache.engine.layout import PagedCache, Plane
-from lmcache.kernels.host import HostTransfer
+from lmcache.kernels.copy.calibration import calibrate
+from lmcache.kernels.copy.host import HostTransfer
 from lmcache.storage.base import Buffer
 
 # One table a cache group: the block ids of a request, int64 on the device; negative: no block there.
@@ -17,14 +18,14 @@ BlockTables = Sequence[torch.Tensor]
 class PageMover:
     """Moves chunks between an engine's pages and pool buffers.
 
-    On a CPU the pool buffer itself is read and written. On a GPU copies are queued (``lmcache.kernels.host``), the
+    On a CPU the pool buffer itself is read and written. On a GPU copies are queued (``lmcache.kernels.copy.host``), the
     kernels on the current stream; ``synchronize`` waits for all of them.
     """
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
         self._transfer = HostTransfer(cache.device)
-        self._transfer.calibrate()
+        calibrate(self._transfer)
 
     def tables(self, block_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Block ids of every group as tensors on the device."""

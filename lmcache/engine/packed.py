@@ -24,8 +24,8 @@ from lmcache.engine.layout import PagedCache, Plane
 from lmcache.engine.token_pages import TokenPages, is_plain
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels import gather_tokens, scatter_tokens
-from lmcache.kernels.codecs import Codec
-from lmcache.kernels.quantiser import FLOATS
+from lmcache.kernels.codecs.base import Codec
+from lmcache.kernels.quantise.grid import FLOATS
 from lmcache.kernels.sides import Packed
 from lmcache.storage.base import Buffer
 

@@ -8,7 +8,7 @@ import torch
 
 from lmcache.engine.layout import PagedCache, Plane
 from lmcache.kernels import PagedLayers, gather_pages, gather_tokens, scatter_pages
-from lmcache.kernels.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.copy.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
 
 
 @dataclass(frozen=True)

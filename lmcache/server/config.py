@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from lmcache.config import Config, LMCacheConfig
-from lmcache.server.client import DEFAULT_PORT
+from lmcache.storage.backends.lm.client import DEFAULT_PORT
 
 # Of an engine's configuration; a server has no tokens and packs nothing.
 ENGINE_ONLY = ("chunk_tokens", "model_id", "codec", "blend", "store_generated", "lookup_timeout_s", "patience", "reset")

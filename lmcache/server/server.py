@@ -14,12 +14,12 @@ from typing import Final
 
 from lmcache import metrics
 from lmcache.errors import ConfigError
-from lmcache.server import protocol
-from lmcache.server.channel import Channel, TlsChannel
-from lmcache.server.client import naming, read_token
 from lmcache.server.config import ServerConfig, TlsConfig
 from lmcache.server.limits import Budget, Complaints
 from lmcache.server.session import Session, Shared
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.channel import Channel, TlsChannel
+from lmcache.storage.backends.lm.client import naming, read_token
 from lmcache.storage.manager import StorageManager
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from lmcache import metrics
 from lmcache.errors import ClosedError, ProtocolError
 from lmcache.keys import FINGERPRINT_BYTES, TENANT_BYTES, ChunkKey
-from lmcache.server import protocol
-from lmcache.server.channel import Channel
 from lmcache.server.config import ServerConfig
 from lmcache.server.limits import SHARE, Budget, Complaints
-from lmcache.server.protocol import CODES, SEAL_BYTES, Clear, Count, Failed, Found, Get, Put, Remove, Request, Sizes
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.channel import Channel
+from lmcache.storage.backends.lm.protocol import (
+    CODES,
+    SEAL_BYTES,
+    Clear,
+    Count,
+    Failed,
+    Found,
+    Get,
+    Put,
+    Remove,
+    Request,
+    Sizes,
+)
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from pydantic import ByteSize, Field
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
-from lmcache.storage.backends.chunk_files import temporary_name
-from lmcache.storage.backends.file_place import FilePlace, Item, Operation
-from lmcache.storage.backends.indexed import IndexedBackend
-from lmcache.storage.backends.regular_files import create_regular
+from lmcache.storage.backends.placed.backend import IndexedBackend
+from lmcache.storage.backends.placed.files import FilePlace, Item, Operation
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PoolBuffer
+from lmcache.storage.files.chunk_files import temporary_name
+from lmcache.storage.files.regular_files import create_regular
+from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.registry import PolicyName
 
 HEADERS_TIMEOUT_S = 10.0

@@ -22,11 +22,11 @@ from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.forks import Home
 from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
-from lmcache.storage.backends.bounded import BoundedCaller
-from lmcache.storage.backends.registrations import Registrations
-from lmcache.storage.backends.staging import Staging
+from lmcache.storage.backends.placed.registrations import Registrations
+from lmcache.storage.backends.placed.staging import Staging
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.run.bounded import BoundedCaller
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, KEY_BYTES, TAGS_BYTES, ChunkKey, tenant_id
-from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 
 
 def make_key(number: int, *, format: int = 0, tags: int = 0, tenant: str = "") -> ChunkKey:

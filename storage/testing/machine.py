@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lmcache.errors import StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing.buffers import fill, make_key, take
 
 if TYPE_CHECKING:

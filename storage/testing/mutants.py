@@ -18,7 +18,7 @@ from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import FINGERPRINT_BYTES, KEY_BYTES, NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
-from lmcache.storage.pool import PAGE
+from lmcache.storage.memory.pool import PAGE
 from lmcache.storage.testing.reference import FolderBackend, FolderConfig
 
 

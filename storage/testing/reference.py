@@ -17,7 +17,7 @@ from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
-from lmcache.storage.layout import chunk_key, chunk_path
+from lmcache.storage.naming import chunk_key, chunk_path
 
 
 class FolderConfig(Config):

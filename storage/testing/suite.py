@@ -34,7 +34,7 @@ from lmcache import metrics
 from lmcache.errors import ClosedError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PAGE, PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PAGE, PinnedPool, PoolBuffer
 from lmcache.storage.testing.buffers import WatchedBuffer, fill, make_key, similar_keys, take
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from lmcache.blend.blender import Blender
 from lmcache.blend.models import adapt
 from lmcache.blend.reuse import GivenKV, Segment
 from lmcache.errors import BlendError, StorageError
-from lmcache.kernels.rotary import shift_rotary
+from lmcache.kernels.rotary.ops import shift_rotary
 
 LENGTH = 71
 # Prefix, segments: odd lengths and alignments, gaps, touching ones, a covered last token, all of the prompt.

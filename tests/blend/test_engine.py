@@ -19,7 +19,7 @@ from lmcache.blend.stored import StoredKV
 from lmcache.config import load_config
 from lmcache.errors import ConfigError, CorruptChunkError, LeaseExpiredError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer
 from lmcache.storage.manager import StorageManager
 

@@ -11,7 +11,7 @@ import torch
 from lmcache.blend.forward import Rotation
 from lmcache.blend.models import BLEND_MODELS, adapt
 from lmcache.errors import BlendError, ConfigError
-from lmcache.kernels.rotary import shift_rotary
+from lmcache.kernels.rotary.ops import shift_rotary
 
 # Short prompts, and such as are longer than the model was trained on: dynamic and longrope then turn by other angles.
 LENGTHS = (tiny.ORIGINAL - 8, tiny.ORIGINAL + 150)

@@ -29,9 +29,9 @@ from lmcache.config import load_config
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
-from lmcache.kernels.rotary_tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable
 from lmcache.keys import ChunkKey, PlaceholderSpan, namespace
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.manager import StorageManager
 

@@ -9,7 +9,7 @@ from lmcache.blend.layout import SegmentFormat
 from lmcache.blend.reuse import Segment
 from lmcache.blend.store import SegmentStore
 from lmcache.config import load_config
-from lmcache.kernels.rotary_tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable
 from lmcache.storage.manager import StorageManager
 
 transformers = pytest.importorskip("transformers")

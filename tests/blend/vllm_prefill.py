@@ -147,8 +147,8 @@ def prefill(llm: Any, runner: Any, tokens: Any) -> tuple[Any, list[Any]]:
 def unpacked(layer: Any, slots: Any) -> tuple[Any, Any]:
     import torch
 
-    from lmcache.connector.cpu_isa import cpu_isa
-    from lmcache.kernels.cpu_blocks import unpack_cpu_blocks
+    from lmcache.connector.identity.cpu_isa import cpu_isa
+    from lmcache.kernels.copy.cpu_blocks import unpack_cpu_blocks
 
     cache, size = layer.kv_cache, layer.head_size  # [B, H, N, 2 * D]
     _, heads, block, _ = cache.shape

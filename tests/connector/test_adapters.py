@@ -13,7 +13,7 @@ import pytest
 from harness import connector
 from tiny_models import adapter, prompt
 
-from lmcache.connector import adapters as a
+from lmcache.connector.identity import adapters as a
 
 # Each case has an adapter folder and a prompt of its own, so that none is served from another's.
 CASES = ["stays", "replaced", "home", "in place", "same times", "number used twice", "number raised", "evicted"]

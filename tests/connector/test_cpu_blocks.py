@@ -1,4 +1,4 @@
-"""Blocks that vLLM's own CPU operator has written are what lmcache.kernels.cpu_blocks takes them for."""
+"""Blocks that vLLM's own CPU operator has written are what lmcache.kernels.copy.cpu_blocks takes them for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from lmcache.connector.cpu_isa import cpu_isa
+from lmcache.connector.identity.cpu_isa import cpu_isa
 from lmcache.errors import UnsupportedLayoutError
 from lmcache.kernels import PagedLayers, gather_pages
-from lmcache.kernels.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.copy.cpu_blocks import ISAS, pack_cpu_blocks, unpack_cpu_blocks
 
 BLOCKS = 3
 CASES = [

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmcache.connector import format as vllm_format
+from lmcache.connector.identity import format as vllm_format
 from lmcache.errors import UnsupportedLayoutError
 
 

@@ -17,8 +17,8 @@ import torch
 import zmq
 
 import lmcache
-from lmcache.connector.adapters import Adapter
 from lmcache.connector.blending import Blending
+from lmcache.connector.identity.adapters import Adapter
 from lmcache.connector.lookup import LookupClient, LookupServer, Reply
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens

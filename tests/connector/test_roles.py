@@ -22,9 +22,9 @@ Start = Callable[..., SchedulerHalf]
 @pytest.fixture(params=["LMCacheConnector", "LMCacheConnectorV1"])
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """The scheduler half that vLLM gets; nobody answers its lookups."""
-    monkeypatch.setattr("lmcache.connector.format.check_supported", lambda config: None)
-    monkeypatch.setattr("lmcache.connector.format.block_unit", lambda config: 16)
-    monkeypatch.setattr("lmcache.connector.format.block_tokens", lambda config: [16])
+    monkeypatch.setattr("lmcache.connector.identity.format.check_supported", lambda config: None)
+    monkeypatch.setattr("lmcache.connector.identity.format.block_unit", lambda config: 16)
+    monkeypatch.setattr("lmcache.connector.identity.format.block_tokens", lambda config: [16])
     monkeypatch.setattr("lmcache.connector.vllm.why_inert", lambda *configs: None)
     monkeypatch.setattr("lmcache.connector.vllm.why_no_multimodal", lambda config: None)
     cache = SimpleNamespace(kv_cache_groups=[None])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lmcache
-from lmcache.connector.adapters import Adapter, Stamps
+from lmcache.connector.identity.adapters import Adapter, Stamps
 from lmcache.connector.lookup import Answer
 from lmcache.connector.passages import Passages
 from lmcache.connector.scheduler import SchedulerHalf

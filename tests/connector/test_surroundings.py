@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from harness import ROOT
 
-from lmcache.connector import surroundings as s
+from lmcache.connector.identity import surroundings as s
 
 
 def part_classes(kind: Any) -> Iterator[type]:
@@ -59,7 +59,9 @@ def test_every_field_of_vllms_configuration_is_on_exactly_one_list(classes: dict
 
 def test_the_page_shows_the_lists() -> None:
     page = (ROOT / "docs" / "identity.md").read_text()
-    assert s.markdown() in page, "put the output of lmcache.connector.surroundings.markdown() into docs/identity.md"
+    assert s.markdown() in page, (
+        "put the output of lmcache.connector.identity.surroundings.markdown() into docs/identity.md"
+    )
 
 
 Make = Callable[..., Any]

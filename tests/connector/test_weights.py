@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache.connector import calls, packed_weights
-from lmcache.connector.identity import Identity
-from lmcache.connector.weights import TURNS, Weights, models_of, tensor_digest
+from lmcache.connector.identity import calls, packed_weights
+from lmcache.connector.identity.watch import Identity
+from lmcache.connector.identity.weights import TURNS, Weights, models_of, tensor_digest
 
 
 class Attention(torch.nn.Module):
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_has_no_name(monkeypatch: pytest.MonkeyPatch, caplog
         raise RuntimeError("no storage")
 
     _, weights = watched()
-    monkeypatch.setattr("lmcache.connector.weights.tensor_digest", broken)
+    monkeypatch.setattr("lmcache.connector.identity.weights.tensor_digest", broken)
     identity = Identity(weights)
     renamed: list[str | None] = []
     weights.doubt()

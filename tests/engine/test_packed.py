@@ -16,9 +16,9 @@ import lmcache
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
-from lmcache.kernels.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
-from lmcache.kernels.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
-from lmcache.kernels.transform import Transform
+from lmcache.kernels.codecs.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
+from lmcache.kernels.copy.cpu_blocks import pack_cpu_blocks, unpack_cpu_blocks
+from lmcache.kernels.transform.ops import Transform
 
 BLOCK, BLOCKS, LAYERS, HEADS, WIDTH = 16, 24, 3, 2, 16
 IDS, OTHER = [3, 1, 4, 15, 9, 2], [10, 11, 12, 13, 14, 16]

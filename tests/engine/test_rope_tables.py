@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmcache.kernels.rotary_tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
 

@@ -106,7 +106,7 @@ def test_every_case_is_right_and_can_be_timed(family: Callable[[Setup], object])
 
 @pytest.mark.parametrize("name", ["gather_pages", "scatter_tokens"])
 def test_a_copy_that_does_nothing_is_found_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"lmcache.kernels.pages.{name}", lambda *args: None)
+    monkeypatch.setattr(f"lmcache.kernels.copy.pages.{name}", lambda *args: None)
     cases = kernel_cases.paged_copies(Setup(CPU, SIZES["tiny"]))
     assert {case.name for case in cases if not case.check()} == {name}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmcache.kernels.sparse_prefill import KV, PackedKV, PagedKV
+from lmcache.kernels.attention.sparse_prefill import KV, PackedKV, PagedKV
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 # (relative, absolute) error of one output: that of its dtype, and of probabilities rounded to it.

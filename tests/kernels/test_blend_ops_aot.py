@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcache.kernels import deviation, selection
+from lmcache.kernels.attention import deviation
+from lmcache.kernels.attention import select as selection
 
 # The warning of triton 3.9 is that a product and a sum may become one instruction, which the tolerance allows for.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

@@ -14,12 +14,12 @@ import torch
 
 from lmcache.errors import CorruptChunkError, KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.codecs import CODECS, Codec, build_codec
-from lmcache.kernels.entropy_tables import entropy_bits
+from lmcache.kernels.codecs.base import CODECS, Codec, build_codec
+from lmcache.kernels.codecs.profile import FIRST_TABLE, Profile, coded_bits, fixed_tables, share_tables
+from lmcache.kernels.entropy.tables import entropy_bits
 from lmcache.kernels.launch import runs_kernel
-from lmcache.kernels.profile import FIRST_TABLE, Profile, coded_bits, fixed_tables, share_tables
 from lmcache.kernels.sides import PlaneCodec, Side
-from lmcache.kernels.transform import Transform
+from lmcache.kernels.transform.ops import Transform
 
 LAYERS, HEADS, WIDTH, TOKENS = 3, 2, 16, 48
 SIDES = [Side("key", 0, WIDTH, HEADS), Side("value", WIDTH, WIDTH, HEADS)]
@@ -159,7 +159,7 @@ def test_the_entropy_stage_is_within_3_percent_of_the_entropy(name: str, device:
     profile = gaussian_profile(name, 0.4, layers, heads, width)
     sides = [Side("key", 0, width, heads), Side("value", width, width, heads)]
     kv = torch.randn(layers, 1, heads, tokens, 2 * width, generator=torch.Generator().manual_seed(3)).to(device)
-    from lmcache.kernels.coded import CodedPlane
+    from lmcache.kernels.codecs.coded import CodedPlane
 
     plane = CodedPlane(profile, sides, range(layers), 0, device)
     pages, slots = PagedLayers(list(kv)), torch.arange(tokens, device=device)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError, UnsupportedLayoutError
-from lmcache.kernels import PagedLayers, cpu_blocks, gather_pages, scatter_pages
-from lmcache.kernels.cpu_blocks import (
+from lmcache.kernels import PagedLayers, gather_pages, scatter_pages
+from lmcache.kernels.copy import cpu_blocks
+from lmcache.kernels.copy.cpu_blocks import (
     pack_cpu_blocks,
     pack_cpu_blocks_torch,
     unpack_cpu_blocks,

@@ -7,8 +7,8 @@ import torch
 from poison import poisoned_outputs
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import deviation
-from lmcache.kernels.deviation import kv_deviation, kv_deviation_torch
+from lmcache.kernels.attention import deviation
+from lmcache.kernels.attention.deviation import kv_deviation, kv_deviation_torch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import entropy
-from lmcache.kernels.entropy import MAX_SYMBOLS, Encoded, max_words, rans_decode, rans_encode
-from lmcache.kernels.entropy_host import rans_decode_numpy, rans_encode_numpy
-from lmcache.kernels.entropy_tables import FrequencyTables, entropy_bits, streams_for
+from lmcache.kernels.entropy import coder as entropy
+from lmcache.kernels.entropy.coder import MAX_SYMBOLS, Encoded, max_words, rans_decode, rans_encode
+from lmcache.kernels.entropy.host import rans_decode_numpy, rans_encode_numpy
+from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, streams_for
 
 # triton 3.6's interpreter turns a loop's bound into an int in a way that numpy frowns on.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
@@ -400,7 +400,7 @@ def test_wrong_arguments_of_decode_are_refused(change: dict[str, torch.Tensor], 
 def test_a_cpu_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import torch; from lmcache.kernels import entropy as e; "
     code += (
-        "from lmcache.kernels.entropy_tables import FrequencyTables; t = FrequencyTables(torch.tensor([[2048] * 2])); "
+        "from lmcache.kernels.entropy.tables import FrequencyTables; t = FrequencyTables(torch.tensor([[2048] * 2])); "
     )
     code += (
         "s = torch.ones(2, 8, dtype=torch.uint8); k = torch.zeros(2, 1, dtype=torch.int32); o = torch.zeros_like(s); "

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache.kernels import entropy
-from lmcache.kernels.entropy_tables import FrequencyTables
+from lmcache.kernels.entropy import coder as entropy
+from lmcache.kernels.entropy.tables import FrequencyTables
 
 # The warning of triton 3.9 is about floating-point arithmetic, and the coder has none.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.entropy_tables import FrequencyTables, entropy_bits, quantise_counts, streams_for
+from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts, streams_for
 
 
 def greedy(counts: list[float]) -> list[int]:

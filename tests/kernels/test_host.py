@@ -14,9 +14,10 @@ import torch
 from paged_layouts import RED_ZONE, Chunk, Layout, Shape, expected, paged, random_bytes
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import PagedLayers, host, pages
-from lmcache.kernels.host import HostTransfer, copy_from_host_torch, copy_to_host_torch
-from lmcache.kernels.host_calibration import SIZES, crossover
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.copy import calibration, host, pages
+from lmcache.kernels.copy.calibration import SIZES, calibrate, crossover
+from lmcache.kernels.copy.host import HostTransfer, copy_from_host_torch, copy_to_host_torch
 
 BF16 = torch.bfloat16
 DIRECT, STAGED = 1 << 40, -1
@@ -521,7 +522,7 @@ def test_direct_copies_end_where_staged_ones_are_first_faster(times: list[tuple[
 def test_a_cpu_needs_no_calibration() -> None:
     transfer = HostTransfer(torch.device("cpu"))
     before = dict(transfer.direct_bytes)
-    transfer.calibrate()
+    calibrate(transfer)
     assert transfer.direct_bytes == before
 
 
@@ -542,10 +543,10 @@ def test_calibration_measures_on_the_device_that_it_is_for(monkeypatch: pytest.M
 
     transfer = HostTransfer(torch.device("cpu"))
     transfer.device = torch.device("cuda:1")
-    monkeypatch.setattr(host, "_on", on)
-    monkeypatch.setattr(host, "compare", compare)
+    monkeypatch.setattr(calibration, "on_device", on)
+    monkeypatch.setattr(calibration, "compare", compare)
     monkeypatch.setattr(torch.version, "hip", None)
-    transfer.calibrate()
+    calibrate(transfer)
     assert measured_on == ["cuda:1"]
     assert transfer.direct_bytes == {"to_host": 1, "from_host": 0}
 
@@ -554,7 +555,7 @@ def test_calibration_measures_on_the_device_that_it_is_for(monkeypatch: pytest.M
 def test_calibration_measures_both_ways(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     transfer = HostTransfer(device)
     with caplog.at_level("INFO"):
-        transfer.calibrate()
+        calibrate(transfer)
     assert len(caplog.records) == 1
     assert set(transfer.direct_bytes) == {"to_host", "from_host"}
     assert all(size in (0, *SIZES) for size in transfer.direct_bytes.values())

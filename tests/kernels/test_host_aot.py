@@ -9,8 +9,8 @@ import pytest
 import torch
 from paged_layouts import Layout, Shape, paged
 
-from lmcache.kernels import host
-from lmcache.kernels.host import HostTransfer
+from lmcache.kernels.copy import host
+from lmcache.kernels.copy.host import HostTransfer
 
 # The warning of triton 3.9 is about floating-point arithmetic, and a copy has none.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

@@ -9,8 +9,8 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
-from lmcache.kernels.quantiser import FP8_MAX, Quantiser, SideLayout, rotation, scales_are_finite
+from lmcache.kernels.quantise.grid import FP8_MAX, Quantiser, SideLayout, rotation, scales_are_finite
+from lmcache.kernels.quantise.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
 
 QUANTISERS = {
     "fp8": Quantiser(8, fp8=True),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import PagedLayers, packing
-from lmcache.kernels.quantiser import Quantiser, SideLayout
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.quantise import packing
+from lmcache.kernels.quantise.grid import Quantiser, SideLayout
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 

@@ -17,7 +17,8 @@ import torch
 from paged_layouts import DENSE_ORDERS, ORDERS, RED_ZONE, Chunk, Layout, Shape, expected, paged, random_bytes
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import PagedLayers, pages
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.copy import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.float8_e4m3fn)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from paged_layouts import Layout, Shape, paged
 
-from lmcache.kernels import pages
+from lmcache.kernels.copy import pages
 
 # The warning of triton 3.9 is about floating-point arithmetic, and a copy has none.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

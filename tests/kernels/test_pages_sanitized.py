@@ -8,7 +8,8 @@ import pytest
 import torch
 from paged_layouts import DENSE_ORDERS, ORDERS, Chunk, Layout, Shape, paged, random_bytes
 
-from lmcache.kernels import PagedLayers, pages
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.copy import pages
 
 pytestmark = pytest.mark.interpret
 

@@ -11,9 +11,9 @@ import torch
 from paged_layouts import ORDERS, RED_ZONE, Layout, Shape, paged, random_bytes
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import rotary
-from lmcache.kernels.rotary import scatter_shifted, scatter_shifted_torch, shift_rotary, shift_rotary_torch
-from lmcache.kernels.rotary_tables import RopeFrequencies, RotaryTable, rope_frequencies
+from lmcache.kernels.rotary import ops as rotary
+from lmcache.kernels.rotary.ops import scatter_shifted, scatter_shifted_torch, shift_rotary, shift_rotary_torch
+from lmcache.kernels.rotary.tables import RopeFrequencies, RotaryTable, rope_frequencies
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from paged_layouts import Layout, Shape, paged
 
-from lmcache.kernels import rotary
-from lmcache.kernels.rotary_tables import RotaryTable
+from lmcache.kernels.rotary import ops as rotary
+from lmcache.kernels.rotary.tables import RotaryTable
 
 # The warning of triton 3.9 is that a product and a sum may become one instruction, which the tolerance allows for.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

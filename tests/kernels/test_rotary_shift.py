@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import rotary_shift
-from lmcache.kernels.rotary import shift_rotary_torch
-from lmcache.kernels.rotary_shift import RotaryShift
-from lmcache.kernels.rotary_tables import RotaryTable
+from lmcache.kernels.rotary import shift as rotary_shift
+from lmcache.kernels.rotary.ops import shift_rotary_torch
+from lmcache.kernels.rotary.shift import RotaryShift
+from lmcache.kernels.rotary.tables import RotaryTable
 
 TABLE = RotaryTable.from_parameters({"rope_type": "default", "rope_theta": 1e4}, 4096, head_dim=32)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

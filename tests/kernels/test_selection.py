@@ -7,8 +7,8 @@ import torch
 from poison import poisoned_outputs
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels import selection
-from lmcache.kernels.selection import select_tokens, select_tokens_torch
+from lmcache.kernels.attention import select as selection
+from lmcache.kernels.attention.select import select_tokens, select_tokens_torch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 INF, NAN = torch.inf, torch.nan

@@ -16,9 +16,10 @@ from attention_worlds import Batch, Result, World
 from poison import poisoned_outputs
 
 from lmcache.errors import ConfigError, KernelArgumentError
-from lmcache.kernels import sparse_prefill_host, sparse_prefill_triton, split_kv
-from lmcache.kernels.launch import runs_kernel
-from lmcache.kernels.sparse_prefill import (
+from lmcache.kernels.attention import host_provider as sparse_prefill_host
+from lmcache.kernels.attention import split_kv
+from lmcache.kernels.attention import triton_provider as sparse_prefill_triton
+from lmcache.kernels.attention.sparse_prefill import (
     PROVIDERS,
     AttentionProblem,
     PackedKV,
@@ -26,6 +27,7 @@ from lmcache.kernels.sparse_prefill import (
     sparse_prefill,
     sparse_prefill_torch,
 )
+from lmcache.kernels.launch import runs_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = World(prompts=((9, 40), (2, 21)))

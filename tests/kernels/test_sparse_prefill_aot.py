@@ -11,8 +11,9 @@ import pytest
 import torch
 from attention_worlds import World
 
-from lmcache.kernels import sparse_prefill_triton, split_kv
-from lmcache.kernels.sparse_prefill import sparse_prefill
+from lmcache.kernels.attention import split_kv
+from lmcache.kernels.attention import triton_provider as sparse_prefill_triton
+from lmcache.kernels.attention.sparse_prefill import sparse_prefill
 
 # The warning of triton 3.9 asks for a choice that its users make, not its tests.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]

@@ -9,7 +9,7 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.transform import (
+from lmcache.kernels.transform.ops import (
     ANCHOR_GROUP,
     CENTRE,
     Symbols,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache.kernels import PagedLayers, transform
-from lmcache.kernels.transform import Symbols, Transform
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.transform import ops as transform
+from lmcache.kernels.transform.ops import Symbols, Transform
 
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 

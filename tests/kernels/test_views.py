@@ -11,8 +11,9 @@ import torch
 from paged_layouts import DENSE_ORDERS, ORDERS, RED_ZONE, Chunk, Layout, Shape, random_bytes
 
 from lmcache.errors import KernelArgumentError, UnsupportedLayoutError
-from lmcache.kernels import PagedLayers, pages
-from lmcache.kernels.views import LAYOUTS, LayerKV, key_layers, kv_layers, kv_views, value_layers
+from lmcache.kernels import PagedLayers
+from lmcache.kernels.copy import pages
+from lmcache.kernels.copy.views import LAYOUTS, LayerKV, key_layers, kv_layers, kv_views, value_layers
 
 L, B, H, N, D = 3, 7, 2, 4, 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -27,11 +27,11 @@ from tier_faults import CHUNK, check_manager_goes_on, work_until_closed
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, StorageError
-from lmcache.storage.backends.file_place import FilePlace
-from lmcache.storage.backends.indexed import IndexedBackend
+from lmcache.storage.backends.placed.backend import IndexedBackend
+from lmcache.storage.backends.placed.files import FilePlace
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
@@ -53,7 +53,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 WRITER = """
 import json, sys
 from lmcache.storage.registry import build_backend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key
 backend = build_backend(json.loads(sys.argv[1]), "test"); pool = PinnedPool(1 << 20)
 buffer = pool.allocate(262144)

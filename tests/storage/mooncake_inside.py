@@ -26,7 +26,7 @@ from lmcache import metrics
 from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.backends.mooncake import MooncakeBackend
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from experiments.object_server import Azurite, SeaweedFS, azurite, weed
-from lmcache.storage.backends.object_store import ObjectStoreBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.backends.objects.backend import ObjectStoreBackend
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 
 CHUNK = 20_000

@@ -21,8 +21,8 @@ from lmcache import metrics
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.layout import chunk_path
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.naming import chunk_path
 from lmcache.storage.testing import BackendTests, make_key, take
 
 T = TypeVar("T")

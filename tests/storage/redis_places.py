@@ -9,9 +9,9 @@ import pytest
 
 from experiments.redis_servers import RedisServer, TLSFiles, redis_binary, valkey_binary
 from lmcache import metrics
-from lmcache.storage.backends.redis import RedisBackend
-from lmcache.storage.backends.redis_wire import Wire
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.backends.redis.backend import RedisBackend
+from lmcache.storage.backends.redis.wire import Wire
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import OpenBackend, make_key
 

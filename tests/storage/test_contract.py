@@ -10,7 +10,7 @@ from scripted import ScriptedBackend
 
 from lmcache.errors import ClosedError
 from lmcache.storage.backends.blackhole import BlackholeBackend, BlackholeConfig
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.testing import make_key
 
 __all__ = ["open_manager"]

@@ -23,12 +23,12 @@ from in_files import InFiles
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.backends.disk_index import DiskIndex, Entry
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.index import DiskIndex, Entry
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.eviction import LRU
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.eviction.base import LRU
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendMachine, BackendTests, make_key, take
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,8 +286,8 @@ def test_a_chunk_that_was_written_again_while_it_was_evicted_can_be_evicted_agai
 
 WRITER = """
 import sys; from pathlib import Path
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key
 disk = DiskBackend(DiskConfig(path=Path(sys.argv[1]), capacity=40 * 300_000)); pool = PinnedPool(1 << 20)
 buffer = pool.allocate(300_000 - 4096 - 8)

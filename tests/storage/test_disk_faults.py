@@ -15,11 +15,12 @@ import pytest
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, StorageError
-from lmcache.storage.backends import disk_account, disk_folder
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.backends.io_threads import IOThreads
+from lmcache.storage.backends.disk import account as disk_account
+from lmcache.storage.backends.disk import folder as disk_folder
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
+from lmcache.storage.run.io_threads import IOThreads
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 
 CHUNK = 20_000

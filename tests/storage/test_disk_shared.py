@@ -13,10 +13,10 @@ import pytest
 from managers import settle
 
 from lmcache import metrics
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.backends.disk_folder import Folder
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.folder import Folder
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, make_key, take
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,8 +132,8 @@ def test_a_temporary_file_that_somebody_unseen_still_locks_is_left_alone(tmp_pat
 
 WRITER = """
 import sys; from pathlib import Path
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key
 folder, first, step, capacity, nbytes = Path(sys.argv[1]), *map(int, sys.argv[2:])
 disk = DiskBackend(DiskConfig(path=folder, capacity=capacity)); pool = PinnedPool(4 << 20)

@@ -17,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from experiments import replay, replay_matrix, traces
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
-from lmcache.storage import eviction_ghosts, eviction_kv, eviction_learned
-from lmcache.storage.eviction import EvictionPolicy, Place
+from lmcache.storage.eviction import ghosts as eviction_ghosts
+from lmcache.storage.eviction import learned as eviction_learned
+from lmcache.storage.eviction import reuse as eviction_kv
+from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES
 from lmcache.storage.testing import make_key

@@ -20,9 +20,9 @@ from redis_places import needs_valkey, valkey
 from scripted import WAIT_S, Gate, ScriptedBackend
 
 from lmcache.errors import ClosedError
-from lmcache.storage.backends import shared_folder
+from lmcache.storage.backends import fs as shared_folder
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 

@@ -12,7 +12,7 @@ from redis_places import needs_valkey, valkey
 
 from experiments.object_server import SeaweedFS
 from experiments.redis_servers import RedisServer
-from lmcache.storage import owed
+from lmcache.storage.flow import owed
 
 __all__ = ["seaweed", "valkey"]
 

@@ -15,7 +15,7 @@ from lmcache import metrics
 from lmcache.config import Config, LMCacheConfig, load_config
 from lmcache.errors import StorageError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager

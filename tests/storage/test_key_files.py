@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.storage.key_files import not_random, read_key
+from lmcache.storage.wrappers.key_files import not_random, read_key
 
 GOOD = random.Random(7).randbytes(32)
 TEXT = b"correct horse battery staple, 32"

@@ -18,9 +18,9 @@ from lmcache import metrics
 from lmcache.config import Config, LMCacheConfig, load_config
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer, StorageBackend
-from lmcache.storage.eviction import LRU
+from lmcache.storage.eviction.base import LRU
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.testing import fill, make_key

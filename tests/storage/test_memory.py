@@ -9,9 +9,9 @@ import pytest
 
 from lmcache import metrics
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import LRU
-from lmcache.storage.memory import MemoryTier
-from lmcache.storage.pool import PAGE, PinnedPool, PoolBuffer
+from lmcache.storage.eviction.base import LRU
+from lmcache.storage.memory.pool import PAGE, PinnedPool, PoolBuffer
+from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.testing import make_key
 
 WAIT_S = 20.0

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.storage import host_memory, memory_limits
-from lmcache.storage.memory_limits import Room, huge_page_room, require_room, room
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory import host_memory
+from lmcache.storage.memory import limits as memory_limits
+from lmcache.storage.memory.limits import Room, huge_page_room, require_room, room
+from lmcache.storage.memory.pool import PinnedPool
 
 MIB = 1 << 20
 NEVER_SET = 9223372036854771712  # how cgroup v1 writes no limit
@@ -252,7 +253,7 @@ def group() -> Iterator[Path]:
 def test_in_a_real_container_too_much_is_an_error_and_the_rest_works(group: Path, capacity: int) -> None:
     code = (
         f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
-        "from lmcache.storage.pool import PinnedPool\n"
+        "from lmcache.storage.memory.pool import PinnedPool\n"
         f"PinnedPool({capacity} << 20).close()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

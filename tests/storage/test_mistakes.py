@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from lmcache import metrics
 from lmcache.cli import app
 from lmcache.errors import ConfigError
-from lmcache.storage.memory_limits import room
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.limits import room
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend, check_backend
 from lmcache.storage.testing import make_key, take
 

@@ -34,10 +34,10 @@ from tier_faults import CHUNK, check_manager_goes_on, freeze, work_until_closed
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, StorageError
-from lmcache.storage.backends.nixl import NixlBackend, NixlConfig
+from lmcache.storage.backends.nixl.backend import NixlBackend, NixlConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
@@ -154,7 +154,7 @@ def test_objects_larger_than_half_the_staging_memory_go_one_by_one(
 def test_objects_that_went_away_or_were_damaged_are_misses(service: Any, tmp_path: Path, pool: PinnedPool) -> None:
     import obstore
 
-    from lmcache.storage.layout import chunk_path
+    from lmcache.storage.naming import chunk_path
 
     backend, store = open_objects(service, tmp_path / "index"), service.store()
     names = [f"{tmp_path.name}/{chunk_path(make_key(n))}" for n in range(4)]
@@ -380,7 +380,7 @@ HANGING = """
 import json, sys
 from lmcache.errors import StorageError
 from lmcache.storage.registry import build_backend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import make_key, take
 backend = build_backend(json.loads(sys.argv[1]), "test")
 try:

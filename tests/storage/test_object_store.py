@@ -23,11 +23,11 @@ from experiments.redis_servers import wait_until
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import NAMESPACE_BYTES, ChunkKey
-from lmcache.storage.backends.object_store import ObjectStoreBackend
+from lmcache.storage.backends.objects.backend import ObjectStoreBackend
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.layout import chunk_key, chunk_path
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.naming import chunk_key, chunk_path
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 

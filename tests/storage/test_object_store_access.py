@@ -20,8 +20,8 @@ from object_places import CHUNK, QUICK, Opened, azure, opened, pool, prefix_of
 from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS, weed
 from lmcache.errors import ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.layout import chunk_path
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.naming import chunk_path
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 
@@ -84,7 +84,7 @@ def test_an_authority_that_cannot_be_read_is_an_error(options: dict[str, Any], t
 PROGRAM = """
 import json, sys
 from lmcache.errors import ConfigError
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key
 try:

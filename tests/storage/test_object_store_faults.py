@@ -20,7 +20,7 @@ from experiments.object_server import SeaweedFS
 from experiments.redis_servers import wait_until
 from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, make_key, take
 
 __all__ = ["opened", "options", "pool", "seaweed"]

@@ -17,12 +17,13 @@ from managers import Open, keys, open_manager, read, store
 from odd_file_tests import CHUNK, KINDS, SECRET, SIZE, OddFileTests, get, plant, put, tree, within
 
 from lmcache.errors import ConfigError
-from lmcache.storage.backends import chunk_files, disk_account
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
-from lmcache.storage.backends.disk_folder import Folder, Spare
-from lmcache.storage.backends.journal import Journal
+from lmcache.storage.backends.disk import account as disk_account
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.folder import Folder, Spare
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.files import chunk_files
+from lmcache.storage.files.journal import Journal
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import make_key, take
 

@@ -13,8 +13,8 @@ from scripted import Gate, ScriptedBackend, raising
 from lmcache.config import load_config
 from lmcache.errors import StorageError
 from lmcache.storage import manager as manager_module
+from lmcache.storage.flow.owed_files import FOLDER, OwedFiles
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.owed_files import FOLDER, OwedFiles
 from lmcache.storage.registry import place_of
 from lmcache.storage.selection import Selection
 from lmcache.storage.testing import make_key

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmcache.errors import BufferStateError, ClosedError, ConfigError
-from lmcache.storage import host_memory
-from lmcache.storage.allocators import BestFit
-from lmcache.storage.pool import PAGE, PinnedPool, PoolBuffer
+from lmcache.storage.memory import host_memory
+from lmcache.storage.memory.allocators import BestFit
+from lmcache.storage.memory.pool import PAGE, PinnedPool, PoolBuffer
 
 PAGES = 32
 

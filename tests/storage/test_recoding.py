@@ -19,15 +19,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from lmcache import metrics
 from lmcache.engine.engine import pack_tokens
 from lmcache.keys import ROOT_DIGEST, ChunkKey, chunk_digest, namespace, tenant_id
-from lmcache.storage import encryption
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.compression import Zstd
-from lmcache.storage.encryption import OVERHEAD
-from lmcache.storage.pool import PinnedPool
-from lmcache.storage.recoding import Scratch
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.storage.wrappers import encryption
+from lmcache.storage.wrappers.compression import Zstd
+from lmcache.storage.wrappers.encryption import OVERHEAD
+from lmcache.storage.wrappers.recoding import Scratch
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000

@@ -15,9 +15,9 @@ from redis_places import backend, cleared, connect, corrupt, count_round_trips, 
 from experiments.redis_servers import RedisServer, wait_until
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
-from lmcache.storage.backends.redis import RedisBackend
+from lmcache.storage.backends.redis.backend import RedisBackend
 from lmcache.storage.chunk import HEADER_BYTES, encode_header
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, OpenBackend, fill, make_key, take
 

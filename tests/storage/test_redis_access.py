@@ -12,7 +12,7 @@ from redis_places import REDIS, VALKEY, cleared, connect, needs_redis, needs_val
 
 from experiments.redis_servers import RedisServer
 from lmcache.errors import StorageError
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, OpenBackend, make_key, take
 
 __all__ = ["pool"]

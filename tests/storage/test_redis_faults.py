@@ -14,12 +14,12 @@ import pytest
 from experiments.redis_servers import RedisServer, free_port, valkey_binary, wait_until
 from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError, StorageError
-from lmcache.storage.backends.redis import RedisBackend
-from lmcache.storage.backends.redis_servers import RedisConfig
-from lmcache.storage.backends.redis_wire import ErrorReply, OutOfStep, Wire, command
+from lmcache.storage.backends.redis.backend import RedisBackend
+from lmcache.storage.backends.redis.servers import RedisConfig
+from lmcache.storage.backends.redis.wire import ErrorReply, OutOfStep, Wire, command
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 
 VALKEY = valkey_binary()

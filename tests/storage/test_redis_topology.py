@@ -15,7 +15,7 @@ from redis_places import REDIS, VALKEY, cleared, connect, count_round_trips, nam
 
 from experiments.redis_servers import RedisServer, TLSFiles, free_port, start_cluster, stop_all, wait_until
 from lmcache.errors import StorageError
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, OpenBackend, make_key, take
 
 __all__ = ["pool"]

@@ -24,7 +24,7 @@ from lmcache.config import LMCacheConfig
 from lmcache.errors import StorageError
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 

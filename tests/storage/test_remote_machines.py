@@ -24,7 +24,7 @@ from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
 from experiments.redis_servers import RedisServer, wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 

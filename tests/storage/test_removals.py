@@ -8,7 +8,7 @@ from managers import Open, in_memory, keys, open_manager, plant, read, settle, s
 from scripted import WAIT_S, Gate, ScriptedBackend, raising
 
 from lmcache.errors import StorageError
-from lmcache.storage import owed
+from lmcache.storage.flow import owed
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.testing import make_key
 

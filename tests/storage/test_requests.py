@@ -10,7 +10,7 @@ import pytest
 
 from experiments.redis_servers import wait_until
 from lmcache.errors import StorageError
-from lmcache.storage.backends.requests import ByteBudget, Crew
+from lmcache.storage.run.requests import ByteBudget, Crew
 
 
 def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> None:

@@ -18,10 +18,10 @@ from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.backends.blackhole import BlackholeBackend
-from lmcache.storage.backends.shared_folder import SharedFolderBackend
+from lmcache.storage.backends.fs import SharedFolderBackend
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 
@@ -157,7 +157,7 @@ def test_old_unfinished_files_are_removed_and_others_are_left_alone(tmp_path: Pa
 WRITER = """
 import sys
 from lmcache.storage.registry import build_backend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key
 folder = build_backend({"type": "remote", "url": "fs://" + sys.argv[1]}, "x"); pool = PinnedPool(1 << 20)
 buffer = pool.allocate(300_000)

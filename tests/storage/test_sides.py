@@ -13,7 +13,7 @@ from scripted import WAIT_S, ScriptedBackend, raising
 
 from lmcache import metrics
 from lmcache.errors import StorageError
-from lmcache.storage.backends.disk import DiskBackend, DiskConfig
+from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.testing import make_key
 

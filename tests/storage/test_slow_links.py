@@ -20,11 +20,11 @@ from lmcache.errors import StorageError
 from lmcache.keys import ChunkKey
 from lmcache.server.config import ServerConfig
 from lmcache.server.server import Server
-from lmcache.storage.backends.object_store import ObjectStoreBackend
+from lmcache.storage.backends.objects.backend import ObjectStoreBackend
 from lmcache.storage.manager import StorageManager
-from lmcache.storage.pace import FIRST_BYTES, LEAST_BYTES, Pace
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
+from lmcache.storage.run.pace import FIRST_BYTES, LEAST_BYTES, Pace
 from lmcache.storage.testing import fill, make_key, take
 
 __all__ = ["seaweed", "valkey"]

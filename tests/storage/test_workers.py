@@ -8,9 +8,9 @@ import time
 import pytest
 
 from lmcache.config import BreakerConfig
-from lmcache.storage.breaker import CircuitBreaker
-from lmcache.storage.deadlines import Deadlines
-from lmcache.storage.workers import Workers
+from lmcache.storage.run.breaker import CircuitBreaker
+from lmcache.storage.run.deadlines import Deadlines
+from lmcache.storage.run.workers import Workers
 
 WAIT_S = 20.0
 

@@ -17,10 +17,10 @@ from lmcache import metrics
 from lmcache.config import build
 from lmcache.errors import ClosedError, ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
-from lmcache.storage.wrappers import LatencyConfig
+from lmcache.storage.wrappers.decorators import LatencyConfig
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000

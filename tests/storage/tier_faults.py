@@ -16,7 +16,7 @@ from scripted import ScriptedBackend
 
 from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.base import StorageBackend
-from lmcache.storage.pool import PinnedPool
+from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import make_key, take
 
 CHUNK = 20_480

@@ -10,7 +10,7 @@ def register() -> None:
     """Register the connector's short name. vLLM calls this in every process, sometimes twice."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from lmcache.connector.packed_weights import note_packed_weights
+    from lmcache.connector.identity.packed_weights import note_packed_weights
 
     # Before a model is loaded, or its weights have been packed out of sight.
     note_packed_weights()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lmcache.config import build
-from lmcache.server.client import Client, ClientConfig
 from lmcache.server.config import ServerConfig
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm.client import Client, ClientConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from managers import settle
 
-from lmcache.server import protocol
-from lmcache.server.channel import Channel
-from lmcache.server.client import Client
-from lmcache.server.protocol import join_keys
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.channel import Channel
+from lmcache.storage.backends.lm.client import Client
+from lmcache.storage.backends.lm.protocol import join_keys
 from lmcache.storage.testing import make_key
 
 CHUNK = 100_000

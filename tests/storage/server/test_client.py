@@ -15,12 +15,12 @@ from server_harness import CHUNK, KEYS, WAIT_S, data, get, put, resealed, value
 
 from lmcache.config import build
 from lmcache.errors import ClosedError, ConfigError, StorageError
-from lmcache.server import protocol
-from lmcache.server.channel import Channel
-from lmcache.server.client import Client, ClientConfig
 from lmcache.server.config import ServerConfig
-from lmcache.server.protocol import encode_frame
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.channel import Channel
+from lmcache.storage.backends.lm.client import Client, ClientConfig
+from lmcache.storage.backends.lm.protocol import encode_frame
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from server_process import ServerProcess
 
-from lmcache.server.client import ClientConfig
-from lmcache.storage.backends.lm import LMServerBackend
+from lmcache.storage.backends.lm.backend import LMServerBackend
+from lmcache.storage.backends.lm.client import ClientConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests

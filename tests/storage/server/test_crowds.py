@@ -15,12 +15,12 @@ import pytest
 from server_harness import WAIT_S, data, eventually, get, log_in, put
 
 from lmcache.server import http as pages_module
-from lmcache.server import protocol
-from lmcache.server.channel import Channel
 from lmcache.server.http import StatusPages
 from lmcache.server.limits import Budget
-from lmcache.server.protocol import SEAL_BYTES, encode_frame, join_keys
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.channel import Channel
+from lmcache.storage.backends.lm.protocol import SEAL_BYTES, encode_frame, join_keys
 from lmcache.storage.testing import make_key
 
 MIB = 1 << 20

@@ -8,7 +8,7 @@ import pytest
 from frozen import FORGET, check_a_removal_holds
 from server_process import ServerProcess
 
-from lmcache.storage import owed
+from lmcache.storage.flow import owed
 
 
 @pytest.fixture(scope="module")

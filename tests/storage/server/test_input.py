@@ -16,11 +16,11 @@ from server_harness import CHUNK, KEYS, WAIT_S, data, eventually, get, in_use, l
 
 from lmcache import metrics
 from lmcache.errors import StorageError
-from lmcache.server import protocol
 from lmcache.server.config import ServerConfig
 from lmcache.server.http import StatusPages
-from lmcache.server.protocol import MAX_HEAD_BYTES, PREFIX_BYTES, SEAL_BYTES, encode_frame, join_keys
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.protocol import MAX_HEAD_BYTES, PREFIX_BYTES, SEAL_BYTES, encode_frame, join_keys
 from lmcache.storage.testing import make_key
 
 

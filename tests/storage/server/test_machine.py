@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from server_harness import data, get, put
 
 from lmcache.config import build
-from lmcache.server.client import Client, ClientConfig
 from lmcache.server.config import ServerConfig
 from lmcache.server.server import Server
+from lmcache.storage.backends.lm.client import Client, ClientConfig
 from lmcache.storage.testing import make_key
 
 NUMBERS = st.integers(0, 7)

@@ -20,9 +20,9 @@ from server_harness import CHUNK, KEYS, WAIT_S, data, get, log_in, put, value
 from server_process import ROOT, ServerProcess
 
 from lmcache.errors import StorageError
-from lmcache.server import protocol
-from lmcache.server.client import Client, ClientConfig
-from lmcache.server.protocol import MAX_HEAD_BYTES, SEAL_BYTES, encode_frame, join_keys
+from lmcache.storage.backends.lm import protocol
+from lmcache.storage.backends.lm.client import Client, ClientConfig
+from lmcache.storage.backends.lm.protocol import MAX_HEAD_BYTES, SEAL_BYTES, encode_frame, join_keys
 from lmcache.storage.testing import make_key
 
 
