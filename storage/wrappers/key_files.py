@@ -21,7 +21,7 @@ _HOW = (
     "A key is 32 random bytes, raw, in hex (64 digits) or in base64 (44 characters). To make one: "
     "(umask 077; openssl rand -hex 32 > FILE), or python -c 'import secrets; print(secrets.token_hex(32))'"
 )
-# Each is true of fewer than one in 2^42 random keys; tests/storage/test_key_files.py has the sums.
+# Each is true of fewer than one in 2^42 random keys; tests/storage/wrappers/test_key_files.py has the sums.
 _TEXT = frozenset(string.printable.encode())
 _FEW_BYTES = 16
 _LONG_RUN = 7

@@ -6,15 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import tiny_models
 from harness import DRIVE, DRIVE_MANY, Failed, environment
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "blend"))
-
 import tiny_families as tiny
+import torch
 
 import lmcache
 from lmcache.blend.blender import Blender

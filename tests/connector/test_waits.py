@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
-
 from redis_places import VALKEY, needs_valkey
 from scripted import WAIT_S, Gate, ScriptedBackend
 

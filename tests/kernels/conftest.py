@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 MODES = ("cpu", "interpret", "aot", "gpu")
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "copy"), str(HERE / "attention")]
 
 
 def _mode(config: pytest.Config) -> str:

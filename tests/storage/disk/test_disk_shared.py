@@ -19,7 +19,7 @@ from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, make_key, take
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHUNK = 20_000
 SIZE = HEADER_BYTES + CHUNK
 put, get = BackendTests.put, BackendTests.get

@@ -35,7 +35,7 @@ from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SIZE = HEADER_BYTES + CHUNK
 put, get = BackendTests.put, BackendTests.get
 

@@ -19,7 +19,7 @@ from lmcache.storage.testing.mutants import MUTANTS, UNSEEN
 from lmcache.storage.testing.reference import FolderBackend, FolderConfig
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 
 
 class TestFolder(FolderTests):

@@ -20,7 +20,7 @@ from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
 from lmcache.kernels.copy import pages
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.float8_e4m3fn)
 COUNTS = (0, 1, 63, 256, 1000)
 TOKENS, PAGES = ("gather_tokens", "scatter_tokens"), ("gather_pages", "scatter_pages")

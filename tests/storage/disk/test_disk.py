@@ -31,7 +31,7 @@ from lmcache.storage.eviction.base import LRU
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendMachine, BackendTests, make_key, take
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHUNK = 20_000
 
 

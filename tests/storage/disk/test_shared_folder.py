@@ -26,7 +26,7 @@ from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 
 put, get = BackendTests.put, BackendTests.get
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHUNK = 20_000
 
 

@@ -14,8 +14,8 @@ import pytest
 from lmcache.errors import ConfigError
 from lmcache.storage.registry import build_backend
 
-ROOT = Path(__file__).resolve().parents[2]
-INNER = ROOT / "tests/storage/mooncake_inside.py"
+ROOT = Path(__file__).resolve().parents[3]
+INNER = ROOT / "tests/storage/placed/mooncake_inside.py"
 
 
 def test_a_url_without_port_and_unknown_options_are_refused() -> None:

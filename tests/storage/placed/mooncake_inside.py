@@ -35,7 +35,7 @@ if not os.environ.get("LMCACHE_TEST_NAMESPACE"):
 
 __all__ = ["open_manager"]
 PORT = 15051
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 put, get = BackendTests.put, BackendTests.get
 
 

@@ -16,7 +16,7 @@ from lmcache.errors import ConfigError
 from lmcache.storage.registry import REMOTE_SCHEMES, build_backend
 
 PLUGIN = Path(__file__).parent / "plugin"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def from_the_page(source: Path) -> None:

@@ -106,7 +106,7 @@ def test_keys_may_come_from_the_environment(options: dict[str, Any], secret: str
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(without_keys(options)),
         env={**other, **keys},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         timeout=120,

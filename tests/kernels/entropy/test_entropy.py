@@ -23,7 +23,7 @@ from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, stream
 # triton 3.6's interpreter turns a loop's bound into an int in a way that numpy frowns on.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RED_ZONE = 64
 POISON = 0xA5
 
