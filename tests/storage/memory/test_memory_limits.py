@@ -214,7 +214,7 @@ def test_the_pool_asks_before_it_maps_and_while_it_touches(monkeypatch: pytest.M
 def test_a_refused_mapping_names_the_resource_limit() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30));"
-        "from lmcache.storage import host_memory; host_memory.map_memory(4 << 30, False)"
+        "from lmcache.storage.memory import host_memory; host_memory.map_memory(4 << 30, False)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if "available" in done.stderr:
