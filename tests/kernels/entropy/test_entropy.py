@@ -398,7 +398,7 @@ def test_wrong_arguments_of_decode_are_refused(change: dict[str, torch.Tensor], 
 
 
 def test_a_cpu_needs_no_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import torch; from lmcache.kernels.entropy import coder as entropy as e; "
+    code = "import sys; sys.modules['triton'] = None; import torch; from lmcache.kernels.entropy import coder as e; "
     code += (
         "from lmcache.kernels.entropy.tables import FrequencyTables; t = FrequencyTables(torch.tensor([[2048] * 2])); "
     )
