@@ -23,7 +23,7 @@ from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.pace import SHARE
-from lmcache.storage.run.workers import Job
+from lmcache.storage.run.threads import Job
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Run:
         self.asked = 0  # sizes that batches were made of
         self.held = 0  # sizes whose batch has come in, in order
         self.landed: dict[int, tuple[list[PoolBuffer], int]] = {}  # batches that came in before an earlier one
-        self.jobs: list[Job] = []
+        self.jobs: list[Job[None]] = []
         self.flying = 0
         self.cut = False  # a batch came in short: what lies behind it is no prefix
         self.full = False  # no memory

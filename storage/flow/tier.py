@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from typing import TypeVar
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
@@ -23,7 +24,7 @@ from lmcache.storage.flow.writing import WriteQueue
 from lmcache.storage.run.breaker import Side, SideHealth
 from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.pace import Pace
-from lmcache.storage.run.workers import Job, Workers
+from lmcache.storage.run.threads import Job, Threads
 from lmcache.storage.selection import Selection, clear_backend
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,8 @@ class LowerTier:
         self._latency_s: float | None = None
         self.read_pace, self.write_pace = Pace(), Pace()
         threads = config.read_threads
-        self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
-        self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
+        self._reads = Threads(f"{self.name}-read", threads, spare=threads, deadlines=deadlines)
+        self._asks = Threads(f"{self.name}-ask", 1, spare=1, deadlines=deadlines)
         self.writes = WriteQueue(self, queue_bytes, config.read_timeout_s, deadlines)
         self.owed = OwedRemovals(self.name, self.remove_now, self.writes.returning, self._timeout_s, files)
 
@@ -204,7 +205,9 @@ class LowerTier:
         metrics.TIER_HUNG_CALLS.labels(self.name).inc()
         side.failed(f"a call did not end within {limit_s:.3g} s")
 
-    def read(self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None] | None = None) -> Job | None:
+    def read(
+        self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None] | None = None
+    ) -> Job[None] | None:
         """Run ``call`` on a reading thread; None when there is none. A call that takes longer is a failure."""
 
         def late() -> None:
@@ -214,7 +217,7 @@ class LowerTier:
 
         return self._reads.submit(call, limit_s, late)
 
-    def overdue(self, job: Job) -> None:
+    def overdue(self, job: Job[None]) -> None:
         """A running read will not be waited for."""
         self._reads.overdue(job)
 
@@ -328,8 +331,8 @@ class LowerTier:
             logger.error("tier %s: closed while %d removals are owed: chunks may come back", self.name, len(self.owed))
         if ended:
             self._wait(self._asks, self.backend.close, None, CLOSE_S, transfers=False, always=True)
-        for workers in (self._reads, self._asks):
-            workers.close()
+        for threads in (self._reads, self._asks):
+            threads.close()
 
     def health(self) -> TierHealth:
         return TierHealth(
@@ -347,7 +350,7 @@ class LowerTier:
 
     def _wait(
         self,
-        workers: Workers,
+        threads: Threads,
         call: Callable[[], T],
         otherwise: T,
         timeout_s: float,
@@ -358,19 +361,12 @@ class LowerTier:
         unwanted: Callable[[T], None] | None = None,
     ) -> T:
         side = side or self.read_side
-        answer = _Answer[T](unwanted)
         ends_at = time.monotonic() + timeout_s
-
-        def job() -> None:
-            answer.give(self.guarded(call, otherwise, side=side, transfers=transfers, always=always, ends_at=ends_at))
-
-        running = workers.submit(job, timeout_s, lambda: self.hung(side, timeout_s))
-        if running is None:
+        guarded = partial(self.guarded, call, otherwise, side=side, transfers=transfers, always=always, ends_at=ends_at)
+        job = threads.submit(guarded, timeout_s, lambda: self.hung(side, timeout_s), unwanted)
+        if job is None or not threads.wait(job, timeout_s) or job.error is not None:
             return otherwise
-        if answer.wait(timeout_s):
-            return answer.take()
-        workers.withdraw(running)
-        return otherwise
+        return job.result
 
     def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
         """Wait before the next attempt; False when there should be none."""
@@ -387,31 +383,3 @@ def _final(error: Exception) -> bool:
     """Whether trying again does not mend it. A write that failed so will not land late either."""
     causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
     return any(getattr(cause, "errno", None) in FINAL for cause in causes)
-
-
-class _Answer(Generic[T]):
-    """Hands a result from a tier's thread to the one that waits, or to ``unwanted`` when that one has gone."""
-
-    def __init__(self, unwanted: Callable[[T], None] | None) -> None:
-        self._unwanted = unwanted
-        self._results: list[T] = []
-        self._changed = threading.Condition()
-        self._gone = False
-
-    def give(self, result: T) -> None:
-        with self._changed:
-            if not self._gone:
-                self._results.append(result)
-                self._changed.notify()
-                return
-        if self._unwanted is not None:
-            self._unwanted(result)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether there is a result after ``timeout_s``; if not, none is wanted any more."""
-        with self._changed:
-            self._gone = not self._changed.wait_for(lambda: bool(self._results), timeout_s)
-            return not self._gone
-
-    def take(self) -> T:
-        return self._results[0]

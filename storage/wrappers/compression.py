@@ -21,8 +21,8 @@ from lmcache import metrics
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer
+from lmcache.storage.index import RecentSizes
 from lmcache.storage.registry import build_backend
-from lmcache.storage.run.requests import RecentSizes
 from lmcache.storage.wrappers.decorators import WrapperConfig
 from lmcache.storage.wrappers.recoding import Fill, Recoding, Scratch
 

@@ -31,10 +31,13 @@ from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.files.regular_files import NO_DESCRIPTORS
 from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
-from lmcache.storage.run.io_threads import IOThreads, Outcome
+from lmcache.storage.run.budget import ByteBudget
+from lmcache.storage.run.threads import Threads
 
 CLOSE_TIMEOUT_S = 1.0
 MOST_OWED = 10_000
+Outcome = bool | OSError | None
+"""Of one chunk: whether it was read or written, or what went wrong; None when it was left out."""
 
 
 class DiskConfig(Config):
@@ -85,7 +88,8 @@ class DiskBackend(StorageBackend):
         self._alone = len(self._folders) == 1
         self._index = DiskIndex(policy, len(self._folders))
         self._space = DiskSpace(self._index, len(self._folders), config.capacity // len(self._folders), self.name)
-        self._io = IOThreads(config.threads, config.in_flight, "lmcache-disk")
+        self._io = Threads("disk", config.threads)
+        self._in_flight = ByteBudget(config.in_flight)
         self._open()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
@@ -102,11 +106,11 @@ class DiskBackend(StorageBackend):
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         now = time.time_ns()
         # The head of a prefix, without which the rest is worth nothing, counts as used last.
-        jobs = [
-            (HEADER_BYTES + buffer.nbytes, functools.partial(self._get, key, buffer, now - index))
+        calls = [
+            functools.partial(self._get, key, buffer, now - index)
             for index, (key, buffer) in enumerate(zip(keys, into, strict=True))
         ]
-        outcomes = self._io.run(jobs, until_miss=True)
+        outcomes = self._io.run(calls, ends=lambda outcome: outcome is not True)
         self._raise_if_all_fail(outcomes)
         count = next((index for index, outcome in enumerate(outcomes) if outcome is not True), len(keys))
         self._index.touch(reversed(keys[:count]), now)
@@ -115,12 +119,8 @@ class DiskBackend(StorageBackend):
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         written: dict[ChunkKey, Entry] = {}
         wanted = distinct(keys, buffers)
-        jobs = [
-            (HEADER_BYTES + buffer.nbytes, functools.partial(self._put, key, buffer, written))
-            for key, buffer in wanted.items()
-        ]
         try:
-            outcomes = self._io.run(jobs)
+            outcomes = self._io.run([functools.partial(self._put, *chunk, written) for chunk in wanted.items()])
         finally:
             for key in reversed(wanted):
                 if (entry := written.pop(key, None)) is not None:
@@ -217,6 +217,10 @@ class DiskBackend(StorageBackend):
         return None
 
     def _get(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
+        with self._in_flight.of(HEADER_BYTES + buffer.nbytes):
+            return self._read(key, buffer, used_ns)
+
+    def _read(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
         entry = self._locate(key)
         if entry is None:
             return False
@@ -243,6 +247,10 @@ class DiskBackend(StorageBackend):
         folder.odd.found(folder.file_of(key), why, removed=removed)
 
     def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
+        with self._in_flight.of(HEADER_BYTES + buffer.nbytes):
+            return self._write(key, buffer, written)
+
+    def _write(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
         entry = self._locate(key)
         if entry is not None:
             if self._folders[entry.folder].find(key) is not None:

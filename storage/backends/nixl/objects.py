@@ -25,7 +25,7 @@ from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.journal import Journal
 from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.naming import chunk_path
-from lmcache.storage.run.bounded import BoundedCaller
+from lmcache.storage.run.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class NixlObjects(Place):
         self._agent = Agent("OBJ", parameters)
         self._journal = Journal(journal)
         self._staging = Staging(staging)
-        self._queries = BoundedCaller(QUERIES, "lmcache-nixl")
+        self._queries = Threads("nixl", QUERIES)
         self._prefix, self._timeout_s = prefix, timeout_s
         self._numbers = itertools.count(1)
         self._late: list[tuple[Transfer, list[PoolBuffer]]] = []
