@@ -23,9 +23,9 @@ from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageE
 from lmcache.forks import Home
 from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
 from lmcache.storage.backends.placed.registrations import Registrations
-from lmcache.storage.backends.placed.staging import Staging
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.run.threads import Threads
 
 if TYPE_CHECKING:

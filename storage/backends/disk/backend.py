@@ -25,11 +25,11 @@ from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, Storage
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk.folder import NO_ROOM, Folder, Spare
-from lmcache.storage.backends.disk.index import DiskIndex, Entry
 from lmcache.storage.backends.disk.space import DiskSpace
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.files.regular_files import NO_DESCRIPTORS
+from lmcache.storage.index import ChunkIndex, Entry
 from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
 from lmcache.storage.run.budget import ByteBudget
 from lmcache.storage.run.threads import Threads
@@ -86,7 +86,7 @@ class DiskBackend(StorageBackend):
             for number, path in enumerate(config.folders)
         ]
         self._alone = len(self._folders) == 1
-        self._index = DiskIndex(policy, len(self._folders))
+        self._index = ChunkIndex(policy, len(self._folders))
         self._space = DiskSpace(self._index, len(self._folders), config.capacity // len(self._folders), self.name)
         self._io = Threads("disk", config.threads)
         self._in_flight = ByteBudget(config.in_flight)

@@ -19,11 +19,11 @@ from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.nixl.agent import Agent, NixlError, Transfer
 from lmcache.storage.backends.placed.backend import Place
-from lmcache.storage.backends.placed.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.journal import Journal
 from lmcache.storage.memory.pool import PoolBuffer
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.naming import chunk_path
 from lmcache.storage.run.threads import Threads
 

@@ -15,6 +15,7 @@ from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.index import ChunkIndex, Entry
 from lmcache.storage.registry import EVICTION_POLICIES
 
 logger = logging.getLogger(__name__)
@@ -57,69 +58,6 @@ class Place(ABC):
         """Release resources. Called once, when nothing else is."""
 
 
-class ChunkIndex:
-    """Sizes by key, the order of eviction, and the bytes in use. Thread-safe; does no I/O."""
-
-    def __init__(self, capacity: int, eviction: str) -> None:
-        self._capacity = capacity
-        self._policy = EVICTION_POLICIES.get(eviction)()
-        self._sizes: dict[ChunkKey, int] = {}
-        self._lock = threading.Lock()
-        self.used_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def keys(self) -> list[ChunkKey]:
-        with self._lock:
-            return list(self._sizes)
-
-    def size(self, key: ChunkKey) -> int:
-        """0 for a key that is not known."""
-        with self._lock:
-            return self._sizes.get(key, 0)
-
-    def touch(self, keys: Iterable[ChunkKey]) -> None:
-        with self._lock:
-            for key in keys:
-                self._policy.touch(key)
-
-    def add(self, key: ChunkKey, size: int, *, reserved: bool = False) -> None:
-        with self._lock:
-            self.used_bytes += (0 if reserved else size) - self._sizes.get(key, 0)
-            self._sizes[key] = size
-            self._policy.add(key, size)
-
-    def forget(self, key: ChunkKey) -> None:
-        with self._lock:
-            self.used_bytes -= self._sizes.pop(key, 0)
-            self._policy.remove(key)
-
-    def reserve(self, size: int) -> list[ChunkKey] | None:
-        """Make room; the keys that had to go, or None when there can be no room now."""
-        with self._lock:
-            victims: list[ChunkKey] = []
-            free = self._capacity - self.used_bytes
-            if size > self._capacity:
-                return None
-            for key in self._policy.victims():
-                if free >= size:
-                    break
-                victims.append(key)
-                free += self._sizes[key]
-            if free < size:
-                return None  # the rest is reserved by other writers
-            for key in victims:
-                self.used_bytes -= self._sizes.pop(key)
-                self._policy.remove(key)
-            self.used_bytes += size
-        return victims
-
-    def unreserve(self, size: int) -> None:
-        with self._lock:
-            self.used_bytes -= size
-
-
 class IndexedBackend(StorageBackend):
     """A backend over a ``Place``: subclasses build the place and call ``__init__``."""
 
@@ -128,12 +66,12 @@ class IndexedBackend(StorageBackend):
     def __init__(self, place: Place, capacity: int, eviction: str) -> None:
         self._home = Home(f"this {self.name} tier")
         self._place = place
-        self._index = ChunkIndex(capacity, eviction)
+        self._index = ChunkIndex(EVICTION_POLICIES.get(eviction)(), capacity=capacity)
         self._calls, self._closed = 0, False
         self._changed = threading.Condition()
         try:
             for key, size in place.scan():
-                self._index.add(key, size)
+                self._index.add(key, Entry(0, size))
         except StorageError as error:
             raise ConfigError(f"the {self.name} tier cannot start: {error}") from error
         self._evict(self._index.reserve(0) or [])
@@ -178,7 +116,7 @@ class IndexedBackend(StorageBackend):
             outcomes = self._write(fresh)
             for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
                 if outcome is None:
-                    self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
+                    self._index.add(key, Entry(0, HEADER_BYTES + buffer.nbytes), reserved=True)
                 else:
                     self._index.unreserve(HEADER_BYTES + buffer.nbytes)
                     if not isinstance(outcome, CorruptChunkError):
@@ -244,13 +182,13 @@ class IndexedBackend(StorageBackend):
         if size != self._index.size(key):
             self._index.forget(key)
             if size:
-                self._index.add(key, size)
+                self._index.add(key, Entry(0, size))
         return size > 0
 
     def _known(self, key: ChunkKey) -> int:
         size = self._index.size(key)
         if not size and (size := self._place.find(key)):
-            self._index.add(key, size)
+            self._index.add(key, Entry(0, size))
         return size
 
     def _write(self, fresh: dict[ChunkKey, Buffer]) -> list[StorageError | None]:

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple, TypeVar
 from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.placed.backend import Place
-from lmcache.storage.backends.placed.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.chunk_files import ChunkFiles
 from lmcache.storage.files.regular_files import GONE, Spot
 from lmcache.storage.memory.pool import PAGE, PoolBuffer
+from lmcache.storage.memory.staging import Staging
 
 T = TypeVar("T")
 BATCH = 32
