@@ -70,7 +70,7 @@ class StorageManager:
         check_policy(memory.eviction, "memory.eviction")
         policy = EVICTION_POLICIES.get(memory.eviction)
         backends = build_tiers(config.tiers) if tiers is None else tiers
-        self._write_back = config.demotion == "on_evict" and bool(backends)
+        self._demotes = config.demotion == "on_evict" and bool(backends)
         self.pool = PinnedPool(
             memory.capacity,
             pin=pin,
@@ -87,7 +87,7 @@ class StorageManager:
             low_watermark=memory.low_watermark,
             quotas=config.quotas,
             quota_policy=policy,
-            write_back=self._write_back,
+            demotes=self._demotes,
         )
         self._deadlines = Deadlines()
         # Queued chunks cannot be evicted, so they may not take more than half of memory.
@@ -159,7 +159,7 @@ class StorageManager:
             return
         # What a quota may turn out at any time is written at once, also where other chunks wait for demotion.
         at_once = self._memory.has_quota(key)
-        if self._write_back and on_written is None and not at_once:
+        if self._demotes and on_written is None and not at_once:
             self._memory.insert(key, buffer, place=place)
             self._write_ahead()
             return
@@ -330,7 +330,7 @@ class StorageManager:
                 return
             self._closed = self._frozen = True
         ends_at = time.monotonic() + self._config.close_timeout_s
-        if self._write_back:
+        if self._demotes:
             for key, buffer in self._memory.to_write():
                 self._tiers[0].writes.put(key, buffer, wait_until=ends_at)
         if not self.flush(max(0.0, ends_at - time.monotonic())):

@@ -22,7 +22,7 @@ from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.forks import Home
 from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
-from lmcache.storage.backends.placed.registrations import Registrations
+from lmcache.storage.backends.indexed.registrations import Registrations
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.memory.staging import Staging

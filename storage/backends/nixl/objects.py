@@ -17,8 +17,8 @@ from pathlib import Path
 
 from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
+from lmcache.storage.backends.indexed.backend import Medium
 from lmcache.storage.backends.nixl.agent import Agent, NixlError, Transfer
-from lmcache.storage.backends.placed.backend import Place
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.journal import Journal
@@ -38,11 +38,11 @@ _hanging: set[NixlObjects] = set()
 @atexit.register
 def _leave_to_nixl() -> None:
     """To destroy an agent that has transfers under way would crash the process as it ends."""
-    for place in _hanging:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(place))
+    for medium in _hanging:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(medium))
 
 
-class NixlObjects(Place):
+class NixlObjects(Medium):
     """One object a chunk: ``<prefix><format fingerprint>/<tenant and tags>/<digest>.kv``."""
 
     def __init__(self, journal: Path, prefix: str, parameters: dict[str, str], timeout_s: float, staging: int) -> None:

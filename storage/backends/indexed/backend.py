@@ -1,4 +1,4 @@
-"""What backends share that keep their own books: an index with a capacity, over a place that moves bytes."""
+"""What backends share that keep their own books: an index with a capacity, over a medium that moves bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 1.0
 
 
-class Place(ABC):
+class Medium(ABC):
     """Where chunks lie, header and payload together. Thread-safe. Sizes are bytes of header and payload."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class Place(ABC):
     def write(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
         """Write chunks, each there whole or not at all; what went wrong with each.
 
-        CorruptChunkError: something that is no chunk stands in its place and stays there, which the place has said.
+        CorruptChunkError: something that is no chunk stands in its place and stays there, which the medium has said.
         """
 
     @abstractmethod
@@ -59,18 +59,18 @@ class Place(ABC):
 
 
 class IndexedBackend(StorageBackend):
-    """A backend over a ``Place``: subclasses build the place and call ``__init__``."""
+    """A backend over a ``Medium``: subclasses build the medium and call ``__init__``."""
 
     name: ClassVar[str]
 
-    def __init__(self, place: Place, capacity: int, eviction: str) -> None:
+    def __init__(self, medium: Medium, capacity: int, eviction: str) -> None:
         self._home = Home(f"this {self.name} tier")
-        self._place = place
+        self._medium = medium
         self._index = ChunkIndex(EVICTION_POLICIES.get(eviction)(), capacity=capacity)
         self._calls, self._closed = 0, False
         self._changed = threading.Condition()
         try:
-            for key, size in place.scan():
+            for key, size in medium.scan():
                 self._index.add(key, Entry(0, size))
         except StorageError as error:
             raise ConfigError(f"the {self.name} tier cannot start: {error}") from error
@@ -84,9 +84,9 @@ class IndexedBackend(StorageBackend):
         return self._index.used_bytes
 
     def keys(self) -> list[ChunkKey]:
-        # By the place and not by the index, so that what other processes put there is told too.
+        # By the medium and not by the index, so that what other processes put there is told too.
         with self._running():
-            return [key for key, _ in self._place.scan()]
+            return [key for key, _ in self._medium.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         with self._running():
@@ -95,7 +95,7 @@ class IndexedBackend(StorageBackend):
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         with self._running():
             known = len(self._leading(keys))
-            outcomes = self._place.read(keys[:known], into[:known]) if known else []
+            outcomes = self._medium.read(keys[:known], into[:known]) if known else []
             count = sum(outcome is True for outcome in outcomes)
             # The head of a prefix, without which the rest is worth nothing, counts as used last.
             self._index.touch(reversed(keys[:count]))
@@ -131,7 +131,7 @@ class IndexedBackend(StorageBackend):
         with self._running():
             for key in keys:
                 self._index.forget(key)
-                count += self._place.delete(key)
+                count += self._medium.delete(key)
         return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
@@ -147,13 +147,13 @@ class IndexedBackend(StorageBackend):
             self._closed = True
             ended = self._changed.wait_for(lambda: not self._calls, CLOSE_TIMEOUT_S)
         if ended:
-            self._place.close()
-        else:  # a transfer goes on to use what the place has, which stays until the process ends
+            self._medium.close()
+        else:  # a transfer goes on to use what the medium has, which stays until the process ends
             logger.warning("%s: closed while %d calls run", self.name, self._calls)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """While this lasts the place is open."""
+        """While this lasts the medium is open."""
         self._home.check()
         with self._changed:
             if self._closed:
@@ -167,7 +167,7 @@ class IndexedBackend(StorageBackend):
                 self._changed.notify_all()
 
     def _leading(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """``sizes``, of a place that is open."""
+        """``sizes``, of a medium that is open."""
         sizes: list[int] = []
         for key in keys:
             size = self._known(key)
@@ -177,8 +177,8 @@ class IndexedBackend(StorageBackend):
         return sizes
 
     def _still_here(self, key: ChunkKey) -> bool:
-        """Asks the place, as another process may have removed it."""
-        size = self._place.find(key)
+        """Asks the medium, as another process may have removed it."""
+        size = self._medium.find(key)
         if size != self._index.size(key):
             self._index.forget(key)
             if size:
@@ -187,7 +187,7 @@ class IndexedBackend(StorageBackend):
 
     def _known(self, key: ChunkKey) -> int:
         size = self._index.size(key)
-        if not size and (size := self._place.find(key)):
+        if not size and (size := self._medium.find(key)):
             self._index.add(key, Entry(0, size))
         return size
 
@@ -195,7 +195,7 @@ class IndexedBackend(StorageBackend):
         if not fresh:
             return []
         try:
-            return self._place.write(list(fresh), list(fresh.values()))
+            return self._medium.write(list(fresh), list(fresh.values()))
         except BaseException:
             for buffer in fresh.values():
                 self._index.unreserve(HEADER_BYTES + buffer.nbytes)
@@ -218,7 +218,7 @@ class IndexedBackend(StorageBackend):
     def _evict(self, victims: Sequence[ChunkKey]) -> None:
         for key in victims:
             try:
-                self._place.delete(key)
+                self._medium.delete(key)
             except StorageError as error:
                 logger.warning("%s: cannot evict %s: %s", self.name, key, error)
         metrics.EVICTED_CHUNKS.labels(self.name).inc(len(victims))
