@@ -30,7 +30,7 @@ from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy, place_of
-from lmcache.storage.run.deadlines import Deadlines
+from lmcache.storage.run.deadlines import Deadline, Deadlines
 from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ class StorageManager:
             self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue
         )
         self._promotes = promotion(config.promote)
-        self._leases: set[Lease] = set()
+        self._leases: dict[Lease, Deadline | None] = {}
+        """Each with when it is looked at next."""
         self._lock = threading.Lock()
         self._frozen = False
         self._closed = False
@@ -229,10 +230,8 @@ class StorageManager:
         timeout_s: float | None = None,
     ) -> Prefetch:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
-        prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always, join=False)
-        return prefetch
+        return Prefetch(lambda on_done: self._acquire(keys, sizes, on_done, timeout_s, None, always, join=False))
 
     def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None, wait: bool = True) -> int:
         """Forget chunks, in every tier that answers in time, or in the one of that name.
@@ -382,11 +381,10 @@ class StorageManager:
         join: bool = True,
     ) -> Lease:
         self._home.check()
-        lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
-        lease._on_closed = self._forget
+        lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done, on_closed=self._forget)
         with self._lock:
             self._check_open()
-            self._leases.add(lease)
+            self._leases[lease] = None
         limit_s = timeout_s or self._config.read_timeout_s
         try:
             self._joining.read(lease, limit_s, keep=keep, ends=ends, join=join)
@@ -411,13 +409,18 @@ class StorageManager:
             lease.close()
             return
         due = time.monotonic() + min(left, self._config.read_timeout_s)
-        lease._expiry = self._deadlines.at(max(due, time.monotonic() + 1e-3), partial(self._watch, lease))
+        watch = self._deadlines.at(max(due, time.monotonic() + 1e-3), partial(self._watch, lease))
+        with self._lock:
+            if lease in self._leases:
+                self._leases[lease] = watch
+                return
+        watch.cancel()  # it was closed meanwhile
 
     def _forget(self, lease: Lease) -> None:
-        if lease._expiry is not None:
-            lease._expiry.cancel()
         with self._lock:
-            self._leases.discard(lease)
+            watch = self._leases.pop(lease, None)
+        if watch is not None:
+            watch.cancel()
 
     def _close_expired(self) -> bool:
         """Close leases that ran out and have not been seen to; returns whether there were any."""
