@@ -21,10 +21,11 @@ from lmcache.forks import Home
 from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.eviction.base import Place
+from lmcache.storage.flow.health import TierHealth
 from lmcache.storage.flow.joining import Ends, Joining
 from lmcache.storage.flow.owed_files import FOLDER, OwedFiles
 from lmcache.storage.flow.promotion import promotion
-from lmcache.storage.flow.tier import LowerTier, TierHealth
+from lmcache.storage.flow.tier import LowerTier
 from lmcache.storage.flow.transfers import Transfers
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
