@@ -1,11 +1,11 @@
-"""L3: one file a chunk, in one folder or striped over several (see disk_folder.py for their layout).
+"""L3: one file a chunk, in one folder or striped over several (folder.py has their layout).
 
 A file is written under a temporary name and renamed, so it is there whole or not at all, whatever is killed when. The
 index is rebuilt at start from names and sizes. Without ``fsync`` a power cut may lose chunks, and the checksum turns
 what it leaves into misses; with it a chunk counts as held when file and folder are on the medium.
 
 Several processes may share folders: one's files are found by the others, a file that went away is a miss, the bytes are
-counted together (disk_account.py), and what another has used lately is not evicted for being old news here.
+counted together (account.py), and what another has used lately is not evicted for being old news here.
 """
 
 from __future__ import annotations

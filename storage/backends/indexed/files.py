@@ -40,7 +40,7 @@ class Item(NamedTuple):
 
 
 class FileMedium(Medium):
-    """One file a chunk, see chunk_files.py; subclasses say how bytes move.
+    """One file a chunk, see storage/files/chunk_files.py; subclasses say how bytes move.
 
     direct: open files with O_DIRECT where length and system allow it. timeout_s: how long to wait for headers' memory.
     """
