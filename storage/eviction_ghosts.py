@@ -88,19 +88,23 @@ class Segments:
         return head
 
     def sweep(self, count: int) -> None:
-        """Forget those of the next ``count`` segments that nobody holds, remembers or hangs on."""
-        hand, users, held = self._hand, self.users, self.held
-        for segment in range(hand, min(hand + count, len(users))):
-            if not users[segment] and not held[segment] and (keys := self.keys[segment]):
-                if (above := self.above[segment]) >= 0:
-                    self.children[above] -= 1
-                    self.above[segment] = NOTHING
-                if not self.children[segment]:
-                    for key in keys:
-                        del self.places[key]
-                    self.keys[segment] = []
-                    self._free.append(segment)
-        self._hand = hand + count if hand + count < len(users) else 0
+        """Forget those of the next ``count`` segments that nobody holds or remembers and nothing hangs on, and what they
+        hang on, if that is so of it too.
+        """
+        hand, users, held, children, above = self._hand, self.users, self.held, self.children, self.above
+        end = min(hand + count, len(users))
+        for segment in range(hand, end):
+            while not (users[segment] or held[segment] or children[segment]) and (keys := self.keys[segment]):
+                for key in keys:
+                    del self.places[key]
+                self.keys[segment] = []
+                self._free.append(segment)
+                if (parent := above[segment]) < 0:
+                    break
+                above[segment] = NOTHING
+                children[parent] -= 1
+                segment = parent
+        self._hand = end if end < len(users) else 0
 
     def _grow(self) -> None:
         start = len(self.keys)

@@ -36,11 +36,12 @@ HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
 MARGIN = 0.001
 # And by how many times what such a sum varies by chance: hits come by the request.
 SURE = 1.0
-# Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
-SEARCH, SWEEP = 256, 6
+# Segments looked at: with each run, whether the new leader holds them; at each choice, whether they are still needed.
+SEARCH, SWEEP = 256, 2 * CHOOSE_EVERY
 MOST_LOOKS = 8  # for one eviction
-# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
-SLACK = 1 / 32
+# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut. As
+# many as most runs have, but no more than a share of a small tier.
+SLACK, SLACK_SMALL, SLACK_RUN = 1 / 128, 1 / 32, 32
 UNKNOWN = 1 << 62
 
 
@@ -99,7 +100,14 @@ class Reuse(EvictionPolicy):
             self._places[key] = PENDING
             self._count += 1
             self._asked = False
-            self._use(key, place.parent if place is not None else None)
+            parent, run = place.parent if place is not None else None, self._run
+            if key == self._parent and run and self._step != UP and self._at < 0 and len(run) < MOST_RUN - 1:
+                # What ``_use`` would do, without a call: chunks come in from the end of a chain.
+                self._step = DOWN
+                run.append(key)
+                self._parent = parent
+            else:
+                self._use(key, parent)
             return
         if found == PENDING:
             self._close()
@@ -164,9 +172,10 @@ class Reuse(EvictionPolicy):
         self._asked = True
         if len(self._fell) <= self._batch // 8 + self._spared:
             self._close()
-        for _ in range(MOST_LOOKS):
-            if self._search and not self._fell:
-                self._look()
+        looks = 0
+        while self._search and not self._fell and looks < MOST_LOOKS:
+            self._look()
+            looks += 1
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
@@ -242,7 +251,12 @@ class Reuse(EvictionPolicy):
         self._last = run[-1]
         self._now += len(run)
         below = self._below if joint == DOWN else NOTHING
-        part = self._find(run[::-1], self._parent, below) if down else self._find(run, self._first, NOTHING)
+        path = run[::-1] if down else run[:]
+        found = self._places[path[0]]
+        if found >= 0 and below < 0 and self._segments.keys[found >> PLACE_BITS] == path:
+            part = [found >> PLACE_BITS]
+        else:
+            part = self._find(path, self._parent if down else self._first, below)
         run.clear()
         self._joint, self._spared = self._step, 0
         if part[-1] == below:
@@ -250,7 +264,8 @@ class Reuse(EvictionPolicy):
             if not part:
                 return
         if self._low >= 0:
-            self._resize(self._low - int(self._low * SLACK))
+            slack = max(self._low * SLACK, min(self._low * SLACK_SMALL, SLACK_RUN))
+            self._resize(self._low - int(slack))
         segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
         for segment in part:
             everywhere &= segments.users[segment]
@@ -260,12 +275,12 @@ class Reuse(EvictionPolicy):
             ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
         # Nobody took it: its number may soon be another's.
         self._below = part[0] if segments.users[part[0]] or segments.held[part[0]] else NOTHING
-        segments.sweep(SWEEP)
         if self._search:
             self._look()
         if self._now >= self._chosen + CHOOSE_EVERY:
+            segments.sweep(SWEEP)
             self._choose()
-        self._learned.learn()
+            self._learned.learn()
 
     def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
         """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.

@@ -20,7 +20,6 @@ from lmcache.storage.reuse_model import LAST, STARTS, ReuseModel
 
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
-AGE_EVERY = 64  # uses
 FIRST_FIT, FIT_EVERY = 256, 8192  # uses; the time between doubles
 # Segments that are remembered after they are gone, for each that is held.
 MEMORY = 4
@@ -45,7 +44,7 @@ class GhostLearned(Ghost):
         """The bits of what was let go and is remembered; of that whose next use the model waits for."""
         self._known = self._memory | self._counted | self.bit
         self._above, self._children = segments.above, segments.children
-        self._last, self._gap, self._kids = (segments.column() for _ in range(3))
+        self._last, self._gap, self._kids, self._since = (segments.column() for _ in range(4))
         self._kind = segments.column()
         """Of those that are counted, since when they were used last."""
         self._queue = segments.column(NOTHING)
@@ -72,7 +71,7 @@ class GhostLearned(Ghost):
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
-        self._now = self._aged = self._capacity = self._segments = 0
+        self._now = self._capacity = self._segments = 0
         self._next_fit = FIRST_FIT
         self._steps: list[Callable[[], None]] = []
         """What is left to do of learning, the last one first."""
@@ -89,9 +88,13 @@ class GhostLearned(Ghost):
             last[segment] = now
             if self._users[segment] & self._counted:
                 self._count_use(segment, gap)
-            if queue[segment] >= 0:
-                del self._queues[queue[segment]][segment]
-                self._enqueue(segment, 0)
+            if (place := queue[segment]) >= 0:
+                if place % len(AGES):
+                    del self._queues[place][segment]
+                    self._enqueue(segment, 0)
+                else:
+                    # Its kind and age are looked at again when it is about to go.
+                    self._queues[place].move_to_end(segment)
         self._now = now
 
     def _admit(self, segment: int, capacity: int) -> None:
@@ -142,9 +145,7 @@ class GhostLearned(Ghost):
 
     def learn(self) -> None:
         """Let segments grow older, and look at what was counted, when it is time: one step at each call."""
-        if self._now >= self._aged + AGE_EVERY:
-            self._aged = self._now
-            self._age()
+        self._age()
         if self._steps:
             self._steps.pop()()
         elif self._now >= self._next_fit:
@@ -185,6 +186,10 @@ class GhostLearned(Ghost):
                 return False
         self._lowest = lowest
         segment = next(iter(queues[order[lowest]]))
+        if self._kind_of(segment) != order[lowest] // len(AGES):
+            del queues[order[lowest]][segment]
+            self._enqueue(segment, order[lowest] % len(AGES))
+            return True
         left = self.kept[segment] - self._count + most
         if left > 0:
             self._shrink(segment, left)
@@ -217,7 +222,9 @@ class GhostLearned(Ghost):
             self._queues[queue].move_to_end(segment, last=False)
         if (rank := self._rank[queue]) < self._lowest:
             self._lowest = rank
-        self._aging[age].append(self._last[segment] << SEGMENT_BITS | segment)
+        if age < LAST_AGE:
+            since = self._since[segment] = self._last[segment]
+            self._aging[age].append(since << SEGMENT_BITS | segment)
 
     def _dequeue(self, segment: int) -> None:
         del self._queues[self._queue[segment]][segment]
@@ -231,9 +238,13 @@ class GhostLearned(Ghost):
             while aging and aging[0] < due:
                 since, segment = divmod(aging.popleft(), 1 << SEGMENT_BITS)
                 queue = queues[segment]
-                if last[segment] == since and queue >= 0 and queue % len(AGES) == age:
-                    del self._queues[queue][segment]
-                    self._enqueue(segment, age + 1)
+                if self._since[segment] == since and queue >= 0 and queue % len(AGES) == age:
+                    if last[segment] > since:  # used meanwhile
+                        self._since[segment] = last[segment]
+                        aging.append(last[segment] << SEGMENT_BITS | segment)
+                    else:
+                        del self._queues[queue][segment]
+                        self._enqueue(segment, age + 1)
 
     def _forget(self) -> None:
         """Wait no longer for what is very old."""
