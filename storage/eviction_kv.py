@@ -21,7 +21,6 @@ from lmcache.storage.eviction_ghosts import (
     UP,
     Ghost,
     GhostLRU,
-    GhostS3FIFO,
     Segments,
 )
 from lmcache.storage.eviction_learned import GhostLearned
@@ -60,10 +59,9 @@ class Reuse(EvictionPolicy):
         self._places = segments.places
         bits = iter([1 << n for n in range(32)])
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
-        paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
-        self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
-        # Before anything is learned the other is a guess, and a scan would cost most.
-        self._leader: Ghost = paper
+        self._ghosts: list[Ghost] = [self._learned, self._lru]
+        # Before anything is learned it does what LRU does.
+        self._leader: Ghost = self._learned
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
@@ -270,7 +268,6 @@ class Reuse(EvictionPolicy):
         for segment in part:
             everywhere &= segments.users[segment]
             chunks += segments.size[segment]
-            segments.uses[segment] += 1
         for ghost in self._ghosts:
             ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
         # Nobody took it: its number may soon be another's.

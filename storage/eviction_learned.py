@@ -30,6 +30,7 @@ AGES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
+SEGMENT = (1 << SEGMENT_BITS) - 1
 # What a segment counts that was used once, of what such were worth before: a scan looks like all others at first.
 DISCOUNT = 0.3
 LEAST_CAPACITY = 256
@@ -44,7 +45,8 @@ class GhostLearned(Ghost):
         """The bits of what was let go and is remembered; of that whose next use the model waits for."""
         self._known = self._memory | self._counted | self.bit
         self._above, self._children = segments.above, segments.children
-        self._last, self._gap, self._kids, self._since = (segments.column() for _ in range(4))
+        self._uses, self._last, self._gap, self._kids, self._since = (segments.column() for _ in range(5))
+        """``_uses``: since it was unknown; ``_since``: its last use, as ``_aging`` knows it."""
         self._kind = segments.column()
         """Of those that are counted, since when they were used last."""
         self._queue = segments.column(NOTHING)
@@ -66,7 +68,7 @@ class GhostLearned(Ghost):
         self._lowest = 0
         """No queue before this place in ``_sorted`` has a segment."""
         self._starts = [0] * len(AGES)
-        self._aging: list[deque[int]] = [deque() for _ in AGES]
+        self._aging: list[deque[int]] = [deque() for _ in AGES[1:]] + [deque(maxlen=0)]
         """When a segment of the queues of an age was used last, and the segment, in one number."""
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
@@ -80,11 +82,12 @@ class GhostLearned(Ghost):
         self._looked: list[int] = []
 
     def _hit(self, part: Sequence[int]) -> None:
-        queue, size, last, gaps, now = self._queue, self._size, self._last, self._gap, self._now
+        queue, size, last, gaps, uses, now = self._queue, self._size, self._last, self._gap, self._uses, self._now
         for segment in reversed(part):
             now += size[segment]
             gap = now - last[segment]
             gaps[segment] = gaps[segment] + gap >> 1
+            uses[segment] += 1
             last[segment] = now
             if self._users[segment] & self._counted:
                 self._count_use(segment, gap)
@@ -121,7 +124,7 @@ class GhostLearned(Ghost):
             self._enqueue(segment, 0)
 
     def divided(self, head: int, rest: int) -> None:
-        for column in (self._last, self._gap, self._kind):
+        for column in (self._uses, self._last, self._gap, self._kind):
             column[head] = column[rest]
         if self._users[rest] & self._counted:
             self._waiting[head] = None
@@ -159,10 +162,11 @@ class GhostLearned(Ghost):
         if users[segment] & self._known:
             gap = now - last[segment]
             self._gap[segment] = self._gap[segment] + gap >> 1
+            self._uses[segment] += 1
             if users[segment] & self._counted:
                 self._count_use(segment, gap)
         else:
-            self._base[segment] = self._uses[segment] - 1
+            self._uses[segment] = 1
             self._gap[segment] = 0
             self._fresh += 1
             if not (self._fresh * MIXER >> 12) & (self._stride - 1):
@@ -210,7 +214,7 @@ class GhostLearned(Ghost):
         return True
 
     def _kind_of(self, segment: int) -> int:
-        uses = self._uses[segment] - self._base[segment]
+        uses = self._uses[segment]
         if uses == 1:
             return self._inner if self._children[segment] else self._short if self._size[segment] > 1 else self._end
         return self._again[uses.bit_length()][self._gap[segment].bit_length()]
@@ -222,9 +226,8 @@ class GhostLearned(Ghost):
             self._queues[queue].move_to_end(segment, last=False)
         if (rank := self._rank[queue]) < self._lowest:
             self._lowest = rank
-        if age < LAST_AGE:
-            since = self._since[segment] = self._last[segment]
-            self._aging[age].append(since << SEGMENT_BITS | segment)
+        since = self._since[segment] = self._last[segment]
+        self._aging[age].append(since << SEGMENT_BITS | segment)
 
     def _dequeue(self, segment: int) -> None:
         del self._queues[self._queue[segment]][segment]
@@ -232,19 +235,27 @@ class GhostLearned(Ghost):
 
     def _age(self) -> None:
         """Move what is old enough to the next queues."""
-        last, queues = self._last, self._queue
+        last, places, queues, rank, stamps = self._last, self._queue, self._queues, self._rank, self._since
+        lowest = self._lowest
         for age in range(LAST_AGE):
-            aging, due = self._aging[age], self._now - self._starts[age + 1] + 1 << SEGMENT_BITS
-            while aging and aging[0] < due:
-                since, segment = divmod(aging.popleft(), 1 << SEGMENT_BITS)
-                queue = queues[segment]
-                if self._since[segment] == since and queue >= 0 and queue % len(AGES) == age:
-                    if last[segment] > since:  # used meanwhile
-                        self._since[segment] = last[segment]
-                        aging.append(last[segment] << SEGMENT_BITS | segment)
-                    else:
-                        del self._queues[queue][segment]
-                        self._enqueue(segment, age + 1)
+            aging, following = self._aging[age], self._aging[age + 1]
+            due = self._now - self._starts[age + 1] + 1 << SEGMENT_BITS
+            while aging and (entry := aging[0]) < due:
+                aging.popleft()
+                segment, since = entry & SEGMENT, entry >> SEGMENT_BITS
+                queue = places[segment]
+                if stamps[segment] != since or queue < 0 or queue % len(AGES) != age:
+                    continue
+                del queues[queue][segment]
+                if last[segment] > since:  # used meanwhile
+                    self._enqueue(segment, 0)
+                    continue
+                places[segment] = queue = queue + 1
+                queues[queue][segment] = None
+                following.append(entry)
+                if rank[queue] < lowest:
+                    lowest = rank[queue]
+        self._lowest = min(lowest, self._lowest)
 
     def _forget(self) -> None:
         """Wait no longer for what is very old."""

@@ -168,7 +168,7 @@ class ReuseMachine(RuleBasedStateMachine):
         self.policy.remove(make_key(number))
         self.held.discard(make_key(number))
 
-    @rule(index=st.integers(0, 3))
+    @rule(index=st.integers(0, 1))
     def follow(self, index: int) -> None:
         self.policy._follow(self.policy._ghosts[index])
 
@@ -339,7 +339,7 @@ def test_an_engines_order_and_batches_are_served(name: str) -> None:
 def test_who_follows_a_ghost_has_its_hits(name: str, size: int) -> None:
     requests = traces.read(name)[:1000]
     blocks = sum(map(len, requests))
-    for index in range(4):
+    for index in range(2):
         policy = following(index)
         found = replay.replay(requests, size, policy)
         policy._close()
