@@ -1,7 +1,7 @@
-"""`reuse`: lets go of what the policy would not hold that has had most hits of late.
+"""`reuse`: lets go of what the policy would not hold that has had more hits, LRU or one that learns.
 
-Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The
-tier follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
+Two ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The tier
+follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ MOST_RUN = 256
 # Of so many new chunks at the end of a chain the last one gets a segment of its own: it is of another kind.
 LEAST_CUT = 4
 CHOOSE_EVERY = 128  # uses
-# A hit counts half after so many uses, or, where it is more, after so many for each chunk that fits in.
-HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
-# How many more hits another ghost must have to be followed, as a share of uses.
-MARGIN = 0.001
-# And by how many times what such a sum varies by chance: hits come by the request.
-SURE = 1.0
+# A hit counts half after so many uses: longer than most judge by, shorter than a tier runs.
+HALF_LIFE = 1_000_000
+# How many more hits the other ghost must have to be followed: as a share of uses, and for each chunk that fits in, as a
+# change costs some; and by how many times what such a sum varies by chance, as hits come by the request.
+MARGIN, MARGIN_EACH, SURE = 0.0002, 0.005, 0.5
 # Segments looked at: with each run, whether the new leader holds them; at each choice, whether they are still needed.
 SEARCH, SWEEP = 256, 2 * CHOOSE_EVERY
 MOST_LOOKS = 8  # for one eviction
@@ -45,11 +44,11 @@ UNKNOWN = 1 << 62
 
 
 class Reuse(EvictionPolicy):
-    """Follows the ghost that had most hits of late.
+    """Follows the ghost that had more hits.
 
     Uses are gathered to runs, chunks of one chain used one after another, and the ghosts are told of whole runs:
 
-        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  every ghost ──▶ ``_fell`` of the leader
+        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  both ghosts ──▶ ``_fell`` of the leader
 
     The tier holds all that the leader holds, and a little more: what is in ``_fell``, and what is new in the run.
     """
@@ -59,18 +58,16 @@ class Reuse(EvictionPolicy):
         self._places = segments.places
         bits = iter([1 << n for n in range(32)])
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
-        self._ghosts: list[Ghost] = [self._learned, self._lru]
-        # Before anything is learned it does what LRU does.
-        self._leader: Ghost = self._learned
+        self._ghosts: tuple[Ghost, ...] = self._learned, self._lru
+        # The other one has learned nothing yet.
+        self._leader: Ghost = self._lru
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
         """Segments of which that is not known, as the leader is new."""
-        self._scores = [0.0 for _ in self._ghosts]
-        self._noise = [0.0 for _ in self._ghosts]
-        """Squares of what each had more or less than the leader at a time, summed."""
-        self._uses = 0.0
-        """Hits of each ghost, and uses, that still count."""
+        self._ahead = self._noise = self._uses = 0.0
+        """How many more hits the other ghost had than the leader, the sum of their squares, and uses; older ones count
+        less."""
         self._run: list[ChunkKey] = []
         """Each the parent of the one before, or, where ``_step`` is UP, its child."""
         self._step = self._joint = START
@@ -132,6 +129,9 @@ class Reuse(EvictionPolicy):
         self._asked = False
         if found == self._next:
             self._run.append(key)
+            if index and self._at >> PLACE_BITS == segment:
+                self._at, self._next = found, found - 1
+                return
         else:
             self._use(key, self._parent_of(found))
             found = self._places[key]  # a run was closed, perhaps, and the segment cut
@@ -302,6 +302,10 @@ class Reuse(EvictionPolicy):
                 self._fell[segment] = None
             else:
                 segment, index = found >> PLACE_BITS, found & INDEX
+                if segments.size[segment] == 1:
+                    part.append(segment)
+                    above, at = segment, at + 1
+                    continue
                 keys = segments.keys[segment]
                 stop = at + min(end - at, len(keys) - index)
                 if keys[index : index + stop - at] != path[at:stop]:
@@ -336,22 +340,19 @@ class Reuse(EvictionPolicy):
         self._low = NOTHING
 
     def _choose(self) -> None:
-        """Follow the ghost that had most hits of late."""
-        passed = self._now - self._chosen
+        """Follow the other ghost when it has more hits, by more than chance."""
+        fade = 0.5 ** ((self._now - self._chosen) / HALF_LIFE)
+        self._uses = self._uses * fade + self._now - self._chosen
         self._chosen = self._now
-        fade = 0.5 ** (passed / max(HALF_LIFE, HALF_LIFE_EACH * min(self._capacity, self._count)))
-        self._uses = self._uses * fade + passed
-        scores, noise, lead = self._scores, self._noise, self._ghosts.index(self._leader)
-        hits = [ghost.hits for ghost in self._ghosts]
-        for n, ghost in enumerate(self._ghosts):
-            scores[n] = scores[n] * fade + hits[n]
-            noise[n] = noise[n] * fade + (hits[n] - hits[lead]) ** 2
-            ghost.hits = 0
-        best = max(range(len(scores)), key=scores.__getitem__)
-        certain = SURE * noise[best] ** 0.5
-        if scores[best] > scores[lead] + max(MARGIN * max(self._uses, HALF_LIFE), certain):
-            noise[lead] = noise[best]
-            self._follow(self._ghosts[best])
+        other = self._lru if self._leader is self._learned else self._learned
+        more = other.hits - self._leader.hits
+        self._learned.hits = self._lru.hits = 0
+        self._ahead = self._ahead * fade + more
+        self._noise = self._noise * fade + more * more
+        least = max(MARGIN * self._uses, MARGIN_EACH * min(self._capacity, self._count), SURE * self._noise**0.5)
+        if self._ahead > least:
+            self._ahead = -self._ahead
+            self._follow(other)
 
     def _follow(self, ghost: Ghost) -> None:
         self._leader.fell = None

@@ -83,13 +83,14 @@ class GhostLearned(Ghost):
 
     def _hit(self, part: Sequence[int]) -> None:
         queue, size, last, gaps, uses, now = self._queue, self._size, self._last, self._gap, self._uses, self._now
+        users, counted = self._users, self._counted
         for segment in reversed(part):
             now += size[segment]
             gap = now - last[segment]
             gaps[segment] = gaps[segment] + gap >> 1
             uses[segment] += 1
             last[segment] = now
-            if self._users[segment] & self._counted:
+            if users[segment] & counted:
                 self._count_use(segment, gap)
             if (place := queue[segment]) >= 0:
                 if place % len(AGES):
