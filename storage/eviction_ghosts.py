@@ -213,8 +213,9 @@ class GhostLRU(Ghost):
         self.order: OrderedDict[int, None] = OrderedDict()
 
     def _hit(self, part: Sequence[int]) -> None:
+        move = self.order.move_to_end
         for segment in reversed(part):
-            self.order.move_to_end(segment)
+            move(segment)
 
     def _admit(self, segment: int, capacity: int) -> None:
         order, kept = self.order, self.kept

@@ -33,7 +33,7 @@ CHOOSE_EVERY = 128  # uses
 HALF_LIFE = 1_000_000
 # How many more hits the other ghost must have to be followed: as a share of uses, and for each chunk that fits in, as a
 # change costs some; and by how many times what such a sum varies by chance, as hits come by the request.
-MARGIN, MARGIN_EACH, SURE = 0.0002, 0.005, 0.5
+MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 0.5
 # Segments looked at: with each run, whether the new leader holds them; at each choice, whether they are still needed.
 SEARCH, SWEEP = 256, 2 * CHOOSE_EVERY
 MOST_LOOKS = 8  # for one eviction

@@ -32,7 +32,7 @@ MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
 SEGMENT = (1 << SEGMENT_BITS) - 1
 # What a segment counts that was used once, of what such were worth before: a scan looks like all others at first.
-DISCOUNT = 0.3
+DISCOUNT = 0.15
 LEAST_CAPACITY = 256
 
 
@@ -68,7 +68,7 @@ class GhostLearned(Ghost):
         self._lowest = 0
         """No queue before this place in ``_sorted`` has a segment."""
         self._starts = [0] * len(AGES)
-        self._aging: list[deque[int]] = [deque() for _ in AGES[1:]] + [deque(maxlen=0)]
+        self._aging = [deque[int](maxlen=None if start < AGES[-1] else 0) for start in AGES]
         """When a segment of the queues of an age was used last, and the segment, in one number."""
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
@@ -83,15 +83,16 @@ class GhostLearned(Ghost):
 
     def _hit(self, part: Sequence[int]) -> None:
         queue, size, last, gaps, uses, now = self._queue, self._size, self._last, self._gap, self._uses, self._now
-        users, counted = self._users, self._counted
+        users, counted, kinds, stride = self._users, self._counted, self._kind, self._stride
         for segment in reversed(part):
             now += size[segment]
             gap = now - last[segment]
-            gaps[segment] = gaps[segment] + gap >> 1
-            uses[segment] += 1
+            mean = gaps[segment] = gaps[segment] + gap >> 1
+            count = uses[segment] = uses[segment] + 1
             last[segment] = now
-            if users[segment] & counted:
-                self._count_use(segment, gap)
+            if users[segment] & counted:  # ``_count_use``, without a call
+                self._model.used[kinds[segment]][bisect_right(STARTS, gap) - 1] += stride * size[segment]
+                kinds[segment] = self._again[count.bit_length()][mean.bit_length()]
             if (place := queue[segment]) >= 0:
                 if place % len(AGES):
                     del self._queues[place][segment]
