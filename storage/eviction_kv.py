@@ -28,14 +28,14 @@ from lmcache.storage.eviction_learned import GhostLearned
 MOST_RUN = 256
 # Of so many new chunks at the end of a chain the last one gets a segment of its own: it is of another kind.
 LEAST_CUT = 4
-CHOOSE_EVERY = 128  # uses
+EVERY = 64  # uses between two looks at the segments, the leader or what was learned
 # A hit counts half after so many uses: longer than most judge by, shorter than a tier runs.
 HALF_LIFE = 1_000_000
 # How many more hits the other ghost must have to be followed: as a share of uses, and for each chunk that fits in, as a
 # change costs some; and by how many times what such a sum varies by chance, as hits come by the request.
 MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 0.5
-# Segments looked at: with each run, whether the new leader holds them; at each choice, whether they are still needed.
-SEARCH, SWEEP = 256, 2 * CHOOSE_EVERY
+# Segments looked at: with each run, whether the new leader holds them; now and then, whether they are still needed.
+SEARCH, SWEEP = 256, 4 * EVERY
 MOST_LOOKS = 8  # for one eviction
 # By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut. As
 # many as most runs have, but no more than a share of a small tier.
@@ -80,7 +80,8 @@ class Reuse(EvictionPolicy):
         """The parent of what was used last; or, before that is looked up, the places of both, if any."""
         self._below = NOTHING
         """The first segment of the run before, which hangs on this run when ``_joint`` is DOWN."""
-        self._count = self._now = self._chosen = 0
+        self._count = self._now = self._chosen = self._due = 0
+        self._sweeps = False
         self._capacity = UNKNOWN
         self._spared = 0
         """Segments at the end of ``_fell`` that the run goes through."""
@@ -274,10 +275,14 @@ class Reuse(EvictionPolicy):
         self._below = part[0] if segments.users[part[0]] or segments.held[part[0]] else NOTHING
         if self._search:
             self._look()
-        if self._now >= self._chosen + CHOOSE_EVERY:
-            segments.sweep(SWEEP)
-            self._choose()
-            self._learned.learn()
+        if self._now >= self._due:
+            # By turns, so that no single call takes long.
+            self._due, self._sweeps = self._now + EVERY, not self._sweeps
+            if self._sweeps:
+                segments.sweep(SWEEP)
+            else:
+                self._choose()
+                self._learned.learn()
 
     def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
         """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.

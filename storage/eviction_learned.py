@@ -157,7 +157,7 @@ class GhostLearned(Ghost):
             self._next_fit = self._now + min(self._now, FIT_EVERY)
             self._steps = [self._sort, self._model.price, self._fit]
             self._steps += [partial(self._look, column) for column in (self._size, self._last, self._kind)]
-            self._steps += [self._correct, self._thin, self._forget]
+            self._steps += [self._correct, self._forget, self._thin]
 
     def _observe(self, segment: int, now: int) -> None:
         users, last = self._users, self._last
