@@ -375,11 +375,9 @@ HELD_OUT = [
 ]  # fmt: skip
 
 FRESH = [
-    "quarter:12", "quarter:13", "quarter:15", "subsample:31", "doubled:31", "recorded_then_agents:31", "chat:31",
-    "agents:31", "documents:31", "scans:31", "phases:31", "tools:31", "calls:31", "assistants:31", "conversations:31",
-    "passages:31", "bursts:31", "shifts:31", "samples:31", "keyed:31", "repositories:31", "branches:31", "lengths:31",
-    "mixture:31", "worlds:31", "service:31", "service:32", "service:33", "service:34", "turns:31", "questions:31",
-    "flips:31", "pure_loop:31",
+    "quarter:13", "subsample:31", "chat:31", "documents:31", "scans:31", "tools:31", "assistants:31",
+    "conversations:31", "shifts:31", "keyed:31", "lengths:31", "mixture:31", "service:31", "service:32", "turns:31",
+    "questions:31", "flips:31", "pure_loop:31",
 ]  # fmt: skip
 
 

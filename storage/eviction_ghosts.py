@@ -7,7 +7,7 @@ them. They are used together, and go from the end, so what a ghost holds of a se
     a request for c0 c1 x y        ──▶    [ c0 c1 ] ── [ c2 c3 c4 c5 ]
                                              └────── [ x y ]
 
-So a ghost's work is for each segment of a request, not for each chunk, and several ghosts take less time than the rest.
+So a ghost's work is for each segment of a request, not for each chunk.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class Segments:
         return head
 
     def sweep(self, count: int) -> None:
-        """Forget those of the next ``count`` segments that nobody holds or remembers and nothing hangs on, and what they
-        hang on, if that is so of it too.
+        """Forget those of the next ``count`` segments that nobody holds or remembers and nothing hangs on.
+
+        And what they hang on, if that is so of it then. Others keep what they hang on: a chain stays one run.
         """
         hand, users, held, children, above = self._hand, self.users, self.held, self.children, self.above
         end = min(hand + count, len(users))

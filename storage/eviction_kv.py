@@ -37,8 +37,8 @@ MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 0.5
 # Segments looked at: with each run, whether the new leader holds them; now and then, whether they are still needed.
 SEARCH, SWEEP = 256, 4 * EVERY
 MOST_LOOKS = 8  # for one eviction
-# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut. As
-# many as most runs have, but no more than a share of a small tier.
+# By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
+# As many as most runs have, but no more than a share of a small tier.
 SLACK, SLACK_SMALL, SLACK_RUN = 1 / 128, 1 / 32, 32
 UNKNOWN = 1 << 62
 
