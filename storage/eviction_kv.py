@@ -33,7 +33,7 @@ EVERY = 64  # uses between two looks at the segments, the leader or what was lea
 HALF_LIFE = 1_000_000
 # How many more hits the other ghost must have to be followed: as a share of uses, and for each chunk that fits in, as a
 # change costs some; and by how many times what such a sum varies by chance, as hits come by the request.
-MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 0.5
+MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 1.0
 # Segments looked at: with each run, whether the new leader holds them; now and then, whether they are still needed.
 SEARCH, SWEEP = 256, 4 * EVERY
 MOST_LOOKS = 8  # for one eviction
@@ -59,8 +59,8 @@ class Reuse(EvictionPolicy):
         bits = iter([1 << n for n in range(32)])
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
         self._ghosts: tuple[Ghost, ...] = self._learned, self._lru
-        # The other one has learned nothing yet.
-        self._leader: Ghost = self._lru
+        # It does what LRU does until it has learned something.
+        self._leader: Ghost = self._learned
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
