@@ -297,7 +297,7 @@ def test_reuse_does_not_evict_a_chain_that_comes_in_from_its_beginning() -> None
 
 
 def test_reuse_remembers_a_bounded_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction_learned, "MOST_COUNTED", 100)
+    monkeypatch.setattr(learned, "MOST_COUNTED", 100)
     policy = reuse.Reuse()
     for number in range(3000):
         chain(policy, range(10 * number, 10 * number + 10))
