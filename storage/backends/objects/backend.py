@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -117,6 +118,8 @@ class ObjectStoreBackend(StorageBackend):
         self._transfers = Threads("object", config.concurrency, owner=config.url)
         # Questions do not wait behind transfers: the manager asks them where something waits.
         self._questions = Threads("object-ask", config.lookups, owner=config.url)
+        # Also as the process ends: a thread that came back from obstore then could end inside of it, and abort.
+        self._end = weakref.finalize(self, _close, self._transfers, self._questions)
         self._lookups = config.lookups
         self._mode: PutMode = "create"
         self._closed = False
@@ -182,8 +185,7 @@ class ObjectStoreBackend(StorageBackend):
 
     def close(self) -> None:
         self._closed = True
-        self._transfers.close(None)
-        self._questions.close(None)
+        self._end()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -336,6 +338,12 @@ class ObjectStoreBackend(StorageBackend):
             raise
         except _FAILURES as error:
             raise StorageError(f"{self._url}: cannot {what}: {_short(error)}") from error
+
+
+def _close(*threads: Threads) -> None:
+    """Begin nothing more, and wait for what runs, which has timeouts."""
+    for each in threads:
+        each.close(None)
 
 
 def _open(config: ObjectStoreConfig) -> ObjectStore:
