@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from experiments import replay, replay_matrix, traces, traces_more
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import ghosts, reuse
+from lmcache.storage.eviction import ghosts, learned, reuse
 from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES
