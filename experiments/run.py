@@ -1,4 +1,4 @@
-"""Run an experiment: python -m experiments.run experiments/configs/quickstart.yaml workload.documents=3 ...
+"""Run an experiment: python -m experiments.run experiments/cases/quickstart/quickstart.yaml workload.documents=3 ...
 
 YAML -> typed config -> run. The folder results/<name>-<timestamp>/ gets config.yaml (resolved), results.jsonl (one row
 per request), summary.json, figures and logs. Exits with 1 when the experiment's judge finds fault, with 2 for a wrong
@@ -12,21 +12,21 @@ import importlib
 import sys
 from typing import Any
 
-from experiments.config import read, typed
+from experiments.framework.config import read, typed
 from lmcache.errors import ConfigError
 
 EXPERIMENTS = {
-    "quickstart": "experiments.quickstart",
-    "ttft": "experiments.ttft_bench",
-    "codec_quality": "experiments.codec_quality",
-    "codec_answers": "experiments.codec_answers",
-    "replay": "experiments.replay",
-    "replay_matrix": "experiments.replay_matrix",
-    "blend_loading": "experiments.blend_loading",
-    "blend_quality": "experiments.blend_quality",
-    "blend_ttft": "experiments.blend_ttft",
-    "blend_vllm": "experiments.blend_vllm",
-    "blend_learned": "experiments.blend_learned",
+    "quickstart": "experiments.cases.quickstart.experiment",
+    "ttft": "experiments.cases.ttft.experiment",
+    "codec_quality": "experiments.cases.codec_quality.experiment",
+    "codec_answers": "experiments.cases.codec_answers.experiment",
+    "replay": "experiments.cases.replay.experiment",
+    "replay_matrix": "experiments.cases.replay_matrix.experiment",
+    "blend_loading": "experiments.cases.blend_loading.experiment",
+    "blend_quality": "experiments.cases.blend_quality.experiment",
+    "blend_ttft": "experiments.cases.blend_ttft.experiment",
+    "blend_vllm": "experiments.cases.blend_vllm.experiment",
+    "blend_learned": "experiments.cases.blend_learned.experiment",
 }
 
 
@@ -42,9 +42,9 @@ def load(path: str, overrides: list[str]) -> tuple[Any, Any]:
 
 def run(path: str, overrides: list[str]) -> int:
     """Run it and return the exit status."""
-    from experiments.engine import EngineFailed
-    from experiments.model import ModelError
-    from experiments.report import Results
+    from experiments.framework.engine import EngineFailed
+    from experiments.framework.model import ModelError
+    from experiments.framework.report import Results
 
     try:
         module, config = load(path, overrides)
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, for example experiments/configs/quickstart.yaml")
+    parser.add_argument("config", help="YAML file, for example experiments/cases/quickstart/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the file")
     arguments = parser.parse_args()
     try:

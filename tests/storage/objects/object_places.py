@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from experiments.object_server import Azurite, SeaweedFS, azurite, weed
 from lmcache.storage.backends.objects.backend import ObjectStoreBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
+from lmcache.testing.objects import Azurite, SeaweedFS, azurite, weed
 
 CHUNK = 20_000
 

@@ -20,13 +20,13 @@ from faulty_proxy import FaultyProxy
 from object_places import QUICK, azure, seaweed
 from redis_places import REDIS, VALKEY
 
-from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
-from experiments.redis_servers import RedisServer, wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.testing.objects import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
+from lmcache.testing.redis import RedisServer, wait_until
 
 __all__ = ["azure", "seaweed"]
 KEYS = 6
