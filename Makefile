@@ -13,10 +13,10 @@ setup: ## create .venv with everything pinned (PYTHON=python3.12, DEVICE=cuda to
 	@scripts/setup.sh
 
 model: setup ## fetch and convert the small language model of the demo and the tests
-	@$(PY) -m experiments.framework.model
+	@$(PY) -m experiments.model
 
 demo: model ## real documents through real vLLM: TTFT without cache, from memory, from disk
-	@$(PY) -m experiments.run experiments/cases/quickstart/quickstart.yaml
+	@$(PY) -m experiments.run quickstart
 
 lint: setup ## ruff, mypy --strict, import-linter
 	$(PY) -m ruff check .

@@ -182,7 +182,7 @@ def prompt_question(session: BlendSession, prompt: Prompt) -> str:
 
 def main() -> None:
     life(IMAGES / "blend_life.png")
-    config = ExperimentConfig(experiment="blend_figures", name="blend_figures", engine=EngineConfig(threads=1))
+    config = ExperimentConfig(experiment="figures", name="figures", engine=EngineConfig(threads=1))
     with open_session(config) as session:
         texts = dict(list(session.texts.items())[:8])
         prompt = bind(texts, session.encode, prompts=1, context=960, seed=0, prefix=session.prefix)[0]

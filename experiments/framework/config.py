@@ -50,7 +50,7 @@ class EngineConfig(Config):
 class ExperimentConfig(Config):
     """What every experiment has. Experiments derive their own Config from it."""
 
-    experiment: str = Field(description="which experiment: see experiments/run.py")
+    experiment: str = Field(description="which experiment: a folder of experiments/cases")
     name: str = Field(description="prefix of the results folder")
     results: Path = Field(Path("results"), description="where results folders go, relative to the repository")
     seed: int = Field(0, description="chooses and orders documents; vLLM's seed")

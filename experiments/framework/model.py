@@ -1,7 +1,7 @@
 """Small language models of demo, tests and experiments, out of packages, as Hugging Face folders.
 
-python -m experiments.framework.model        prints the folder of SmolLM2-135M-Instruct, the model of demo and tests
-python -m experiments.framework.model gemma3-270m      of Gemma-3-270M, a second family for experiments (Gemma terms of use)
+python -m experiments.model        prints the folder of SmolLM2-135M-Instruct, the model of demo and tests
+python -m experiments.model gemma3-270m      of Gemma-3-270M, a second family for experiments (Gemma terms of use)
 """
 
 from __future__ import annotations

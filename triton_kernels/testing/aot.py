@@ -62,7 +62,7 @@ class Recorder:
 
 def allowed_local(budget: dict[str, Any]) -> int:
     """Bytes of local memory: none, but for the few that a budget grants to a version of triton."""
-    return budget.get("local", {}).get(".".join(triton.__version__.split(".")[:2]), 0)
+    return int(budget.get("local", {}).get(".".join(triton.__version__.split(".")[:2]), 0))
 
 
 def compile_for(target: str, recorded: Recorder) -> Compiled:

@@ -202,7 +202,7 @@ class _WatchedBuilder(CorrectedBuilder):
         return super().create_atomic_rmw(op, ptr, val, mask, *args)
 
     def create_atomic_cas(self, ptr: Any, *args: Any) -> Any:
-        self.sanitizer.access(self, "atomic", ptr, np.True_)
+        self.sanitizer.access(self, "atomic", ptr, np.asarray(True))
         return super().create_atomic_cas(ptr, *args)
 
 

@@ -1,7 +1,7 @@
 """What a line of kernel_bench is, and what its cases are made of.
 
 The same case is timed by kernel_bench, run by tests/experiments/bench/test_kernels.py, and at Size "tiny" interpreted
-and compiled ahead of time by kernel_estimate. Imports torch only: this runs on a bare GPU machine.
+and compiled ahead of time by estimate.py. Imports torch only: this runs on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Case:
     memory      what the kernel reaches through tables of addresses (for the sanitizer)
     flops       on tensor cores
     work        what nbytes is proportional to at other sizes; flops is to its square
-    estimated   whether kernel_estimate shows it too; one case of several that launch the same code is enough
+    estimated   whether estimate.py shows it too; one case of several that launch the same code is enough
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""What kernel_bench measures: one function for each family of operations (those of blending: kernel_cases_blend.py).
+"""What kernel_bench measures: one function for each family of operations (those of blending: cases_blend.py).
 
-To add an operation, add a function `Setup -> Iterator[Case]` to FAMILIES; kernel_case.py says what a Case is.
+To add an operation, add a function `Setup -> Iterator[Case]` to FAMILIES; case.py says what a Case is.
 Imports torch and the kernels only: this runs on a bare GPU machine.
 """
 

@@ -1,4 +1,4 @@
-"""What kernel_bench measures of blending: moving keys, choosing tokens, attending from them. As kernel_cases.py."""
+"""What kernel_bench measures of blending: moving keys, choosing tokens, attending from them. As cases.py."""
 
 from __future__ import annotations
 

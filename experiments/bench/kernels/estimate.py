@@ -2,10 +2,10 @@
 
 python -m experiments.bench.kernels.estimate [--only gather]
 
-Each case of kernel_cases is run at Size "tiny" twice, in two processes because triton's interpreter and its compiler
-exclude each other: once under the interpreter with triton_kernels/testing/sanitizer.py, which counts the sectors of 32 bytes
-that the programs touch, and once only recorded, compiled for each GPU by triton_kernels/testing/aot.py, which reads registers
-and shared memory back. From that follow
+Each case of cases.py is run at Size "tiny" twice, in two processes because triton's interpreter and its compiler
+exclude each other: once under the interpreter with triton_kernels/testing/sanitizer.py, which counts the sectors of 32
+bytes that the programs touch, and once only recorded, compiled for each GPU by triton_kernels/testing/aot.py, which
+reads registers and shared memory back. From that follow
 
     traffic     sectors * 32 / bytes that must move: 1.00 is perfect coalescing; what is above hits L1, L2 or DRAM
     occupancy   resident warps of an SM's 64, and which resource ends first
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -82,21 +81,14 @@ def floor_s(gpu: GPU, nbytes: float, flops: float) -> tuple[float, str]:
     return (tensor, "tensor cores") if tensor > memory else (memory, "bandwidth")
 
 
-def _tool(name: str) -> Any:
-    """A module of tests/kernels, where the tools live whose first users are the tests."""
-    folder = str(ROOT / "tests" / "kernels")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 def _cases(only: str) -> Iterator[Case]:
     return (case for case in all_cases(CPU, SIZES["tiny"]) if case.estimated and only in case.name)
 
 
 def count_traffic(only: str) -> list[int | str]:
     """Sectors of each case, or what the sanitizer found. Needs TRITON_INTERPRET=1, so in a process of its own."""
-    sanitizer = _tool("sanitizer")
+    from lmcache.kernels.testing import sanitizer
+
     counted: list[int | str] = []
     for case in _cases(only):
         try:
@@ -111,8 +103,9 @@ def count_traffic(only: str) -> list[int | str]:
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Any]]:
     """Within, operations launch their kernels for CPU tensors too, and the launches are kept instead of done."""
+    from lmcache.kernels.testing import aot
+
     launches: list[Any] = []
-    aot = _tool("aot")
 
     def launch(
         self: LazyKernel, grid: tuple[int, ...], _device: torch.device, *args: object, **options: object
@@ -130,7 +123,8 @@ def recorded() -> Iterator[list[Any]]:
 
 def _resources(case: Case) -> list[tuple[float, str, Any]]:
     """Of each GPU: occupancy, what limits it, and the compiled kernel; of several kernels, the one with the lowest."""
-    aot = _tool("aot")
+    from lmcache.kernels.testing import aot
+
     with recorded() as launches:
         case.run()
     found = []

@@ -1,13 +1,13 @@
 """How fast the kernels are, against plain copies and against their peers, measured in the same run.
 
-python -m experiments.bench.kernels.measure [--device cuda] [--only gather] [--seconds 1] [--no-estimate]
+python -m experiments.kernel_bench [--device cuda] [--only gather] [--seconds 1] [--no-estimate]
 
 Each operation is first compared with its torch definition on the very tensors it is timed on; one that is wrong gets
 FAILED and no figure. Exits 1 if one is wrong, or one with a floor stays below it in two measurements. Rounds are
 interleaved and medians taken, because the machines this runs on are noisy; every round moves other parts of memory, so
 that no cache flatters it. On a CPU the copies run in one thread, so memcpy is measured with one, which the floors are
 shares of, and with all of torch's threads. On a GPU events are recorded around each operation, behind a kernel that
-waits until it is queued. Without a GPU a table of estimates for GPUs follows (kernel_estimate.py).
+waits until it is queued. Without a GPU a table of estimates for GPUs follows (estimate.py).
 
 Needs torch, triton and numpy only.
 """
@@ -166,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no operation is called {options.only!r}")
         return 1
     if device.type == "cpu" and not options.no_estimate:
-        from experiments.bench.kernels import estimate as kernel_estimate
+        from experiments.bench.kernels import estimate
 
-        good.append(kernel_estimate.show(options.only))
+        good.append(estimate.show(options.only))
     return 0 if all(good) else 1
 
 

@@ -1,6 +1,6 @@
 """How fast storage is, against what the medium could do at most, measured in the same run.
 
-python -m experiments.bench.storage.measure [--only disk] [--repeats 9]
+python -m experiments.storage_bench [--only disk] [--repeats 9]
 
 Rounds of an operation and of its limit are interleaved and medians taken: these machines are noisy, and the virtual
 disk itself varies twofold between minutes. Exits 1 when a floor is missed in two measurements. A piece whose server or
@@ -18,21 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import experiments
+import experiments.bench.storage.cases
 from experiments.bench.storage.case import Case
 
-PREFIX = "storage_cases_"
 COLUMNS = "{:<34} {:<26} {:>12} {:>22} {:>22} {:>7}  {}"
 
 
 def pieces() -> list[str]:
-    """What follows the prefix in the names of the modules that have cases."""
-    names = (module.name for module in pkgutil.iter_modules(experiments.__path__))
-    return sorted(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    """The modules of the folder ``cases``; each has a function ``cases``."""
+    return sorted(module.name for module in pkgutil.iter_modules(experiments.bench.storage.cases.__path__))
 
 
 def cases(piece: str) -> Iterator[Case]:
-    module = importlib.import_module(f"experiments.{PREFIX}{piece}")
+    module = importlib.import_module(f"experiments.bench.storage.cases.{piece}")
     yield from module.cases()
 
 

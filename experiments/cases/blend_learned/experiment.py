@@ -19,8 +19,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from experiments.blending.prompts import Prompt
+from experiments.blending.quality import REUSE, TITLES, ScaleConfig, Scored, blend, full_prefill, prompts
 from experiments.blending.session import BlendSession, open_session
-from experiments.cases.blend_quality.experiment import REUSE, TITLES, ScaleConfig, Scored, blend, full_prefill, prompts
 from experiments.framework import paired
 from experiments.framework.config import ExperimentConfig
 from experiments.framework.report import Outcome, Results

@@ -14,7 +14,7 @@ import dataclasses
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from experiments.blending.prompts import Prompt, filled
 from experiments.blending.session import BlendSession, open_session
-from experiments.framework import plots
+from experiments.cases.blend_loading.figure import draw
+from experiments.cases.blend_loading.rows import Found, Timed, summary
 from experiments.framework.config import ExperimentConfig
 from experiments.framework.report import Outcome, Results
 from lmcache.blend.blender import Blended
@@ -67,41 +68,6 @@ class Config(ExperimentConfig):
     question: int = Field(32, ge=1, description="tokens behind the passages, always computed")
     settle: int = Field(3, ge=1, description="blends from which the controller learns before it is measured")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One measurement. method: load, compute, sequential, pipelined or chosen. ratio: 0 for loads."""
-
-    load: float
-    bytes_per_s: float
-    method: str
-    ratio: float
-    repeat: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """Medians at one rate and one ratio. chosen: by the controller; only pipelined_s is of that ratio then."""
-
-    load: float
-    bytes_per_s: float
-    ratio: float
-    load_s: float
-    compute_s: float
-    sequential_s: float
-    pipelined_s: float
-    chosen: bool = False
-
-    @property
-    def share(self) -> float:
-        return self.pipelined_s / self.sequential_s
-
-    @property
-    def balanced(self) -> bool:
-        """Neither part is below half the other: there is something to hide, and something to hide it behind."""
-        return min(self.load_s, self.compute_s) >= max(self.load_s, self.compute_s) / 2
 
 
 @dataclass(frozen=True)
@@ -155,7 +121,7 @@ def run(config: Config, results: Results) -> Outcome:
     (results.folder / "table.md").write_text(text + "\n")
     print(text, flush=True)
     title = "A blend whose KV is loaded while it computes"
-    plots.blend_loading_figure(found, title, caption, results.folder / "blend_loading.png")
+    draw(found, title, caption, results.folder / "blend_loading.png")
     line = ", ".join(
         f"{f.share:.2f} at {f.ratio:.0%}, load / compute {f.load_s / f.compute_s:.2f}" for f in judged(found)
     )
@@ -263,21 +229,6 @@ def timed(call: Callable[[], object]) -> float:
     begun = time.perf_counter()
     call()
     return time.perf_counter() - begun
-
-
-def summary(rows: Sequence[Timed], chosen: float) -> list[Found]:
-    """Of one rate, by ratio; that of the controller last, beside what load and compute take at the smallest."""
-    times: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        times.setdefault((row.method, 0.0 if row.method == "chosen" else row.ratio), []).append(row.seconds)
-    of: Mapping[tuple[str, float], float] = {key: median(values) for key, values in times.items()}
-    ratios = sorted({ratio for method, ratio in of if method == "compute"})
-    load, rate = rows[0].load, rows[0].bytes_per_s
-    found = [
-        Found(load, rate, r, of["load", 0.0], of["compute", r], of["sequential", r], of["pipelined", r]) for r in ratios
-    ]
-    least = found[0]
-    return [*found, dataclasses.replace(least, ratio=chosen, pipelined_s=of["chosen", 0.0], chosen=True)]
 
 
 def table(found: Sequence[Found]) -> str:

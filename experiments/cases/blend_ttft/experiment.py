@@ -13,7 +13,6 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -21,30 +20,12 @@ from pydantic import Field
 from tqdm import tqdm
 
 from experiments.blending.prompts import Prompt, filled
+from experiments.blending.quality import check_reused
 from experiments.blending.session import BlendSession, open_session
-from experiments.cases.blend_quality.experiment import check_reused
-from experiments.framework import plots
+from experiments.blending.ttft import FULL, JudgeConfig, ScaleConfig, Timed, draw, judge, judged, summary, table
 from experiments.framework.config import ExperimentConfig
 from experiments.framework.report import Outcome, Results
-from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
-
-FULL = "full"
-
-
-class ScaleConfig(Model):
-    """How much is measured."""
-
-    repeats: int = Field(ge=1, description="of every method at every length, behind one that does not count")
-    lengths: tuple[int, ...] = Field(min_length=1, description="tokens of the prompts")
-
-
-class JudgeConfig(Model):
-    """What must hold."""
-
-    ratio: float = Field(0.15, ge=0, le=1, description="which ratio is judged")
-    min_tokens: int = Field(2000, ge=1, description="shortest prompt that is judged")
-    min_speedup: float = Field(3.0, gt=0, description="of the full prefill's median over the blend's")
 
 
 class Config(ExperimentConfig):
@@ -55,31 +36,6 @@ class Config(ExperimentConfig):
     passage: int = Field(256, ge=32, description="tokens of a passage, about")
     question: int = Field(32, ge=1, description="tokens behind the passages, always computed")
     judge: JudgeConfig = Field(default_factory=JudgeConfig, description="when the run fails")
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """One prompt, once. ratio: 1 for a full prefill."""
-
-    length: int
-    selector: str
-    ratio: float
-    repeat: int
-    ttft_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """One method at one length. speedup: of medians, over the full prefill of the same run."""
-
-    length: int
-    selector: str
-    ratio: float
-    repeats: int
-    median_s: float
-    min_s: float
-    max_s: float
-    speedup: float
 
 
 def run(config: Config, results: Results) -> Outcome:
@@ -99,7 +55,7 @@ def run(config: Config, results: Results) -> Outcome:
     print(text, flush=True)
     failures = judge(found, config.judge)
     title = "Time to first token of a prompt made of known passages"
-    plots.blend_ttft_figure(found, title, caption, results.folder / "blend_ttft.png")
+    draw(found, title, caption, results.folder / "blend_ttft.png")
     line = ", ".join(f"{f.selector} {f.speedup:.2f}x at {f.length} tokens" for f in judged(found, config.judge))
     told = {"found": [dataclasses.asdict(f) for f in found], "caption": caption}
     return Outcome(told, failures, f"{config.judge.ratio:.0%} computed again, against a full prefill: {line}")
@@ -144,45 +100,3 @@ def methods(
             check_reused(prompt, engine.blend(prompt.asked))
             calls[name, ratio] = lambda engine=engine: engine.blend(prompt.asked)  # type: ignore[misc]
     return calls
-
-
-def summary(rows: Sequence[Timed]) -> list[Found]:
-    """In the order of lengths, selectors and ratios, the full prefill first."""
-    times: dict[tuple[int, str, float], list[float]] = {}
-    for row in sorted(rows, key=lambda row: (row.length, row.selector != FULL, row.selector, row.ratio)):
-        times.setdefault((row.length, row.selector, row.ratio), []).append(row.ttft_s)
-    found = []
-    for (length, selector, ratio), of in times.items():
-        speedup = median(times[length, FULL, 1.0]) / median(of)
-        found.append(Found(length, selector, ratio, len(of), median(of), min(of), max(of), speedup))
-    return found
-
-
-def table(found: Sequence[Found]) -> str:
-    """Markdown."""
-    lines = [
-        "| tokens | method | computed again | TTFT median, s | min .. max | speedup |",
-        "|---|---|---|---|---|---|",
-    ]
-    for f in found:
-        name, ratio = ("full prefill", "") if f.selector == FULL else (f.selector, f"{f.ratio:.0%}")
-        lines.append(
-            f"| {f.length} | {name} | {ratio} | {f.median_s:.3f} | {f.min_s:.3f} .. {f.max_s:.3f} | {f.speedup:.2f}x |"
-        )
-    return "\n".join(lines)
-
-
-def judged(found: Sequence[Found], limits: JudgeConfig) -> list[Found]:
-    return [f for f in found if f.selector != FULL and f.ratio == limits.ratio and f.length >= limits.min_tokens]
-
-
-def judge(found: Sequence[Found], limits: JudgeConfig) -> list[str]:
-    """What is wrong with a run; empty when nothing is."""
-    of = judged(found, limits)
-    failures = [
-        f"{f.selector} at {f.length} tokens: {f.speedup:.2f}x faster than a full prefill; {limits.min_speedup:g}x is "
-        f"asked, which is {limits.min_speedup / f.speedup - 1:.0%} more"
-        for f in of
-        if not f.speedup >= limits.min_speedup
-    ]
-    return failures if of else [f"nothing was measured at {limits.ratio:.0%} and {limits.min_tokens} tokens or more"]

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from experiments.blending.prompts import Encode, Prompt, filled
-from experiments.cases.blend_ttft.experiment import FULL, JudgeConfig, ScaleConfig, Timed, judge, judged, summary, table
-from experiments.framework import plots
+from experiments.blending.ttft import FULL, JudgeConfig, ScaleConfig, Timed, draw, judge, judged, summary, table
 from experiments.framework.config import ROOT, ExperimentConfig
 from experiments.framework.engine import Engine, Step
 from experiments.framework.report import Outcome, Results
@@ -127,7 +126,7 @@ def report(
     print(text, flush=True)
     caption = f"{session.caption}; medians of {repeats}, KV in memory"
     title = "Time to first token of a prompt made of known passages, in vLLM"
-    plots.blend_ttft_figure(found, title, caption, results.folder / "blend_vllm.png")
+    draw(found, title, caption, results.folder / "blend_vllm.png")
     line = ", ".join(f"{f.selector} {f.speedup:.2f}x at {f.length} tokens" for f in judged(found, config.judge))
     told = {"found": [dataclasses.asdict(f) for f in found], "caption": caption, **session.facts()}
     failures = [*failures, *judge(found, config.judge)]

@@ -15,10 +15,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from experiments.cases.replay import experiment as replay
 from experiments.framework.config import ExperimentConfig
 from experiments.framework.report import Outcome, Results
-from experiments.replaying import traces_more
+from experiments.replaying import replay, traces_more
 from experiments.replaying.traces import BLOCK_TOKENS, Request
 from lmcache.errors import ConfigError
 from lmcache.storage.eviction.base import Place

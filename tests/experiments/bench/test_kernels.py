@@ -16,7 +16,7 @@ from experiments.bench.kernels import estimate as kernel_estimate
 from experiments.bench.kernels import measure as kernel_bench
 from experiments.bench.kernels.case import SIZES, Case, Setup
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--size", "tiny", "--repeats", "5", "--seconds", "0.05", "--no-estimate"]
 

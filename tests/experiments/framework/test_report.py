@@ -20,7 +20,6 @@ from experiments.framework import engine, plots
 from experiments.framework.engine import Row
 from experiments.framework.report import Results, table
 
-CONFIGS = Path(run.__file__).parent / "configs"
 # What the synthetic rows are rows of.
 SIZE = ["workload.documents=5", "workload.questions=2"]
 TOLD = {"started": 1.0, "hardware": "a test", "cores": 2, "versions": {"vllm": "0", "torch": "2+cpu"}}
@@ -58,7 +57,7 @@ def test_run_writes_everything_and_passes(
     name: str, rows: list[Row], pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(rows)
-    assert run.run(str(CONFIGS / f"{name}.yaml"), [f"results={tmp_path}", *SIZE]) == 0
+    assert run.run(name, [f"results={tmp_path}", *SIZE]) == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith(f"{name}-2")
     lines = (folder / "results.jsonl").read_text().splitlines()
@@ -72,7 +71,7 @@ def test_run_writes_everything_and_passes(
 
 def test_failed_run_says_why_and_exits_with_1(pretend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend(changed(good_quickstart(), quickstart.DISK, ttft_s=3.9))
-    assert run.run(str(CONFIGS / "quickstart.yaml"), [f"results={tmp_path}", *SIZE]) == 1
+    assert run.run("quickstart", [f"results={tmp_path}", *SIZE]) == 1
     out = capsys.readouterr().out
     assert "FAILED disk: median TTFT 3.900 s" in out
     assert out.splitlines()[-1].startswith("FAILED: ")
@@ -91,7 +90,7 @@ def test_engine_that_dies_is_an_error_with_the_end_of_its_log(
     monkeypatch.setattr("experiments.framework.session.model_path", lambda config: "models/pretended")
     popen = engine.subprocess.Popen
     monkeypatch.setattr(engine.subprocess, "Popen", lambda command, **options: popen([str(child)], **options))
-    assert run.run(str(CONFIGS / "quickstart.yaml"), [f"results={tmp_path / 'results'}"]) == 3
+    assert run.run("quickstart", [f"results={tmp_path / 'results'}"]) == 3
     assert "no such model" in capsys.readouterr().err
 
 
@@ -105,7 +104,7 @@ def test_table_has_a_line_per_phase_with_its_speedup() -> None:
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_measured(tmp_path: Path) -> None:
-    _, config = run.load(str(CONFIGS / "ttft.yaml"), [f"results={tmp_path}"])
+    _, config = run.load("ttft", [f"results={tmp_path}"])
     results = Results(config)
     for count, each in enumerate(good_ttft()[:3], start=1):
         results.add(each)
@@ -123,5 +122,5 @@ def test_figure_leaves_out_phases_without_requests(tmp_path: Path) -> None:
     [("cache=null", "no connector"), ("connector.kv_connector=Other", "Other"), ("seed=1", "LMCache")],
 )
 def test_labels_name_what_ran(override: str, name: str) -> None:
-    _, config = run.load(str(CONFIGS / "ttft.yaml"), [override])
+    _, config = run.load("ttft", [override])
     assert config.labelled({"memory": "LMCache, from memory"}) == {"memory": f"{name}, from memory"}
