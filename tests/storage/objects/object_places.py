@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,9 +71,3 @@ def opened() -> Iterator[Callable[[dict[str, Any]], ObjectStoreBackend]]:
 
 
 Opened = Callable[[dict[str, Any]], ObjectStoreBackend]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

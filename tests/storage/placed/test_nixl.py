@@ -26,7 +26,6 @@ from chunk_file_tests import (
     kill_midway,
     put,
 )
-from faulty_proxy import FaultyProxy
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from managers import Open, open_manager, settle
@@ -40,6 +39,7 @@ from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
+from lmcache.testing.proxy import FaultyProxy
 
 pytest.importorskip("nixl", reason="NIXL is not installed: pip install -e '.[nixl]'")
 __all__ = ["open_manager"]

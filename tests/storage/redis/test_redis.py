@@ -19,7 +19,8 @@ from lmcache.storage.chunk import HEADER_BYTES, encode_header
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, OpenBackend, fill, make_key, take
-from lmcache.testing.redis import RedisServer, wait_until
+from lmcache.testing.processes import wait_until
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["backend", "pool", "url", "valkey"]
 pytestmark = needs_valkey

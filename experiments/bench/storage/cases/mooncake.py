@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import socket
 import subprocess
-import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,31 +19,24 @@ from lmcache.errors import ConfigError
 from lmcache.storage.backends.mooncake import MooncakeBackend, MooncakeConfig
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import fill, make_key, take
+from lmcache.testing.mooncake import MooncakeMaster, MooncakeOwner
 
 CHUNK, COUNT = 4 << 20, 16
 PORT = 15051
 _CLONE_NEWNET = 0x40000000
-OWNER = f"""
-from lmcache.storage.backends.mooncake import MooncakeBackend, MooncakeConfig
-backend = MooncakeBackend(MooncakeConfig(url="mooncake://127.0.0.1:{PORT}", segment=512 << 20))
-print("ready", flush=True)
-input()
-"""
 
 
 def cases() -> Iterator[Case]:
-    master = Path(sys.executable).parent / "mooncake_master"
     try:
         from mooncake.store import MooncakeDistributedStore  # noqa: F401
     except ImportError as error:
         raise FileNotFoundError(f"no Mooncake client: {error}") from error
-    with _loopback_only(), contextlib.ExitStack() as processes:
-        flags = f"-rpc_port={PORT} -rpc_address=127.0.0.1 -metrics_host=127.0.0.1 -metrics_port={PORT + 1}"
-        _run(processes, [str(master), *flags.split(), "-rpc_thread_num=2"])
-        _await_port(PORT)
-        owner = _run(processes, [sys.executable, "-c", OWNER])
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
+    with (
+        _loopback_only(),
+        tempfile.TemporaryDirectory(prefix="lmcache-bench-") as folder,
+        MooncakeMaster(PORT, Path(folder)),
+        MooncakeOwner(PORT, segment=512 << 20),
+    ):
         yield from _transfers()
 
 
@@ -107,26 +98,6 @@ def _transfers() -> Iterator[Case]:
         yield Case(name, size, nbytes, run, limit, limit_name)
     name, run, limit, limit_name = lines[-1]
     yield Case(name, size, nbytes, run, limit, limit_name, close=close)
-
-
-def _run(processes: contextlib.ExitStack, command: list[str]) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    processes.callback(process.communicate)
-    processes.callback(process.kill)
-    return process
-
-
-def _await_port(port: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from experiments.bench.storage.case import Case
 from lmcache.keys import DIGEST_BYTES, NAMESPACE_BYTES, ChunkKey
 from lmcache.storage.backends.lm.client import Client, ClientConfig
+from lmcache.testing.server import ServerProcess
 
 CHUNK_BYTES = 4 << 20
 CHUNKS = 64  # of one call, all clients together
@@ -61,14 +62,15 @@ def cases() -> Iterator[Case]:
 
 def _cases(clients: int) -> Iterator[Case]:
     each = CHUNKS // clients
-    server, port = start_server(f"storage.memory.capacity={CAPACITY_BYTES}")
+    server = ServerProcess(f"storage.memory.capacity={CAPACITY_BYTES}")
     stream, raw_port = _start_stream(each * CHUNK_BYTES, CAPACITY_BYTES // clients)
     context = multiprocessing.get_context("spawn")
     pipes: list[Connection] = []
     processes = []
     for number in range(clients):
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_client, args=(theirs, number, each, port, raw_port), daemon=True))
+        arguments = (theirs, number, each, server.port, raw_port)
+        processes.append(context.Process(target=_client, args=arguments, daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
@@ -85,12 +87,9 @@ def _cases(clients: int) -> Iterator[Case]:
             pipe.close()
         for process in processes:
             process.join(20)
-        for child in (server, stream):
-            child.terminate()
-            child.wait(20)
-            for out in (child.stdout, child.stderr):
-                if out is not None:
-                    out.close()
+        server.terminate()
+        stream.terminate()
+        stream.communicate()
 
     case = functools.partial(
         Case, size=f"{clients} x {each} x 4 MiB", nbytes=CHUNKS * CHUNK_BYTES, limit_name="socket", floor=FLOOR
@@ -131,17 +130,6 @@ def _client(pipe: Connection, number: int, each: int, port: int, raw_port: int) 
                 pipe.send("done")
     client.close()
     raw.close()
-
-
-def start_server(*overrides: str) -> tuple[subprocess.Popen[str], int]:
-    """``lmcache server`` on a free port of loopback."""
-    command = [sys.executable, "-m", "lmcache.cli", "server", "port=0", "http_port=null", *overrides]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "listening on" in line:
-            return process, int(line.split(":")[-1])
-    raise RuntimeError("the server did not start")
 
 
 def _start_stream(nbytes: int, ring_bytes: int) -> tuple[subprocess.Popen[str], int]:

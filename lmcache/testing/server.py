@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+from lmcache.testing.processes import environment as child_environment
 
 
 class ServerProcess:
@@ -24,8 +22,7 @@ class ServerProcess:
         ports = (f"port={self.port}", f"http_port={self.http_port}")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lmcache.cli", "server", *ports, *self._overrides],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **self._environment},
+            env=child_environment(**self._environment),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -38,7 +35,7 @@ class ServerProcess:
             if "metrics and health on" in line:
                 self.http_port = int(line.split(":")[-1])
                 return
-        raise AssertionError("the server did not start: " + "".join(said))
+        raise OSError("the server did not start: " + "".join(said))
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
