@@ -7,12 +7,17 @@ with 1 when the share is over 0.2%.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from experiments.framework.config import CONNECTOR, EngineConfig
+from experiments.framework.engine import Job, environment, model_path
+from experiments.framework.engine_process import hardware, start
 
 LIMIT = 0.002
 DECODED, RUNNING, PROMPT = 96, 4, 300
@@ -33,23 +38,12 @@ def timed(owner: Any, name: str, seconds: list[float]) -> None:
 
 
 def main() -> None:
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="0",
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    )
-    import torch
-
-    torch.set_num_threads(1)
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
+    engine = EngineConfig(kv_space_gib=1, max_model_len=1024)
+    os.environ.update({**environment(engine), "VLLM_LOGGING_LEVEL": "ERROR"})
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from experiments.framework.engine_process import hardware
-    from experiments.framework.model import smollm2
     from lmcache.connector.identity.ages import BlockAges
     from lmcache.connector.worker import WorkerHalf
 
@@ -58,17 +52,8 @@ def main() -> None:
     timed(WorkerHalf, "begin_step", looks)
     for name in ("begins", "begun", "oldest"):
         timed(BlockAges, name, ages)
-    transfer = KVTransferConfig(
-        kv_connector="LMCacheConnector", kv_connector_module_path="lmcache.connector", kv_role="kv_both"
-    )
-    llm = LLM(
-        model=str(smollm2()),
-        dtype="float32",
-        enforce_eager=True,
-        gpu_memory_utilization=0.3,
-        max_model_len=1024,
-        kv_transfer_config=transfer,
-    )
+    job = Job(model_path(engine), engine.model_dump(mode="json"), CONNECTOR, max_tokens=DECODED, seed=0)
+    llm = start(dataclasses.asdict(job))
     prompts = [TokensPrompt(prompt_token_ids=[(7 * i + j) % 40000 + 3 for j in range(PROMPT)]) for i in range(RUNNING)]
     params = SamplingParams(temperature=0, max_tokens=DECODED, ignore_eos=True)
     llm.generate(prompts, params, use_tqdm=False)  # warm-up

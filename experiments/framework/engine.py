@@ -8,10 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from experiments.framework.config import ROOT, EngineConfig
 from experiments.framework.model import PACKAGES, folder_of
@@ -72,56 +72,29 @@ class EngineFailed(RuntimeError):
     """vLLM did not start, or died; the message ends with the end of its log."""
 
 
-class Engine:
-    """One vLLM in a process of its own. Leaving the ``with`` block shuts it down; by an exception, kills it.
+class Child:
+    """A vLLM process: reads messages from its stdin, a JSON document a line, and writes events to its stdout likewise.
 
-    The child reads a job and then steps from its stdin, a JSON line each, and writes events to its stdout.
+    Leaving the ``with`` block ends its input and waits for it; by an exception, kills it and whatever it started.
     Raises EngineFailed when the child ends before it is told to, or with another status than 0.
     """
 
-    def __init__(self, job: Job, log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start ``command`` in the repository; what it writes to stderr goes to ``log``."""
         self._log = log
         with log.open("w") as err:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "experiments.framework.engine_process"],
+                command,
                 cwd=ROOT,
-                env=environment(EngineConfig(**job.engine)),
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=err,
                 text=True,
                 start_new_session=True,
             )
-        try:
-            self._send(asdict(job))
-            self.told = self._event()  # {"started": seconds, "hardware": ..., "cores": ..., "versions": ...}
-        except BaseException:
-            self._kill()
-            raise
 
-    def run(self, step: Step) -> Iterator[Row]:
-        """Send ``step``; yields a row as each of its requests finishes."""
-        self._send(asdict(step))
-        for _ in step.requests:
-            yield Row(**self._event())
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self._shut_down()
-        finally:
-            self._kill()
-
-    def _shut_down(self) -> None:
-        assert self._child.stdin
-        self._child.stdin.close()
-        if status := self._child.wait():
-            raise EngineFailed(f"vLLM's process ended with {status}; the end of {self._log}:\n{tail(self._log)}")
-
-    def _send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         assert self._child.stdin
         try:
             self._child.stdin.write(json.dumps(message) + "\n")
@@ -129,7 +102,8 @@ class Engine:
         except BrokenPipeError:
             raise self._died() from None
 
-    def _event(self) -> dict[str, Any]:
+    def event(self) -> dict[str, Any]:
+        """The next one; waits for it."""
         assert self._child.stdout
         line = self._child.stdout.readline()
         if not line:
@@ -137,11 +111,17 @@ class Engine:
         event: dict[str, Any] = json.loads(line)
         return event
 
-    def _died(self) -> EngineFailed:
-        status = self._child.wait()
-        return EngineFailed(f"vLLM's process ended with {status}; the end of {self._log}:\n{tail(self._log)}")
+    def __enter__(self) -> Self:
+        return self
 
-    def _kill(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._shut_down()
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
         """End the child, and whatever it started, if it still runs."""
         if self._child.poll() is None:
             os.killpg(self._child.pid, signal.SIGKILL)
@@ -151,8 +131,39 @@ class Engine:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
+    def _shut_down(self) -> None:
+        assert self._child.stdin
+        self._child.stdin.close()
+        if self._child.wait():
+            raise self._died()
+
+    def _died(self) -> EngineFailed:
+        status = self._child.wait()
+        return EngineFailed(f"vLLM's process ended with {status}; the end of {self._log}:\n{tail(self._log)}")
+
+
+class Engine(Child):
+    """One vLLM that computes requests one after another (engine_process.py); each comes back as a row."""
+
+    def __init__(self, job: Job, log: Path) -> None:
+        command = [sys.executable, "-m", "experiments.framework.engine_process"]
+        super().__init__(command, environment(EngineConfig(**job.engine)), log)
+        try:
+            self.send(asdict(job))
+            self.told = self.event()  # {"started": seconds, "hardware": ..., "cores": ..., "versions": ...}
+        except BaseException:
+            self.kill()
+            raise
+
+    def run(self, step: Step) -> Iterator[Row]:
+        """Send ``step``; yields a row as each of its requests finishes."""
+        self.send(asdict(step))
+        for _ in step.requests:
+            yield Row(**self.event())
+
 
 def environment(engine: EngineConfig) -> dict[str, str]:
+    """Of a vLLM process that is configured like that."""
     threads = str(engine.threads)
     return {
         **os.environ,
