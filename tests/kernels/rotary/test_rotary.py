@@ -480,7 +480,7 @@ def test_tables_of_another_shape_are_refused() -> None:
 )
 def test_a_chunk_crosses_memory_once(order: str, shape: Shape, width: int, start: int, interleaved: bool) -> None:
     # The sanitizer also sees that nothing else is touched, and that the alignment promised to the compiler is true.
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     layout = Layout(order, shape, BF16)
     plane = paged(layout, random_bytes(layout.nbytes))
