@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from experiments import plots
 from experiments.config import ROOT, ExperimentConfig
-from experiments.kv_model import KV, KVModel, Sample
 from experiments.kv_profile import with_profile
 from experiments.model import smollm2
 from experiments.report import Outcome, Results
 from lmcache.config import Config as Model
-from lmcache.errors import ConfigError, KernelArgumentError
+from lmcache.errors import ConfigError
 from lmcache.kernels import PagedLayers, gather_tokens, scatter_tokens
 from lmcache.kernels.codecs.base import Codec, build_codec
 from lmcache.kernels.codecs.coded import CodedPlane
+from lmcache.kernels.codecs.kv_model import KV, KVModel, Sample
 from lmcache.kernels.entropy.tables import entropy_bits
 from lmcache.kernels.sides import PlaneCodec, Side
 
@@ -93,10 +93,7 @@ def run(config: Config, results: Results) -> Outcome:
 
 def build(options: dict[str, Any], config: Config) -> Codec | None:
     """The codec; ``profile: fit:2.3`` is the one that experiments.kv_profile fits on the first documents."""
-    try:
-        return build_codec(with_profile(options, config.engine.threads))
-    except KernelArgumentError as error:
-        raise ConfigError(f"codecs: {error}") from error
+    return build_codec(with_profile(options, config.engine.threads))
 
 
 def measure(name: str, codec: Codec | None, model: KVModel, samples: Sequence[Sample], chunk_tokens: int) -> Found:
