@@ -14,10 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from experiments import replay, replay_matrix, traces, traces_more
+from experiments.cases.replay import experiment as replay
+from experiments.cases.replay_matrix import experiment as replay_matrix
+from experiments.replaying import traces, traces_more
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import ghosts, reuse
+from lmcache.storage.eviction import ghosts, learned, reuse
 from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from experiments.redis_servers import wait_until
 from lmcache.storage.run.budget import ByteBudget
+from lmcache.testing.processes import wait_until
 
 
 def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> None:
