@@ -117,7 +117,8 @@ class Reading:
         return True
 
     def _work(self, run: _Run, work: Callable[[_Run, float], None]) -> None:
-        ends_at = time.monotonic() + run.limit_s
+        # The tier answers for the time that it works; but what comes after the lease is done does not speak for it.
+        ends_at = min(time.monotonic() + run.limit_s, self._ends_at)
         try:
             if not self._lease.done and not run.abandoned and self._wanted():
                 work(run, ends_at)
