@@ -30,9 +30,9 @@ from lmcache.connector.identity.watch import Identity
 from lmcache.connector.identity.weights import Weights
 from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.logs import show_logs
-from lmcache.connector.lookup import LookupClient
+from lmcache.connector.lookup.server import LookupClient
 from lmcache.connector.metadata import StepMetadata
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.connector.sockets import meeting_name, socket_path
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of

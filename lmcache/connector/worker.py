@@ -15,7 +15,7 @@ from lmcache.config import LMCacheConfig
 from lmcache.connector.blending import Blending
 from lmcache.connector.identity.adapters import LoadedAdapters
 from lmcache.connector.identity.watch import Identity
-from lmcache.connector.lookup import Held, LookupServer
+from lmcache.connector.lookup.server import Held, LookupServer
 from lmcache.connector.metadata import Learn, Load, StepMetadata, Store
 from lmcache.engine.engine import CacheEngine
 from lmcache.engine.layout import PagedCache

@@ -202,7 +202,7 @@ def check_pages() -> None:
 
 def share_blended() -> None:
     """The error that "blended blocks are nobody else's" is about."""
-    from lmcache.connector.scheduler import SchedulerHalf
+    from lmcache.connector.scheduler.half import SchedulerHalf
 
     SchedulerHalf._unshare = lambda *args: None  # type: ignore[method-assign]
 

@@ -13,9 +13,9 @@ import pytest
 
 import lmcache
 from lmcache.connector.identity.adapters import Adapter, Stamps
-from lmcache.connector.lookup import Answer
+from lmcache.connector.lookup.server import Answer
 from lmcache.connector.passages import Passages
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.keys import PlaceholderSpan, tenant_of
 
 CHUNK = 32
@@ -321,7 +321,7 @@ def test_after_a_failed_load_the_request_is_computed(client: Client) -> None:
 
 def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lmcache.connector.scheduler.half.time.monotonic", lambda: now[0])
     client.held = 64
     scheduler = half(client, lease_timeout_s=120)
     scheduler.on_new_request(request())
@@ -340,7 +340,7 @@ def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatc
 
 def test_a_slow_miss_is_asked_for_once_more_and_not_for_ever(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lmcache.connector.scheduler.half.time.monotonic", lambda: now[0])
     scheduler = half(client)
     scheduler.on_new_request(request())
     now[0] += 5
@@ -462,7 +462,7 @@ def test_a_long_queue_does_not_ask_all_at_once(client: Client) -> None:
 
 def test_workers_that_never_answer_are_left_alone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lmcache.connector.scheduler.half.time.monotonic", lambda: now[0])
     client.held = None
     scheduler = half(client)
     for n in range(3):

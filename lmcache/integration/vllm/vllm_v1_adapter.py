@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache.connector.inert import Inert
 from lmcache.connector.metadata import StepMetadata
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.connector.sockets import meeting_name
 from lmcache.connector.vllm import make_scheduler, make_worker
 from lmcache.connector.worker import WorkerHalf

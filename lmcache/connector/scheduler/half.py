@@ -23,7 +23,7 @@ from lmcache import metrics
 from lmcache.config import BlendConfig, LMCacheConfig
 from lmcache.connector.identity.adapters import Adapter, Stamp, Stamps, shared_name, signature_of
 from lmcache.connector.identity.ages import BlockAges
-from lmcache.connector.lookup import Answer, LookupClient
+from lmcache.connector.lookup.server import Answer, LookupClient
 from lmcache.connector.metadata import BlockIds, Learn, Load, StepMetadata, Store
 from lmcache.connector.pace import Pace
 from lmcache.connector.passages import Passages, passages_of
