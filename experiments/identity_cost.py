@@ -50,7 +50,7 @@ def main() -> None:
 
     from experiments.engine_process import hardware
     from experiments.model import smollm2
-    from lmcache.connector.identity.ages import BlockAges
+    from lmcache.connector.scheduler.blocks import BlockAges
     from lmcache.connector.worker import WorkerHalf
 
     steps, looks, ages = list[float](), list[float](), list[float]()

@@ -44,7 +44,7 @@ _INDEXES = 64  # tenants, adapters, ... whose passages are known by content
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPassages:
     """Passages of a prompt that are held in memory. reach: where the last ends, with a token of the prompt behind."""
 
     tokens: Tokens
@@ -99,7 +99,7 @@ class Blending:
 
     def find(
         self, tokens: bytes, passages: Passages, exact: int, tags: Mapping[str, str], timeout_s: float
-    ) -> Found | None:
+    ) -> FoundPassages | None:
         """The passages of a prompt behind its first ``exact`` tokens, in memory; None where it is not worth it."""
         array = as_tokens(tokens)
         index = self._index(tags)
@@ -113,7 +113,7 @@ class Blending:
         for each in wanted:
             if isinstance(each, Match) and each.start not in there:
                 index.discard(each.passage)  # to be learned again
-        found = Found(array, wanted, kv, tags)
+        found = FoundPassages(array, wanted, kv, tags)
         reused = sum(each.stop - max(each.start, exact) for each in kv.segments)
         # Where most would be computed anyway, vLLM does it as fast, and exactly.
         if reused < max(self.config.min_tokens, (found.reach - exact) / 2):
@@ -121,7 +121,7 @@ class Blending:
             return None
         return found
 
-    def fill(self, found: Found, tables: BlockTables, exact: int, stop: int) -> list[int]:
+    def fill(self, found: FoundPassages, tables: BlockTables, exact: int, stop: int) -> list[int]:
         """Fuse ``[exact, stop)`` of the prompt into pages; ``exact`` (whole blocks) tokens are in them already.
 
         Returns how many tokens each layer computed. Passages that are lost on the way are computed.
@@ -145,7 +145,7 @@ class Blending:
                 kv.close()
         raise BlendError("the prompt cannot be blended even without passages")
 
-    def _again(self, found: Found, segments: Sequence[Segment]) -> StoredKV:
+    def _again(self, found: FoundPassages, segments: Sequence[Segment]) -> StoredKV:
         """What memory has of passages; the model's thread asks no tier below."""
         own = [s.passage if isinstance(s, Match) else found.tokens[s.start : s.stop] for s in segments]
         there = [

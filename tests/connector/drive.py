@@ -202,9 +202,9 @@ def check_pages() -> None:
 
 def share_blended() -> None:
     """The error that "blended blocks are nobody else's" is about."""
-    from lmcache.connector.scheduler.half import SchedulerHalf
+    from lmcache.connector.scheduler.loads import Loads
 
-    SchedulerHalf._unshare = lambda *args: None  # type: ignore[method-assign]
+    Loads._unshare = lambda *args: None  # type: ignore[method-assign]
 
 
 def lose_passages(count: int) -> None:

@@ -18,7 +18,8 @@ from scripted import WAIT_S, Gate, ScriptedBackend
 
 import lmcache
 from experiments.redis_servers import RedisServer
-from lmcache.connector.lookup.server import LookupClient, LookupServer
+from lmcache.connector.lookup.client import LookupClient
+from lmcache.connector.lookup.server import LookupServer
 from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache

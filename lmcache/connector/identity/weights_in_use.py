@@ -1,4 +1,4 @@
-"""What a worker's KV is named after, step by step: the weights now, and since when; on every rank."""
+"""Which weights a worker computes with now, and since which step: what its KV is named after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESETS_IMAGES = frozenset({"reset_encoder_cache", "reload_weights"})
 WEIGHTS_TAG = "weights"
 
 
-class Identity:
+class WeightsInUse:
     """Follows the weights of one worker through vLLM's steps and calls.
 
     weights: None where KV is named by its format alone. rank, ranks: this worker's place among those that compute a
