@@ -23,7 +23,7 @@ from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_m
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV, Segment
-from lmcache.blend.selection import TokenSelector, at_ratio, build_selector, check_layers, describe
+from lmcache.blend.selectors import TokenSelector, at_ratio, build_selector, check_layers, describe
 from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels.attention.deviation import kv_deviation
 from lmcache.kernels.attention.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from lmcache import metrics
-from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record, run_digest, write_record
+from lmcache.blend.chunks import Record, SegmentFormat, SegmentLayout, read_record, run_digest, write_record
 from lmcache.blend.reuse import Segment
 from lmcache.blend.segments import Match, Tokens, as_tokens, explicit_spans
 from lmcache.blend.stored import Part, PrefixKV, StoredKV, Wanted, release

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record
+from lmcache.blend.chunks import Record, SegmentFormat, SegmentLayout, read_record
 from lmcache.blend.reuse import Segment
 from lmcache.errors import ClosedError, CorruptChunkError, LeaseExpiredError
 from lmcache.kernels.rotary.shift import RotaryShift

@@ -24,7 +24,7 @@ from experiments.blend_quality import REUSE, TITLES, ScaleConfig, Scored, blend,
 from experiments.blend_session import BlendSession, open_session
 from experiments.config import ExperimentConfig
 from experiments.report import Outcome, Results
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.errors import BlendError, ConfigError
 
 Learned = Literal["prefix", "alone", "reordered", "prompt"]

@@ -26,7 +26,7 @@ from experiments.config import ExperimentConfig, read, typed
 from experiments.paired import Interval
 from experiments.report import Outcome, Results
 from lmcache.blend.blender import Blended, Blender
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 

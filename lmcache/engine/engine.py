@@ -19,8 +19,8 @@ import torch
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
-from lmcache.engine.gpu_connector import BlockTables, PageMover
 from lmcache.engine.layout import PagedCache, chunk_tokens
+from lmcache.engine.mover import BlockTables, PageMover
 from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
 from lmcache.errors import (

@@ -20,7 +20,7 @@ from pydantic import ByteSize
 
 from lmcache import metrics
 from lmcache.blend import layout
-from lmcache.blend.layout import SegmentFormat
+from lmcache.blend.chunks import SegmentFormat
 from lmcache.blend.reuse import ReusedKV, Segment
 from lmcache.blend.segments import ContentIndex, Match
 from lmcache.blend.store import KIND_TAG, SegmentStore

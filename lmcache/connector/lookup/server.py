@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from lmcache import metrics
-from lmcache.connector.blending import Blending, FoundPassages
+from lmcache.blend.pipeline import FoundPassages
+from lmcache.connector.blending import Blending
 from lmcache.connector.identity.adapters import Adapter
 from lmcache.connector.identity.weights_in_use import WeightsInUse
 from lmcache.connector.lookup.loop import RequestLoop
