@@ -8,7 +8,7 @@ One chunk for each few layers, never split along the tokens:
 
 - a layer is one range of bytes, and what comes first is needed first, so that reading may go on while layers compute;
 - no chunk is much longer than ``chunk_bytes``, however long the segment is: pools, batches and files stay even;
-- part of a segment's tokens would be no use without the others: it is covered whole or not at all.
+- a segment is never split along its tokens: it is read whole or counts as missing.
 """
 
 from __future__ import annotations

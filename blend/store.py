@@ -1,4 +1,4 @@
-"""KV of segments in storage, and back at whatever positions a prompt has them.
+"""Stores the KV of segments, and retrieves it at the positions that a prompt has them at.
 
 Kept as the engine made it: keys turned at the positions stored_at, stored_at + 1, ... that the tokens had then, which
 is kept with them. Whoever asks gets keys turned by the difference on (lmcache.kernels.rotary.ops), values as they are.

@@ -1,12 +1,12 @@
-"""CacheBlend in vLLM's worker: a prompt's passages found, fused over its pages, and learned from what vLLM computes.
+"""CacheBlend over vLLM's pages: finds a prompt's passages, fuses them into its pages, learns new ones.
 
     lookup   prompt ── passages in memory, leased ──> tokens that need not be computed by vLLM, and how many are exact
     load     exact chunks ─> pages ─┐
              passages ──────────────┴─ fusion ─> pages; vLLM goes on behind the last passage
     step     what vLLM computed in full ── passages ──> storage
 
-Blended KV is in pages of its own request only: it is neither stored, nor learned from, nor found by vLLM's own prefix
-cache (the scheduler half sees to that).
+The steps themselves are those of lmcache.blend.pipeline. Blended KV stays in the pages of its own request: the
+scheduler half sees to it that it is not stored, not learned from and not shared by vLLM's own prefix cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lmcache.engine.token_pages import TokenPages
 from lmcache.errors import BlendError
 from lmcache.kernels import PagedLayers, scatter_tokens
 
-_AGAIN_S = 0.05  # for passages that memory has, when it should lose them now: the step that computes waits
+_AGAIN_S = 0.05  # to get passages that memory says it has: the step that computes waits for them
 
 
 class Blending:
@@ -112,7 +112,7 @@ class Blending:
         return self._pipeline.fuse(found, blend, functools.partial(self._again, found)).report.computed
 
     def _again(self, found: FoundPassages, segments: Sequence[Segment]) -> StoredKV:
-        """What memory has of passages; the model's thread asks no tier below."""
+        """What memory has of passages. Lower tiers are not asked: this runs on the thread that computes the step."""
         own = [s.passage if isinstance(s, Match) else found.tokens[s.start : s.stop] for s in segments]
         there = [
             segment

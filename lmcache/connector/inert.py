@@ -1,4 +1,4 @@
-"""Engines whose KV nobody could use again: the connector starts with them, says why once, and does nothing."""
+"""Engines whose KV cannot be reused: the connector starts with them, logs the reason once, and does nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The worker half: owns the cache engine, loads before the forward pass and stores behind it."""
+"""The worker half: owns the cache engine, loads before the forward pass of a step and stores after it.
+
+begin_step   which weights and adapters compute this step
+start_load   leased chunks and passages -> pages; a load that fails goes to FailedLoads, which vLLM asks
+finish_step  pages of what was computed -> chunks and passages
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerHalf:
-    """Lives in vLLM's worker process, one a rank. Never raises into vLLM's step: a failing cache is a slower vLLM.
+    """Lives in vLLM's worker process, one a rank. No call raises into vLLM's step: what fails is logged and computed.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
     weights: which the model computes with; the format names them. None: they are what the format says for ever.
@@ -57,7 +62,7 @@ class WorkerHalf:
         atexit.register(self.shutdown)
 
     def begin_step(self, meta: StepMetadata) -> None:
-        """Before anything else of a step: KV is named after the weights and adapters that compute it."""
+        """Called first in a step: finds out which weights and adapters compute it, for they name its KV."""
         try:
             self._weights.settle(meta.step, self._renamed)
             self._adapters.begin_step(meta.step, meta.adapters)

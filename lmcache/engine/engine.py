@@ -1,8 +1,8 @@
 """CacheEngine: lookup, store and retrieve the KV of token sequences.
 
-lookup    tokens -> keys -> a lease on the longest cached prefix, whose bytes are in memory and verified
-retrieve  leased chunks -> pages
-store     pages -> chunks that are not in memory -> every tier; what a lower one holds already, it does not write again
+lookup    tokens -> chunk keys (token_database.py) -> a lease on the longest cached prefix, in memory and verified
+retrieve  the leased chunks -> the engine's pages (mover.py, or packed.py where a codec is configured)
+store     pages -> chunks -> memory, and from there every tier that does not hold them yet
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ class CacheEngine:
                 mover.write(chunk, buffer)
 
     def _remove(self, span: Span) -> None:
-        """Forget a damaged chunk: left where it is, it would be found, and fail, again and again."""
+        """Remove a damaged chunk from every tier; otherwise each later lookup would find it and fail again."""
         metrics.CORRUPT_CHUNKS.labels("memory").inc()
         self.storage.remove([span.key], wait=False)
 

@@ -35,12 +35,12 @@ class WeightsInUse:
 
     @property
     def name(self) -> str | None:
-        """Of the weights; None where it cannot be known."""
+        """The digest that names the weights; None where they cannot be read."""
         return self._weights.name if self._weights is not None else None
 
     @property
     def token(self) -> str:
-        """The same token as before: nothing was even in doubt meanwhile."""
+        """Changes whenever the weights were in doubt; two equal tokens mean that they were the same all the time."""
         return self._weights.token if self._weights is not None else ""
 
     def in_doubt(self) -> bool:

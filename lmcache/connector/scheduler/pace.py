@@ -30,8 +30,9 @@ class WaitBudget:
 class Pace:
     """Tokens a second of steps that mostly compute prompts. Used by one thread.
 
-    A step takes from its beginning, or the end of the one before it where it was launched meanwhile, to its end. Where
-    nobody tells of ends, a step ends when the next begins.
+    A step is timed from its begin (or from the end of the step before, when it was launched while that still ran) to
+    its end. vLLM's own LMCacheConnectorV1 reports no ends (`ends` is never called): there a step ends when a request
+    finishes or the next step begins.
     """
 
     def __init__(self) -> None:
