@@ -156,7 +156,7 @@ def frozen(model: Path, folder: Path, tier: str) -> Any:
 
 
 def prefixes(model: Path, folder: Path, tier: str) -> Any:
-    from lmcache.connector.lookup import LookupClient
+    from lmcache.connector.lookup.client import LookupClient
 
     asked: dict[int, float] = {}
     ages: list[float] = []
