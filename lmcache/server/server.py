@@ -35,7 +35,7 @@ class Server:
         self.config = config
         token = read_token(config.token_file)
         self._tls = None if config.tls is None else _tls_context(config.tls)
-        self._listener = _listen(config.host, config.port)
+        self._listener = listen(config.host, config.port)
         self.port = int(self._listener.getsockname()[1])
         try:
             store = StorageManager(config.storage)
@@ -151,7 +151,8 @@ class Server:
                 del self._sessions[session]
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0: any that is free. ConfigError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
