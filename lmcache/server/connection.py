@@ -44,7 +44,7 @@ ANY_SIZE = range(1, 1 << 62)
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all sessions of a server have in common."""
+    """What all connections of a server have in common."""
 
     config: ServerConfig
     token: bytes
@@ -57,7 +57,7 @@ class Busy(Exception):
     """No room for this request in time."""
 
 
-class Session:
+class Connection:
     """Serves one client until it leaves, misbehaves, or ``drain`` is called."""
 
     def __init__(self, shared: Shared, peer: str, open_channel: Callable[[], Channel]) -> None:
@@ -300,7 +300,7 @@ class Session:
 class _Reading:
     """Chunks on their way into memory, and their share of the budget."""
 
-    def __init__(self, shared: Shared, holder: Session, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
+    def __init__(self, shared: Shared, holder: Connection, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
         self._shared = shared
         self._holder = holder
         self._sizes = sizes
