@@ -222,7 +222,8 @@ def build_codec(given: str | Mapping[str, Any]) -> Codec | None:
     for key, value in options.items():
         if key not in fields:
             raise KernelArgumentError(f"codec {name} has no option {key!r}; known: {', '.join(fields)}")
-        kind = getattr(fields[key].type, "__name__", fields[key].type)  # a name, where annotations are postponed
-        if kind != type(value).__name__:
-            raise KernelArgumentError(f"option {key} of codec {name} is {value!r}; it must be of type {kind}")
+        if fields[key].type != type(value).__name__:
+            raise KernelArgumentError(
+                f"option {key} of codec {name} is {value!r}; it must be of type {fields[key].type}"
+            )
     return cls(**options)
