@@ -55,7 +55,7 @@ class Server:
         return self._accepting.is_alive() and not self._stopping.is_set()
 
     def stats(self) -> dict[str, int]:
-        """What is where, now."""
+        """Connections, bytes in flight, and what the StorageManager holds; sets the gauges of the metrics, too."""
         with self._lock:
             connections = len(self._connections)
         metrics.SERVER_CONNECTIONS.set(connections)
@@ -117,7 +117,7 @@ class Server:
         if full:
             self._shared.complaints.add("full", peer, f"{self.config.max_connections} connections are open")
             if self._tls is None:
-                # A new socket has room for these few bytes; whoever connects need not be waited for.
+                # The send buffer of a new socket has room for these few bytes, so this does not wait for the client.
                 sock.setblocking(False)
                 sock.send(protocol.encode_frame(protocol.Failed("busy", "too many connections")))
             sock.close()
