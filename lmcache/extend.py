@@ -59,36 +59,22 @@ if TYPE_CHECKING:
     from lmcache.storage.registry import build_backend as build_backend
 
 _HOMES = {
-    "lmcache.blend.models.base": ("BlendModel", "KVShape", "LayerAttention", "Rope"),
-    "lmcache.blend.reuse": ("GivenKV", "ReusedKV", "Segment"),
-    "lmcache.blend.selection": (
-        "Prompt",
-        "RatioConfig",
-        "SelectorConfig",
-        "TokenSelector",
-        "build_selector",
-        "highest",
-    ),
-    "lmcache.config": ("Config",),
-    "lmcache.errors": (
-        "BlendError",
-        "ClosedError",
-        "ConfigError",
-        "CorruptChunkError",
-        "KernelArgumentError",
-        "StorageError",
-    ),
-    "lmcache.kernels.attention.sparse_prefill": ("AttentionProblem", "Provider"),
-    "lmcache.kernels.codecs.base": ("Codec", "QuantisedCodec", "build_codec"),
-    "lmcache.kernels.quantise.grid": ("Quantiser",),
-    "lmcache.kernels.sides": ("Packed", "PlaneCodec", "Side"),
-    "lmcache.keys": ("ChunkKey",),
-    "lmcache.storage.base": ("Buffer", "StorageBackend"),
-    "lmcache.storage.chunk": ("HEADER_BYTES", "check_chunk", "encode_header"),
-    "lmcache.storage.eviction.base": ("EvictionPolicy", "Place"),
-    "lmcache.storage.registry": ("build_backend",),
+    "lmcache.blend.models.base": "BlendModel KVShape LayerAttention Rope",
+    "lmcache.blend.reuse": "GivenKV ReusedKV Segment",
+    "lmcache.blend.selection": "Prompt RatioConfig SelectorConfig TokenSelector build_selector highest",
+    "lmcache.config": "Config",
+    "lmcache.errors": "BlendError ClosedError ConfigError CorruptChunkError KernelArgumentError StorageError",
+    "lmcache.kernels.attention.sparse_prefill": "AttentionProblem Provider",
+    "lmcache.kernels.codecs.base": "Codec QuantisedCodec build_codec",
+    "lmcache.kernels.quantise.grid": "Quantiser",
+    "lmcache.kernels.sides": "Packed PlaneCodec Side",
+    "lmcache.keys": "ChunkKey",
+    "lmcache.storage.base": "Buffer StorageBackend",
+    "lmcache.storage.chunk": "HEADER_BYTES check_chunk encode_header",
+    "lmcache.storage.eviction.base": "EvictionPolicy Place",
+    "lmcache.storage.registry": "build_backend",
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
