@@ -237,7 +237,7 @@ class GhostLRU(Ghost):
 
 
 class GhostS3FIFO(Ghost):
-    """S3-FIFO, as in queues.py, with its ways to be set up.
+    """S3-FIFO, as in eviction_queues.py, with its ways to be set up.
 
     fill_main: when it is full for the first time, only what came first is in the small queue.
     """

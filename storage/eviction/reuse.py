@@ -1,6 +1,6 @@
 """`reuse`: lets go of what the policy would not hold that has had most hits of late.
 
-Several ghosts (ghosts.py, learned.py) each hold what one policy would hold, and count its hits. The
+Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The
 tier follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 

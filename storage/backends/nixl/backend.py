@@ -1,7 +1,7 @@
 """L3/L4 through NIXL's storage plugins: chunks as files (POSIX, GDS, GDS_MT, HF3FS) or as objects (OBJ).
 
-files.py moves files straight between disk and the buffers it is given; objects.py goes through memory of its
-own; agent.py is what both need of NIXL.
+nixl_files.py moves files straight between disk and the buffers it is given; nixl_objects.py goes through memory of its
+own; nixl_agent.py is what both need of NIXL.
 """
 
 from __future__ import annotations
