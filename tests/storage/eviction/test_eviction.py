@@ -14,12 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from experiments import replay, replay_matrix, traces, traces_more
+from experiments.cases.replay import experiment as replay
+from experiments.cases.replay_matrix import experiment as replay_matrix
+from experiments.replaying import traces, traces_more
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import ghosts as eviction_ghosts
-from lmcache.storage.eviction import learned as eviction_learned
-from lmcache.storage.eviction import reuse as eviction_kv
+from lmcache.storage.eviction import ghosts, learned, reuse
 from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES
@@ -92,13 +92,13 @@ TestSieve = machine("sieve").TestCase
 TestReuse = machine("reuse").TestCase
 
 
-def check(policy: eviction_kv.Reuse) -> None:
+def check(policy: reuse.Reuse) -> None:
     """What must hold between calls, beside what every policy promises."""
     segments, learned = policy._segments, policy._learned
     used = [number for number, keys in enumerate(segments.keys) if keys]
     for number in used:
         assert [segments.places[key] for key in segments.keys[number]] == [
-            number << eviction_ghosts.PLACE_BITS | index for index in range(segments.size[number])
+            number << ghosts.PLACE_BITS | index for index in range(segments.size[number])
         ]
         assert segments.held[number] >> segments.size[number] == 0
     assert sum(segments.size[number] for number in used) + segments_pending(policy) == len(segments.places)
@@ -119,8 +119,8 @@ def check(policy: eviction_kv.Reuse) -> None:
         assert set(policy._fell) == {number for number in used if segments.held[number] >> kept[number]}
 
 
-def segments_pending(policy: eviction_kv.Reuse) -> int:
-    return sum(place == eviction_ghosts.PENDING for place in policy._segments.places.values())
+def segments_pending(policy: reuse.Reuse) -> int:
+    return sum(place == ghosts.PENDING for place in policy._segments.places.values())
 
 
 class ReuseMachine(RuleBasedStateMachine):
@@ -128,7 +128,7 @@ class ReuseMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = eviction_kv.Reuse()
+        self.policy = reuse.Reuse()
         self.held: set[ChunkKey] = set()
 
     def use(self, number: int) -> None:
@@ -299,8 +299,8 @@ def test_reuse_does_not_evict_a_chain_that_comes_in_from_its_beginning() -> None
 
 
 def test_reuse_remembers_a_bounded_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction_learned, "MOST_COUNTED", 100)
-    policy = eviction_kv.Reuse()
+    monkeypatch.setattr(learned, "MOST_COUNTED", 100)
+    policy = reuse.Reuse()
     for number in range(3000):
         chain(policy, range(10 * number, 10 * number + 10))
         for key in list(itertools.islice(policy.victims(), max(0, 10 * (number - 20)) and 10)):
@@ -350,9 +350,9 @@ def test_who_follows_a_ghost_has_its_hits(name: str, size: int) -> None:
         assert found > (ghost.hits + ghost._run) / blocks - 0.0005
 
 
-def following(ghost: str | int) -> eviction_kv.Reuse:
+def following(ghost: str | int) -> reuse.Reuse:
     """One that follows the same ghost for ever."""
-    policy = eviction_kv.Reuse()
+    policy = reuse.Reuse()
     policy._follow(policy._lru if ghost == "lru" else policy._ghosts[int(ghost)])
     policy._choose = lambda: None  # type: ignore[method-assign]
     return policy
