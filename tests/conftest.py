@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 ROOMS = (
@@ -18,3 +21,28 @@ ROOMS = (
     "storage/redis",
 )
 sys.path[:0] = [str(HERE / room) for room in ROOMS]
+
+ENGINES = {"vllm_run", "vllm_many", "vllm_process", "vllm_prefill"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ENGINES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("vllm")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of each file that takes five or more, and of the slowest test in it."""
+    tests: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file, _, name = report.nodeid.partition("::")
+                tests[file][name] += report.duration
+    files = sorted(((sum(of.values()), file) for file, of in tests.items()), reverse=True)
+    if files and files[0][0] >= 5:
+        terminalreporter.section("seconds of files, and of the slowest test")
+    for seconds, file in files:
+        if seconds >= 5:
+            name, most = max(tests[file].items(), key=lambda test: test[1])
+            terminalreporter.write_line(f"{seconds:6.1f}  {file}  {most:.1f} {name}")
