@@ -23,12 +23,28 @@ ROOMS = (
 sys.path[:0] = [str(HERE / room) for room in ROOMS]
 
 ENGINES = {"vllm_run", "vllm_many", "vllm_process", "vllm_prefill"}
+# What `make test-quick` leaves out besides real vLLM: real servers, processes that are killed, experiments that run.
+SLOW = (
+    "experiments/test_blend_experiments.py",
+    "storage/disk/test_disk_shared.py",
+    "storage/flow/test_frozen_servers.py",
+    "storage/objects/",
+    "storage/placed/",
+    "storage/redis/",
+    "storage/remote/",
+    "storage/server/test_crowds.py",
+    "storage/server/test_process.py",
+    "storage/testing/test_plugin.py",
+    "test_package.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("vllm")
+        if item.path.is_relative_to(HERE) and item.path.relative_to(HERE).as_posix().startswith(SLOW):
+            item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -25,6 +25,7 @@ from lmcache.engine.layout import PagedCache
 from lmcache.storage.manager import StorageManager
 
 CHUNK, BLOCK = 32, 16
+pytestmark = pytest.mark.serial
 TOKENS = list(range(100))
 OPERATIONS = ("sizes", "contains", "get", "put", "remove", "clear")
 

@@ -29,6 +29,7 @@ from lmcache.storage.testing import fill, make_key, take
 
 __all__ = ["seaweed", "valkey"]
 CHUNK = 64 << 10
+pytestmark = pytest.mark.serial
 
 
 class Link:
