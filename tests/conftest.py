@@ -11,6 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOMS = (
     "connector",
+    "connector/engines",
     "blend",
     "storage",
     "storage/disk",

@@ -22,7 +22,7 @@ from unittest import mock
 HERE = Path(__file__).parent
 AT_IMPORT = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}",
+    "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[2]}",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }

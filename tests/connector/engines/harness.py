@@ -12,7 +12,7 @@ from typing import Any
 from preloaded import Script
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 
 
 def connector(
