@@ -28,8 +28,8 @@ lint: setup ## ruff, mypy --strict, import-linter
 
 test: setup lint test-kernels test-rest ## everything that CI runs
 
-test-quick: lint ## what to run while working: lint and the tests that take no time, in three minutes
-	$(PY) -m pytest -q tests -n 2 -m "not (vllm or slow or serial)"
+test-quick: lint ## what to run while working, in three minutes: lint, no kernels, no real vLLM, no real servers
+	$(PY) -m pytest -q tests --ignore=tests/kernels $(TWO) -m "not (vllm or slow or serial)"
 
 test-kernels: setup ## the kernel tests: plain torch, Triton's interpreter, compiled ahead of time
 	set -e; for mode in $(KERNEL_MODES); do echo "== kernels: $$mode"; \
