@@ -26,6 +26,7 @@ from lmcache.storage.manager import StorageManager
 from lmcache.testing.redis import RedisServer
 
 CHUNK, BLOCK = 32, 16
+pytestmark = pytest.mark.serial
 TOKENS = list(range(100))
 OPERATIONS = ("sizes", "contains", "get", "put", "remove", "clear")
 

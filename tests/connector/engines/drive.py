@@ -1,6 +1,6 @@
 """Runs one vLLM engine in this process through a scenario and prints what came out, as JSON on the last line.
 
-    echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/drive.py
+    echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/engines/drive.py
 
 Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts", and "kv": the
 kv_transfer_params of each), {"reset": "vllm" | "all"},
