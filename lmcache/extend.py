@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from lmcache.blend.reuse import GivenKV as GivenKV
     from lmcache.blend.reuse import ReusedKV as ReusedKV
     from lmcache.blend.reuse import Segment as Segment
-    from lmcache.blend.selection import Prompt as Prompt
-    from lmcache.blend.selection import RatioConfig as RatioConfig
-    from lmcache.blend.selection import SelectorConfig as SelectorConfig
-    from lmcache.blend.selection import TokenSelector as TokenSelector
-    from lmcache.blend.selection import build_selector as build_selector
-    from lmcache.blend.selection import highest as highest
+    from lmcache.blend.selectors import Prompt as Prompt
+    from lmcache.blend.selectors import RatioConfig as RatioConfig
+    from lmcache.blend.selectors import SelectorConfig as SelectorConfig
+    from lmcache.blend.selectors import TokenSelector as TokenSelector
+    from lmcache.blend.selectors import build_selector as build_selector
+    from lmcache.blend.selectors import highest as highest
     from lmcache.config import Config as Config
     from lmcache.errors import BlendError as BlendError
     from lmcache.errors import ClosedError as ClosedError
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from lmcache.kernels.attention.sparse_prefill import AttentionProblem as AttentionProblem
     from lmcache.kernels.attention.sparse_prefill import Provider as Provider
     from lmcache.kernels.codecs.base import Codec as Codec
-    from lmcache.kernels.codecs.base import QuantisedCodec as QuantisedCodec
+    from lmcache.kernels.codecs.base import CodecConfig as CodecConfig
     from lmcache.kernels.codecs.base import build_codec as build_codec
-    from lmcache.kernels.quantise.grid import Quantiser as Quantiser
+    from lmcache.kernels.codecs.quantised import QuantisedCodec as QuantisedCodec
+    from lmcache.kernels.quantise.scheme import Scheme as Scheme
     from lmcache.kernels.sides import Packed as Packed
     from lmcache.kernels.sides import PlaneCodec as PlaneCodec
     from lmcache.kernels.sides import Side as Side
@@ -61,12 +62,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "lmcache.blend.models.base": "BlendModel KVShape LayerAttention Rope",
     "lmcache.blend.reuse": "GivenKV ReusedKV Segment",
-    "lmcache.blend.selection": "Prompt RatioConfig SelectorConfig TokenSelector build_selector highest",
+    "lmcache.blend.selectors": "Prompt RatioConfig SelectorConfig TokenSelector build_selector highest",
     "lmcache.config": "Config",
     "lmcache.errors": "BlendError ClosedError ConfigError CorruptChunkError KernelArgumentError StorageError",
     "lmcache.kernels.attention.sparse_prefill": "AttentionProblem Provider",
-    "lmcache.kernels.codecs.base": "Codec QuantisedCodec build_codec",
-    "lmcache.kernels.quantise.grid": "Quantiser",
+    "lmcache.kernels.codecs.base": "Codec CodecConfig build_codec",
+    "lmcache.kernels.codecs.quantised": "QuantisedCodec",
+    "lmcache.kernels.quantise.scheme": "Scheme",
     "lmcache.kernels.sides": "Packed PlaneCodec Side",
     "lmcache.keys": "ChunkKey",
     "lmcache.storage.base": "Buffer StorageBackend",
