@@ -44,7 +44,7 @@ ANY_SIZE = range(1, 1 << 62)
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all sessions of a server have in common."""
+    """What all connections of a server have in common."""
 
     config: ServerConfig
     token: bytes
@@ -57,7 +57,7 @@ class Busy(Exception):
     """No room for this request in time."""
 
 
-class Session:
+class Connection:
     """Serves one client until it leaves, misbehaves, or ``drain`` is called."""
 
     def __init__(self, shared: Shared, peer: str, open_channel: Callable[[], Channel]) -> None:
@@ -89,10 +89,10 @@ class Session:
         except TimeoutError as error:
             self._shared.complaints.add("slow", self._peer, error)
         except OSError as error:
-            logger.debug("client %s: %s", self._peer, error)  # it went away, which is its right
+            logger.debug("client %s: %s", self._peer, error)  # it closed the connection, which is no fault
         except ClosedError as error:
             self._refuse("closing", error)
-        # The entry loop of a thread: whatever one client brings about ends with its connection.
+        # The entry loop of a thread: an error that one client causes ends its connection, and nothing else.
         except Exception as error:
             self._shared.complaints.add("error", self._peer, error)
             logger.debug("client %s", self._peer, exc_info=True)
@@ -108,11 +108,11 @@ class Session:
 
     @property
     def crawls(self) -> bool:
-        """Whether the client takes, or gives, hardly anything of what is on its way."""
+        """Whether a transfer is under way of which the client takes, or sends, hardly anything."""
         return self._opened is not None and self._opened.crawls
 
     def cut_off(self) -> None:
-        """End the connection for the sake of the others."""
+        """End the connection, because others wait for the memory that it holds."""
         if not self._cut_off:
             self._cut_off = True
             self._shared.complaints.add("slow", self._peer, "hardly anything is taken or given while others wait")
@@ -188,7 +188,7 @@ class Session:
         self._channel.send_frame(message)
 
     def _refuse(self, code: str, error: Exception) -> None:
-        """Say why the connection ends, as far as anybody listens."""
+        """Tell the client why the connection ends, if it still reads."""
         self._shared.complaints.add(code, self._peer, error)
         try:
             self._channel.start(1.0)
@@ -198,7 +198,7 @@ class Session:
         self._channel.linger()
 
     def _held(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """Bytes of the values of the leading run; one that is too short for a seal is none of ours."""
+        """Bytes of the values of the leading run; one that is too short for a seal was not written by a client."""
         sizes = self._store.sizes(keys)
         return sizes[: next((at for at, size in enumerate(sizes) if size <= SEAL_BYTES), len(sizes))]
 
@@ -208,7 +208,7 @@ class Session:
         count = next((at for at, size in enumerate(held) if size != sizes[at] + SEAL_BYTES), len(held))
         ahead: _Reading | None = None
         try:
-            # Of which it may hold two: one that is sent, and one that is read meanwhile.
+            # It may hold two batches: one that is sent, and one that is read meanwhile.
             batches = list(_batches(held[:count], min(BATCH_BYTES, self._shared.budget.nbytes // (2 * SHARE))))
             for number, batch in enumerate(batches):
                 part = slice(batch.start, batch.stop)
@@ -220,7 +220,7 @@ class Session:
                     more = len(buffers) == len(batch) and number + 1 < len(batches)
                     if more:
                         after = slice(batches[number + 1].start, batches[number + 1].stop)
-                        # No waiting for room while holding some, or clients would wait for each other.
+                        # Not waited for: this connection holds a batch, and two such could wait for each other.
                         ahead = self._read(keys[after], held[after], 0)
                     self._send(buffers, more)
                 if not more:
@@ -300,25 +300,25 @@ class Session:
 class _Reading:
     """Chunks on their way into memory, and their share of the budget."""
 
-    def __init__(self, shared: Shared, holder: Session, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
+    def __init__(self, shared: Shared, holder: Connection, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> None:
         self._shared = shared
         self._holder = holder
         self._sizes = sizes
         self._buffers: list[PoolBuffer] = []
         self._lease: Lease | None = None
         try:
-            # Of any size, because one that differs from what a client expects is not damaged.
+            # Any size is read: a chunk of another size than the client expects is not damaged.
             self._lease = shared.store.acquire(keys, [ANY_SIZE] * len(keys))
         finally:
             if self._lease is None:
                 shared.budget.give(sum(sizes), holder)
 
     def __enter__(self) -> list[PoolBuffer]:
-        """The leading chunks that were had, in the sizes that they should have; valid inside of the ``with``."""
+        """The leading chunks that could be read and have the expected sizes; valid inside the ``with``."""
         assert self._lease is not None
         try:
             self._lease.wait(2 * self._shared.config.storage.read_timeout_s)
-            # Handles of our own: a lease runs out, however slowly a client reads.
+            # Handles of our own, as the lease may run out before a slow client has read everything.
             self._buffers = self._lease.share()
         finally:
             self._lease.close()
