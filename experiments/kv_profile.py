@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ROOT
-from experiments.model import cache_dir, smollm2
+from experiments.framework.config import ROOT
+from experiments.framework.model import cache_dir, smollm2
 
 # Documents of data/ to fit on, in the order of their names; the others are left to score.
 DOCUMENTS = 4

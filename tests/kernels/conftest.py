@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if _mode(config) == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"
-        import interpreter  # only now, because it imports triton
+        from lmcache.kernels.testing import interpreter  # only now, because it imports triton
 
         interpreter.install()
 

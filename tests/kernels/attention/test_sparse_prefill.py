@@ -437,7 +437,7 @@ def test_interpret_mode_really_runs_the_kernels(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_kernels_stay_inside_and_do_not_race(layout: str, splits: int) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     batch = World(**LAYOUTS[layout], prompts=((5, 130), (2, 9)), heads=(3, 1), size=40).build(torch.device("cpu"))
     result = Result.of(batch)

@@ -42,7 +42,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("case", "target"), [(case, target) for case in CASES for target in BUDGETS[case]])
 def test_machine_code_keeps_its_budget(case: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(sparse_prefill_triton.attend_tiles.jitted)
     monkeypatch.setattr(sparse_prefill_triton, "attend_tiles", recorder)
@@ -67,7 +67,7 @@ def test_machine_code_keeps_its_budget(case: str, target: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_machine_code_of_the_merge(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(split_kv._merge_rows.jitted)
     monkeypatch.setattr(split_kv, "_merge_rows", recorder)

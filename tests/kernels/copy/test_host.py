@@ -633,7 +633,7 @@ def test_interpret_mode_really_runs_the_kernel(direct_bytes: int, monkeypatch: p
 @pytest.mark.interpret
 @pytest.mark.parametrize("to_host", [True, False])
 def test_direct_copies_stay_inside_and_do_not_race(to_host: bool) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     for order, shape in (("LBHNC", Shape()), ("BLNHC", Shape(H=3, N=5, C=7, B=12)), ("LBNHC", Shape(content_gap=16))):
         layout = Layout(order, shape, BF16)

@@ -47,7 +47,7 @@ WIDE = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code_keeps_its_budget(target: str, case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     layout, aligned = CASES[case], case != "ragged"
     recorder = aot.Recorder(kernel.copy_rows.jitted)

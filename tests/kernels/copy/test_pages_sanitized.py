@@ -35,7 +35,7 @@ def arguments(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("what", OPS)
 def test_copies_touch_only_what_they_are_given(what: str, order: str, shape: Shape) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     if what.endswith("pages") and (order not in DENSE_ORDERS or shape.content_gap):
         pytest.skip("pages are not dense")
@@ -49,7 +49,7 @@ def test_copies_touch_only_what_they_are_given(what: str, order: str, shape: Sha
 
 @pytest.mark.parametrize("what", OPS)
 def test_an_aligned_copy_moves_each_sector_once(what: str) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     layout = Layout("LBNHC", Shape(L=2, B=8, H=8, N=16, C=128), BF16)
     ids = [3, 0, 5] if what.endswith("pages") else list(range(90, 40, -1))
@@ -65,7 +65,7 @@ def test_an_aligned_copy_moves_each_sector_once(what: str) -> None:
 
 
 def test_writing_one_unit_twice_is_a_race() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     layout = Layout("LBNHC", Shape(L=1, B=8, H=8, N=16, C=128), BF16)
     plane, ids, chunk, allowed = arguments("scatter_tokens", layout, [*range(30), 5])
@@ -98,7 +98,7 @@ def with_argument(position: int, change: Callable[[int], int]) -> Callable[..., 
 def test_the_sanitizer_sees_wrong_launches(
     position: int, change: Callable[[int], int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     plane, ids, chunk, allowed = arguments("gather_tokens", Layout("LBNHC", Shape(), BF16), [1, 95, 60])
     monkeypatch.setattr(kernel.copy_rows, "launch", with_argument(position, change))

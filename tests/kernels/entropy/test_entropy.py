@@ -295,7 +295,7 @@ def test_a_symbol_without_a_slot_is_never_lost_silently(bad: int, device: torch.
 @pytest.mark.interpret
 @pytest.mark.parametrize("layout", ["wide", "narrow", "by symbol", "periodic"])
 def test_kernels_touch_only_what_they_are_given(layout: str) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     shape = (40, 20 if layout == "narrow" else 16)
     symbols = symbols_like("gaussian", shape, 16)
@@ -316,7 +316,7 @@ def test_kernels_touch_only_what_they_are_given(layout: str) -> None:
 
 @pytest.mark.interpret
 def test_lengths_that_lie_by_more_than_32_bits_reach_nothing() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     tables = FrequencyTables(torch.full((1, 16), 256))
     lengths, ends = torch.full((2,), 65535, dtype=torch.uint16), torch.tensor([2**31 + 2**30, 2**32 + 2**30])

@@ -36,7 +36,7 @@ MATRIX = {"sm_80": r"HMMA.*", "sm_90": r"HG?MMA.*", "sm_100": r"(HMMA|UTC.*MMA).
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code_keeps_its_budget(target: str, name: str, way: str) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     scheme = SCHEMES[name]
     recorder = aot.Recorder(getattr(packing, f"_{way}_tile").jitted)
@@ -61,7 +61,7 @@ def test_machine_code_keeps_its_budget(target: str, name: str, way: str) -> None
 @pytest.mark.parametrize("name", ["fp8", "int4_token"])
 def test_wide_heads_do_not_spill(name: str, width: int, way: str) -> None:
     """576: the latent of MLA."""
-    import aot
+    from lmcache.kernels.testing import aot
 
     scheme = {**SCHEMES, "int4_token": Scheme(4)}[name]
     recorder = aot.Recorder(getattr(packing, f"_{way}_tile").jitted)

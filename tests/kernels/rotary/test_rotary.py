@@ -304,7 +304,7 @@ def test_tables_of_another_shape_are_refused() -> None:
 )
 def test_keys_cross_memory_once(case: Case, interleaved: bool) -> None:
     # The sanitizer also sees that nothing else is touched, and that the alignment promised to the compiler is true.
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     keys, out = (case.rows(case.buffer(BF16, seed, torch.device("cpu"))) for seed in (1, None))
     old, table = torch.arange(case.T), RotaryTable.from_frequencies(plain(case.width), 100)

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code_keeps_its_budget(target: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(rotary._shift_rows.jitted)
     monkeypatch.setattr(rotary, "_shift_rows", recorder)
