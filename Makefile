@@ -16,7 +16,7 @@ model: setup ## fetch and convert the small language model of the demo and the t
 	@$(PY) -m experiments.model
 
 demo: model ## real documents through real vLLM: TTFT without cache, from memory, from disk
-	@$(PY) -m experiments.run experiments/configs/quickstart.yaml
+	@$(PY) -m experiments.run quickstart
 
 lint: setup ## ruff, mypy --strict, import-linter
 	$(PY) -m ruff check .

@@ -1,5 +1,6 @@
-"""Run an experiment: python -m experiments.run experiments/configs/quickstart.yaml workload.documents=3 ...
+"""Run an experiment: python -m experiments.run CASE [key.path=value ...]
 
+CASE is the name of a folder of experiments/cases (quickstart), or the path of a YAML file.
 YAML -> typed config -> run. The folder results/<name>-<timestamp>/ gets config.yaml (resolved), results.jsonl (one row
 per request), summary.json, figures and logs. Exits with 1 when the experiment's judge finds fault, with 2 for a wrong
 configuration, with 3 when an engine fails.
@@ -8,48 +9,39 @@ configuration, with 3 when an engine fails.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.config import read, typed
 from lmcache.errors import ConfigError
 
-EXPERIMENTS = {
-    "quickstart": "experiments.quickstart",
-    "ttft": "experiments.ttft_bench",
-    "codec_quality": "experiments.codec_quality",
-    "codec_answers": "experiments.codec_answers",
-    "replay": "experiments.replay",
-    "replay_matrix": "experiments.replay_matrix",
-    "blend_loading": "experiments.blend_loading",
-    "blend_quality": "experiments.blend_quality",
-    "blend_ttft": "experiments.blend_ttft",
-    "blend_vllm": "experiments.blend_vllm",
-    "blend_learned": "experiments.blend_learned",
-}
+if TYPE_CHECKING:
+    from experiments.framework.registry import Experiment
 
 
-def load(path: str, overrides: list[str]) -> tuple[Any, Any]:
-    """The experiment's module and its config. Raises ConfigError."""
+def load(given: str, overrides: list[str]) -> tuple[Experiment, Any]:
+    """The experiment that the YAML file ``given`` (or a case's own) names, and its config. Raises ConfigError."""
+    from experiments.framework.config import read, typed
+    from experiments.framework.registry import EXPERIMENTS, config_file
+
+    path = config_file(given)
     values = read(path, overrides)
     name = values.get("experiment")
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"{path}: experiment is {name!r}; known: {', '.join(EXPERIMENTS)}")
-    module = importlib.import_module(EXPERIMENTS[name])
-    return module, typed(module.Config, values, path)
+    if name not in EXPERIMENTS.names():
+        raise ConfigError(f"{path}: experiment is {name!r}; known: {', '.join(EXPERIMENTS.names())}")
+    experiment = EXPERIMENTS.get(name)
+    return experiment, typed(experiment.Config, values, str(path))
 
 
-def run(path: str, overrides: list[str]) -> int:
+def run(given: str, overrides: list[str]) -> int:
     """Run it and return the exit status."""
-    from experiments.engine import EngineFailed
-    from experiments.model import ModelError
-    from experiments.report import Results
+    from experiments.framework.engine import EngineFailed
+    from experiments.framework.model import ModelError
+    from experiments.framework.report import Results
 
     try:
-        module, config = load(path, overrides)
+        experiment, config = load(given, overrides)
         results = Results(config)
-        outcome = module.run(config, results)
+        outcome = experiment.run(config, results)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,11 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, for example experiments/configs/quickstart.yaml")
+    parser.add_argument("case", help="a folder of experiments/cases, or a YAML file; for example quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces a value of the file")
     arguments = parser.parse_args()
     try:
-        sys.exit(run(arguments.config, arguments.overrides))
+        sys.exit(run(arguments.case, arguments.overrides))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,4 +1,4 @@
-"""Named choices: built-ins in a static table of lazy "module:attribute" strings, third parties by entry points."""
+"""Named choices: built-ins in a table of lazy "module:attribute" (or "module") strings, others by entry points."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class Registry(Generic[T]):
         self._warn_of_shadowed()
         if isinstance(name, str):
             if target := self._builtins.get(name):
-                module, attribute = target.split(":")
-                return cast(T, getattr(importlib.import_module(module), attribute))
+                module, _, attribute = target.partition(":")
+                found = importlib.import_module(module)
+                return cast(T, getattr(found, attribute) if attribute else found)
             for entry in entry_points(group=self._group):
                 if entry.name == name:
                     return self._load(entry)

@@ -61,7 +61,7 @@ def test_int8_is_near_what_was_computed(
 def test_every_codec_reads_real_text_and_none_reads_anothers_chunks(vllm_run: Run, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from experiments.model import smollm2
+    from experiments.framework.model import smollm2
 
     model = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -76,7 +76,7 @@ def test_memory_and_disk_give_the_tokens_of_plain_vllm(
 def test_smollm2_reads_real_text_as_plain_vllm_does(vllm_run: Run, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from experiments.model import smollm2
+    from experiments.framework.model import smollm2
 
     model = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -17,13 +17,13 @@ from redis_places import VALKEY, needs_valkey
 from scripted import WAIT_S, Gate, ScriptedBackend
 
 import lmcache
-from experiments.redis_servers import RedisServer
 from lmcache.connector.lookup.client import LookupClient
 from lmcache.connector.lookup.server import LookupServer
 from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 from lmcache.storage.manager import StorageManager
+from lmcache.testing.redis import RedisServer
 
 CHUNK, BLOCK = 32, 16
 TOKENS = list(range(100))

@@ -117,7 +117,7 @@ def slow(folder: Path, fixed_s: float) -> dict[str, Any]:
 
 
 def valkey() -> Any:
-    from experiments.redis_servers import RedisServer, valkey_binary
+    from lmcache.testing.redis import RedisServer, valkey_binary
 
     binary = valkey_binary()
     assert binary is not None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from experiments import quickstart, ttft_bench
-from experiments.engine import Row
+from experiments.cases.quickstart import experiment as quickstart
+from experiments.cases.ttft import experiment as ttft_bench
+from experiments.framework.engine import Row
 
 DOCUMENTS = ("alpha", "beta", "gamma", "delta", "epsilon")
 

@@ -20,7 +20,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", ["_add_mixed", "_compare_words"])
 def test_machine_code_keeps_its_budget(target: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(getattr(digest, kernel).jitted)
     monkeypatch.setattr(digest, kernel, recorder)

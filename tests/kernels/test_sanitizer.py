@@ -35,7 +35,7 @@ def copy(
 
 
 def test_a_good_kernel_passes_and_its_traffic_is_counted() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     source, target = torch.arange(48, dtype=torch.float32), torch.zeros(48)
     with sanitized() as watched:
@@ -48,7 +48,7 @@ def test_a_good_kernel_passes_and_its_traffic_is_counted() -> None:
 
 
 def test_scattered_accesses_cost_a_sector_each() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     source, target = torch.zeros(N * 8), torch.zeros(N * 8)
     with sanitized() as watched:
@@ -58,7 +58,7 @@ def test_scattered_accesses_cost_a_sector_each() -> None:
 
 @pytest.mark.parametrize("wrong", [48, 10**6, -1])
 def test_a_wrong_index_is_out_of_bounds(wrong: int) -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     ids = [*range(47), wrong]
     with (
@@ -69,7 +69,7 @@ def test_a_wrong_index_is_out_of_bounds(wrong: int) -> None:
 
 
 def test_a_missing_mask_is_out_of_bounds() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     with (
         pytest.raises(Violation, match=r"out of bounds: load of 8 bytes by program \(1, 0, 0\): 15 of 16 lanes"),
@@ -79,7 +79,7 @@ def test_a_missing_mask_is_out_of_bounds() -> None:
 
 
 def test_the_gaps_of_a_strided_view_and_its_neighbours_are_out_of_bounds() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     storage = torch.zeros(5 * N)
     views = [storage[N : 3 * N : 2], storage[2 * N :]]
@@ -98,7 +98,7 @@ def _store_through_a_table(table: tl.tensor, n, N: tl.constexpr) -> None:  # typ
 
 
 def test_memory_behind_a_table_of_addresses_has_to_be_named() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     layers = [torch.zeros(8), torch.zeros(8)]
     table = torch.tensor([t.data_ptr() for t in layers])
@@ -111,7 +111,7 @@ def test_memory_behind_a_table_of_addresses_has_to_be_named() -> None:
 
 
 def test_two_programs_that_write_one_place_race() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     ids = [*range(47), 3]
     with pytest.raises(Violation, match=r"race: programs number 1 and 3 write .*, 1 places"), sanitized():
@@ -119,7 +119,7 @@ def test_two_programs_that_write_one_place_race() -> None:
 
 
 def test_a_program_that_reads_what_another_writes_races() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     data = torch.zeros(48)
     with sanitized():
@@ -129,7 +129,7 @@ def test_a_program_that_reads_what_another_writes_races() -> None:
 
 
 def test_lanes_that_write_different_values_to_one_place_race() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     ids = [0, *range(15)]
     with sanitized():
@@ -139,7 +139,7 @@ def test_lanes_that_write_different_values_to_one_place_race() -> None:
 
 
 def test_launches_do_not_race_with_each_other() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     with sanitized():
         for _ in range(2):
@@ -152,7 +152,7 @@ def _count(counts: tl.tensor, N: tl.constexpr) -> None:
 
 
 def test_atomic_operations_do_not_race_but_stay_in_bounds() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     counts = torch.zeros(2, dtype=torch.int32)
     with sanitized() as watched:
@@ -171,7 +171,7 @@ def _offset(out: tl.tensor, row, stride, WIDE: tl.constexpr) -> None:  # type: i
 
 
 def test_an_offset_that_overflows_int32_is_seen() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     out = torch.zeros(1, dtype=torch.int32)
     with sanitized():
@@ -189,7 +189,7 @@ def _promise(out: tl.tensor, STRIDE: tl.constexpr, MULTIPLE: tl.constexpr, N: tl
 
 
 def test_a_false_promise_of_alignment_is_seen() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     out = torch.zeros(N * 8)
     with sanitized():
@@ -201,7 +201,7 @@ def test_a_false_promise_of_alignment_is_seen() -> None:
 
 
 def test_a_misaligned_access_is_seen() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     raw = torch.zeros(N * 4 + 2, dtype=torch.uint8)
     table = torch.tensor([raw.data_ptr() + 2])
@@ -224,7 +224,7 @@ def _interpreter_is_as_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_interpreter_is_as_before")
 def test_nothing_is_watched_afterwards() -> None:
-    from sanitizer import Violation, sanitized
+    from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     target = torch.zeros(64)
     with pytest.raises(Violation), sanitized():

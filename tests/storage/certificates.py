@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from experiments.redis_servers import TLSFiles
+from lmcache.testing.redis import TLSFiles
 
 
 class Certificates:

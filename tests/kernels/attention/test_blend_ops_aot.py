@@ -29,7 +29,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_deviation_keeps_its_budget(
     target: str, case: str, heads: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(deviation._sum_squares.jitted)
     monkeypatch.setattr(deviation, "_sum_squares", recorder)
@@ -49,7 +49,7 @@ def test_deviation_keeps_its_budget(
 @pytest.mark.parametrize("kernel", ["select_small", "count_digits", "count_blocks", "write_taken"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_keeps_its_budget(target: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     kernels = ("select_small", "count_digits", "count_blocks", "write_taken")
     recorders = {name: aot.Recorder(getattr(selection, f"_{name}").jitted) for name in kernels}

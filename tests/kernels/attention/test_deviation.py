@@ -129,7 +129,7 @@ def test_wrong_arguments_are_refused(change: dict[int, torch.Tensor], message: s
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(10, 8, 128), (7, 3, 80), (9, 1, 5)])
 def test_each_byte_is_read_once_and_none_beside(tokens: int, heads: int, dim: int) -> None:
     # The sanitizer also sees that the alignment promised to the compiler is true.
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     joined = [torch.randn(tokens, heads, 2 * dim).to(BF16) for _ in range(2)]
     halves = [whole[..., part] for part in (slice(dim), slice(dim, None)) for whole in joined]

@@ -180,7 +180,7 @@ def test_wrong_arguments_are_refused(
 @pytest.mark.interpret
 @pytest.mark.usefixtures("either_way")
 def test_nothing_is_read_or_written_beside_and_no_program_races() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     scores, mask = strange(200), some_mask(200, 0.05)
     with sanitized():

@@ -31,7 +31,6 @@ CASES: dict[str, tuple[World, dict[str, Any]]] = {
     "gemma": (World(((300, 1000),), (16, 8), 256, 256, page=16), {"window": 512, "soft_cap": 50.0}),
     "deepseek": (World(((300, 1000),), (16, 16), 192, 128), {}),
     "phi": (World(((300, 1000),), (32, 32), 80, 80, torch.float16), {"window": 512}),
-    "positions": (dataclasses.replace(LLAMA, page=0, places="risen"), {}),
     "fp32": (dataclasses.replace(LLAMA, dtype=torch.float32), {}),
     "fp32_256": (World(((300, 1000),), (16, 8), 256, 256, torch.float32), {}),
 }
@@ -43,7 +42,7 @@ WIDE = {
 
 @pytest.mark.parametrize(("case", "target"), [(case, target) for case in CASES for target in BUDGETS[case]])
 def test_machine_code_keeps_its_budget(case: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(sparse_prefill_triton.attend_tiles.jitted)
     monkeypatch.setattr(sparse_prefill_triton, "attend_tiles", recorder)
@@ -68,7 +67,7 @@ def test_machine_code_keeps_its_budget(case: str, target: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_machine_code_of_the_merge(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder = aot.Recorder(split_kv._merge_rows.jitted)
     monkeypatch.setattr(split_kv, "_merge_rows", recorder)

@@ -199,6 +199,7 @@ def test_the_worst_symbols_fit_exactly(device: torch.device) -> None:
     assert encoded.lengths.tolist() == [max_words(40)] * 2
 
 
+@pytest.mark.host
 def test_lengths_fit_sixteen_bits() -> None:
     tables = FrequencyTables(torch.tensor([[4095, 1]]))
     symbols = np.ones((1, MAX_SYMBOLS), dtype=np.uint8)
@@ -294,7 +295,7 @@ def test_a_symbol_without_a_slot_is_never_lost_silently(bad: int, device: torch.
 @pytest.mark.interpret
 @pytest.mark.parametrize("layout", ["wide", "narrow", "by symbol", "periodic"])
 def test_kernels_touch_only_what_they_are_given(layout: str) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     shape = (40, 20 if layout == "narrow" else 16)
     symbols = symbols_like("gaussian", shape, 16)
@@ -315,7 +316,7 @@ def test_kernels_touch_only_what_they_are_given(layout: str) -> None:
 
 @pytest.mark.interpret
 def test_lengths_that_lie_by_more_than_32_bits_reach_nothing() -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     tables = FrequencyTables(torch.full((1, 16), 256))
     lengths, ends = torch.full((2,), 65535, dtype=torch.uint16), torch.tensor([2**31 + 2**30, 2**32 + 2**30])
@@ -397,6 +398,7 @@ def test_wrong_arguments_of_decode_are_refused(change: dict[str, torch.Tensor], 
         rans_decode(tables=tables, **(good | change))
 
 
+@pytest.mark.host
 def test_a_cpu_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import torch; from lmcache.kernels.entropy import coder as e; "
     code += (

@@ -24,7 +24,7 @@ STREAMS, SYMBOLS = 128, 768
 
 def recorded(case: str, target: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What encoding and decoding would launch."""
-    import aot
+    from lmcache.kernels.testing import aot
 
     kernels = {name: aot.Recorder(getattr(entropy, name).jitted) for name in ("_encode_streams", "_pack_rows")}
     kernels["_decode_streams"] = aot.Recorder(entropy._decode_streams.jitted)
@@ -43,7 +43,7 @@ def recorded(case: str, target: str, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def compiled_within(budget: dict[str, int], target: str, recorder: Any) -> Any:
-    import aot
+    from lmcache.kernels.testing import aot
 
     compiled = aot.compile_for(target, recorder)
     assert compiled.local == compiled.shared == 0

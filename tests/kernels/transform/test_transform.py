@@ -386,7 +386,7 @@ def test_wrong_arguments_are_explained(device: torch.device) -> None:
 @pytest.mark.parametrize("width", [32, 24])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_touch_only_what_they_are_given(kind: str, width: int, device: torch.device) -> None:
-    from sanitizer import sanitized
+    from lmcache.kernels.testing.sanitizer import sanitized
 
     pages = Pages(torch.float16, device, width=width, tokens=35)
     pages.slots[::5] = -1

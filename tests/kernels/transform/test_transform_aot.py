@@ -29,7 +29,7 @@ NARROW = {"sm": r"(LDG|STG)\.E\.[US](8|16)", "gfx": r"(global|buffer)_(load|stor
 
 def recorded(way: str, kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What packing or unpacking 256 tokens of 2 layers of 8 heads would launch."""
-    import aot
+    from lmcache.kernels.testing import aot
 
     name = f"_{way}_symbols"
     recorder = aot.Recorder(getattr(transform, name).jitted)
@@ -53,7 +53,7 @@ def recorded(way: str, kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -
 def test_machine_code_keeps_its_budget(
     target: str, way: str, kind: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import aot
+    from lmcache.kernels.testing import aot
 
     recorder, vendor = recorded(way, kind, width, monkeypatch), re.sub(r"_?\d.*", "", target)
     options = recorder.options

@@ -10,9 +10,9 @@ from frozen import FORGET, check_a_removal_holds
 from object_places import prefix_of, seaweed
 from redis_places import needs_valkey, valkey
 
-from experiments.object_server import SeaweedFS
-from experiments.redis_servers import RedisServer
 from lmcache.storage.flow import owed
+from lmcache.testing.objects import SeaweedFS
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["seaweed", "valkey"]
 

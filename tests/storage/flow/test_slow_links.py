@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from faulty_proxy import FaultyProxy
 from managers import settle
 from object_places import prefix_of, seaweed
 from redis_places import needs_valkey, valkey
@@ -26,6 +25,7 @@ from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.run.pace import FIRST_BYTES, LEAST_BYTES, Pace
 from lmcache.storage.testing import fill, make_key, take
+from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["seaweed", "valkey"]
 CHUNK = 64 << 10

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from experiments.object_server import Azurite, SeaweedFS, azurite, weed
 from lmcache.storage.backends.objects.backend import ObjectStoreBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
+from lmcache.testing.objects import Azurite, SeaweedFS, azurite, weed
 
 CHUNK = 20_000
 
@@ -72,9 +71,3 @@ def opened() -> Iterator[Callable[[dict[str, Any]], ObjectStoreBackend]]:
 
 
 Opened = Callable[[dict[str, Any]], ObjectStoreBackend]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -17,9 +17,8 @@ import pytest
 pytest.importorskip("obstore", reason="obstore is not installed")
 
 import obstore
-from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool, prefix_of, seaweed
+from object_places import CHUNK, QUICK, Opened, opened, options, pool, prefix_of, seaweed
 
-from experiments.redis_servers import wait_until
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import NAMESPACE_BYTES, ChunkKey
@@ -30,6 +29,7 @@ from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.naming import chunk_key, chunk_path
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.testing.processes import free_port, wait_until
 
 __all__ = ["opened", "options", "pool", "seaweed"]
 put, get = BackendTests.put, BackendTests.get

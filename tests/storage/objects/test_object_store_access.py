@@ -17,13 +17,13 @@ pytest.importorskip("obstore", reason="obstore is not installed")
 from certificates import Certificates
 from object_places import CHUNK, QUICK, Opened, azure, opened, pool, prefix_of
 
-from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS, weed
 from lmcache.errors import ConfigError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.naming import chunk_path
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.testing.objects import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS, weed
 
 __all__ = ["azure", "opened", "pool"]
 put, get = BackendTests.put, BackendTests.get

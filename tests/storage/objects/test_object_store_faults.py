@@ -13,15 +13,15 @@ import pytest
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from faulty_proxy import FaultyProxy
-from object_places import CHUNK, QUICK, Opened, free_port, opened, options, pool, seaweed
+from object_places import CHUNK, QUICK, Opened, opened, options, pool, seaweed
 
-from experiments.object_server import SeaweedFS
-from experiments.redis_servers import wait_until
 from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.testing.objects import SeaweedFS
+from lmcache.testing.processes import free_port, wait_until
+from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["opened", "options", "pool", "seaweed"]
 put, get = BackendTests.put, BackendTests.get

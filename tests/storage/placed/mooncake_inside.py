@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,88 +25,24 @@ from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
+from lmcache.testing.mooncake import MooncakeMaster, MooncakeOwner
 
 if not os.environ.get("LMCACHE_TEST_NAMESPACE"):
     pytest.skip("run by test_mooncake.py", allow_module_level=True)
 
 __all__ = ["open_manager"]
 PORT = 15051
-ROOT = Path(__file__).resolve().parents[3]
 put, get = BackendTests.put, BackendTests.get
 
 
-class Master:
-    """A mooncake_master, in this namespace, so at fixed ports."""
-
-    def __init__(self, port: int, folder: Path, *flags: str) -> None:
-        self._port, self._folder, self._flags = port, folder, flags
-        self.start()
-
-    def start(self) -> None:
-        program = Path(sys.executable).parent / "mooncake_master"
-        flags = f"-rpc_port={self._port} -rpc_address=127.0.0.1 -metrics_host=127.0.0.1 -metrics_port={self._port + 1}"
-        flags += " -rpc_thread_num=2 -default_kv_lease_ttl=5000"
-        with (self._folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([program, *flags.split(), *self._flags], stdout=log, stderr=log)
-        settle(self._listens, "the master does not start")
-
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self._port), 1).close()
-        except OSError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def __enter__(self) -> Master:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-
-OWNER = """
-import json, sys
-from lmcache.storage.registry import build_backend
-backend = build_backend(json.loads(sys.argv[1]), "test")
-print("ready" if backend._client is not None else "failed", flush=True)
-sys.stdin.read()
-"""
-
-
-class Owner:
-    """A process that gives memory to the store."""
-
-    def __init__(self, port: int) -> None:
-        options = {"type": "remote", "url": f"mooncake://127.0.0.1:{port}", "segment": 64 << 20}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
-def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
-    with Master(PORT, tmp_path_factory.mktemp("master")) as master:
+def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakeMaster]:
+    with MooncakeMaster(PORT, tmp_path_factory.mktemp("master")) as master:
         yield master
 
 
 @pytest.fixture(scope="module")
-def memory(master: Master) -> Iterator[MooncakeBackend]:
+def memory(master: MooncakeMaster) -> Iterator[MooncakeBackend]:
     """One that gives memory to the store."""
     owner = open_store(segment=128 << 20)
     yield owner
@@ -215,7 +147,7 @@ def test_no_master_is_an_error_in_time_and_it_is_found_later(tmp_path: Path, poo
         backend.put([make_key(1)], [buffer])
     buffer.release()
     assert time.monotonic() - began < 3
-    with Master(PORT + 10, tmp_path):
+    with MooncakeMaster(PORT + 10, tmp_path):
         data = put(backend, pool, make_key(1), CHUNK, seed=1)
         assert get(backend, pool, make_key(1), CHUNK) == data
         backend.close()
@@ -224,12 +156,12 @@ def test_no_master_is_an_error_in_time_and_it_is_found_later(tmp_path: Path, poo
 
 
 @pytest.fixture
-def victim(tmp_path: Path) -> Iterator[Master]:
-    with Master(PORT + 20, tmp_path) as master:
+def victim(tmp_path: Path) -> Iterator[MooncakeMaster]:
+    with MooncakeMaster(PORT + 20, tmp_path) as master:
         yield master
 
 
-def test_a_master_that_hangs_dies_and_comes_back(victim: Master, pool: PinnedPool) -> None:
+def test_a_master_that_hangs_dies_and_comes_back(victim: MooncakeMaster, pool: PinnedPool) -> None:
     master = victim
     backend = open_store(PORT + 20, segment=64 << 20, timeout_s=1.0)
     put(backend, pool, make_key(1), CHUNK, seed=1)
@@ -289,8 +221,8 @@ def test_random_work_with_restarts(store: MooncakeBackend) -> None:
 def test_a_lease_that_ends_before_the_bytes_are_read_is_a_miss_and_the_value_stays(
     tmp_path: Path, pool: PinnedPool
 ) -> None:
-    with Master(PORT + 30, tmp_path, "-default_kv_lease_ttl=1"):
-        owner, backend = Owner(PORT + 30), open_store(PORT + 30)
+    with MooncakeMaster(PORT + 30, tmp_path, "-default_kv_lease_ttl=1"):
+        owner, backend = MooncakeOwner(PORT + 30), open_store(PORT + 30)
         put(backend, pool, make_key(1), 15 << 20, seed=1)
         before = metrics.CORRUPT_CHUNKS.labels("mooncake")._value.get()
         assert get(backend, pool, make_key(1), 15 << 20) is None
@@ -301,20 +233,20 @@ def test_a_lease_that_ends_before_the_bytes_are_read_is_a_miss_and_the_value_sta
 
 
 def test_a_process_killed_with_the_memory_it_gave_costs_its_values_only(tmp_path: Path, open_manager: Open) -> None:
-    with Master(PORT + 40, tmp_path, "-client_ttl=1"):
-        owners = [Owner(PORT + 40)]
+    with MooncakeMaster(PORT + 40, tmp_path, "-client_ttl=1"):
+        owners = [MooncakeOwner(PORT + 40)]
         check_manager_goes_on(
             open_manager,
             open_store(PORT + 40, timeout_s=1.0),
             owners[0].kill,
-            lambda: owners.append(Owner(PORT + 40)),
+            lambda: owners.append(MooncakeOwner(PORT + 40)),
             forgets=True,
         )
         owners[1].kill()
 
 
 def test_a_master_killed_during_transfers_is_an_error_in_time_for_all(tmp_path: Path, pool: PinnedPool) -> None:
-    with Master(PORT + 50, tmp_path) as master:
+    with MooncakeMaster(PORT + 50, tmp_path) as master:
         backend = open_store(PORT + 50, segment=64 << 20, timeout_s=1.0)
         done: list[int] = []
         took: list[float] = []

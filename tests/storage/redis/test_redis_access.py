@@ -10,10 +10,10 @@ import pytest
 from certificates import Certificates
 from redis_places import REDIS, VALKEY, cleared, connect, needs_redis, needs_valkey, pool, tls_options
 
-from experiments.redis_servers import RedisServer
 from lmcache.errors import StorageError
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, OpenBackend, make_key, take
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["pool"]
 USER, PASSWORD = "kv", "p@ss:w/rd"

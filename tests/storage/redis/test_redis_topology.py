@@ -13,10 +13,11 @@ from certificates import Certificates
 from redis.crc import key_slot
 from redis_places import REDIS, VALKEY, cleared, connect, count_round_trips, name_of, needs_valkey, pool, tls_options
 
-from experiments.redis_servers import RedisServer, TLSFiles, free_port, start_cluster, stop_all, wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendTests, OpenBackend, make_key, take
+from lmcache.testing.processes import free_port, wait_until
+from lmcache.testing.redis import RedisServer, TLSFiles, start_cluster, stop_all
 
 __all__ = ["pool"]
 pytestmark = needs_valkey

@@ -15,11 +15,9 @@ import pytest
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from faulty_proxy import FaultyProxy
 from object_places import QUICK, azure, pool, prefix_of, seaweed
 from redis_places import needs_valkey, valkey
 
-from experiments.redis_servers import wait_until
 from lmcache.config import LMCacheConfig
 from lmcache.errors import StorageError
 from lmcache.storage.chunk import HEADER_BYTES
@@ -27,6 +25,8 @@ from lmcache.storage.manager import StorageManager
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
+from lmcache.testing.processes import wait_until
+from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["azure", "pool", "seaweed", "valkey"]
 SIZE = 300_000

@@ -16,17 +16,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 pytest.importorskip("obstore", reason="obstore is not installed")
 
-from faulty_proxy import FaultyProxy
 from object_places import QUICK, azure, seaweed
 from redis_places import REDIS, VALKEY
 
-from experiments.object_server import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
-from experiments.redis_servers import RedisServer, wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, make_key, take
+from lmcache.testing.objects import ACCESS_KEY, SECRET_KEY, Azurite, SeaweedFS
+from lmcache.testing.processes import wait_until
+from lmcache.testing.proxy import FaultyProxy
+from lmcache.testing.redis import RedisServer
 
 __all__ = ["azure", "seaweed"]
 KEYS = 6

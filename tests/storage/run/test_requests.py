@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments.redis_servers import wait_until
 from lmcache.errors import StorageError
 from lmcache.storage.run.requests import ByteBudget, Crew
+from lmcache.testing.processes import wait_until
 
 
 def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> None:

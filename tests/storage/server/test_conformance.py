@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from server_process import ServerProcess
 
 from lmcache.storage.backends.lm.backend import LMServerBackend
 from lmcache.storage.backends.lm.client import ClientConfig
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests
+from lmcache.testing.server import ServerProcess
 
 
 @pytest.fixture(scope="class")

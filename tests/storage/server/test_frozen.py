@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from frozen import FORGET, check_a_removal_holds
-from server_process import ServerProcess
 
 from lmcache.storage.flow import owed
+from lmcache.testing.server import ServerProcess
 
 
 @pytest.fixture(scope="module")

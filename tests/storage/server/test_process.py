@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 from server_harness import CHUNK, KEYS, WAIT_S, data, get, log_in, put, value
-from server_process import ROOT, ServerProcess
 
 from lmcache.errors import StorageError
 from lmcache.storage.backends.lm import protocol
 from lmcache.storage.backends.lm.client import Client, ClientConfig
 from lmcache.storage.backends.lm.protocol import MAX_HEAD_BYTES, SEAL_BYTES, encode_frame, join_keys
 from lmcache.storage.testing import make_key
+from lmcache.testing.processes import ROOT
+from lmcache.testing.server import ServerProcess
 
 
 def test_sigkill_loses_no_durable_chunk(tmp_path: Path, connect: Any) -> None:
