@@ -11,7 +11,7 @@ ROOMS = (
     "blend",
     "storage",
     "storage/disk",
-    "storage/placed",
+    "storage/indexed",
     "storage/testing",
     "storage/flow",
     "storage/objects",

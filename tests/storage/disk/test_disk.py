@@ -24,10 +24,10 @@ from lmcache import metrics
 from lmcache.errors import ConfigError, StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
-from lmcache.storage.backends.disk.index import DiskIndex, Entry
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.eviction.base import LRU
+from lmcache.storage.index import ChunkIndex, Entry
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.testing import BackendMachine, BackendTests, make_key, take
 
@@ -276,7 +276,7 @@ def test_a_chunk_that_is_looked_for_while_it_is_evicted_is_forgotten(
 
 
 def test_a_chunk_that_was_written_again_while_it_was_evicted_can_be_evicted_again() -> None:
-    index, old, new = DiskIndex(LRU(), 1), Entry(0, 100, 1), Entry(0, 100, 2)
+    index, old, new = ChunkIndex(LRU()), Entry(0, 100, 1), Entry(0, 100, 2)
     index.add(make_key(1), old)
     assert index.candidates(0, 1) == [(make_key(1), old)]
     index.add(make_key(1), new)

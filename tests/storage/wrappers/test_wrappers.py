@@ -20,7 +20,7 @@ from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
-from lmcache.storage.wrappers.decorators import LatencyConfig
+from lmcache.storage.wrappers.latency import LatencyConfig
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000

@@ -1,15 +1,10 @@
-"""The threads and limits that backends of many requests share."""
+"""The limit on bytes in flight."""
 
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
-from typing import Any
 
-import pytest
-
-from lmcache.errors import StorageError
-from lmcache.storage.run.requests import ByteBudget, Crew
+from lmcache.storage.run.budget import ByteBudget
 from lmcache.testing.processes import wait_until
 
 
@@ -50,26 +45,19 @@ def test_bytes_in_flight_stay_below_the_limit_and_a_larger_one_goes_alone() -> N
     assert entered[2:] == [1, 150, 1]
 
 
-def test_after_an_error_nothing_is_begun_and_nothing_is_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    crew, begun, running = Crew(2, "test"), [], [0]
-    futures: list[Future[Any]] = []
-    submit = crew._executor.submit
+def test_a_large_one_is_not_overtaken_by_small_ones() -> None:
+    budget, order, threads = ByteBudget(10), [], []
 
-    def recording(*arguments: Any) -> Future[Any]:
-        futures.append(submit(*arguments))
-        return futures[-1]
+    def take(nbytes: int) -> None:
+        with budget.of(nbytes):
+            order.append(nbytes)
 
-    def work(number: int) -> None:
-        begun.append(number)
-        if number == 1:
-            raise StorageError("no")
-        running[0] += 1
-        wait_until(lambda: len(futures) == 100 and futures[-1].cancelled())
-        running[0] -= 1
-
-    monkeypatch.setattr(crew._executor, "submit", recording)
-    with pytest.raises(StorageError, match="no"):
-        crew.map(work, range(100))
-    assert running[0] == 0
-    assert len(begun) <= 3
-    crew.close()
+    with budget.of(8):
+        for count, nbytes in enumerate((9, 1, 1), 1):
+            threads.append(threading.Thread(target=take, args=(nbytes,)))
+            threads[-1].start()
+            wait_until(lambda n=count: len(budget._waiting) == n)
+        assert not order, "though the small ones would fit"
+    for thread in threads:
+        thread.join(20)
+    assert order == [9, 1, 1]

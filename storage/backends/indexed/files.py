@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple, TypeVar
 
 from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, StorageError
 from lmcache.keys import ChunkKey
-from lmcache.storage.backends.placed.backend import Place
-from lmcache.storage.backends.placed.staging import Staging
+from lmcache.storage.backends.indexed.backend import Medium
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.chunk_files import ChunkFiles
 from lmcache.storage.files.regular_files import GONE, Spot
 from lmcache.storage.memory.pool import PAGE, PoolBuffer
+from lmcache.storage.memory.staging import Staging
 
 T = TypeVar("T")
 BATCH = 32
@@ -39,8 +39,8 @@ class Item(NamedTuple):
     buffer: Buffer
 
 
-class FilePlace(Place):
-    """One file a chunk, see chunk_files.py; subclasses say how bytes move.
+class FileMedium(Medium):
+    """One file a chunk, see storage/files/chunk_files.py; subclasses say how bytes move.
 
     direct: open files with O_DIRECT where length and system allow it. timeout_s: how long to wait for headers' memory.
     """
@@ -160,7 +160,7 @@ class FilePlace(Place):
 
     def _check(self, item: Item, failure: Exception | None, used_ns: int) -> bool | StorageError:
         if failure is not None:
-            # Was it cut meanwhile, or is it the place itself?
+            # Was it cut meanwhile, or is it the medium itself?
             misfit = self._misfit(item)
             return _failed("read", item.path, failure) if misfit is None else misfit
         try:

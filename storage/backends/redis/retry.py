@@ -1,4 +1,4 @@
-"""Bounded retries with full jitter, inside one deadline."""
+"""Bounded retries with full jitter, inside one deadline: while a server restarts, or another takes its place."""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
-"""Memory of a backend's own, for what must not lie in the buffers it is given: headers, and objects in flight."""
+"""Memory of a backend's own, for what must not lie in the buffers that it is given: headers, stored forms, objects."""
 
 from __future__ import annotations
 
 import threading
 
-from lmcache.errors import ClosedError, StorageError
+from lmcache.errors import StorageError
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 
 
 class Staging:
-    """A small pool whose users wait for each other. Whoever waits may hold nothing of it, so nobody waits in a ring."""
+    """A small pool, allocated once, whose users wait for each other. Thread-safe.
+
+    A thread that waits in ``take`` must hold none of its buffers, or two threads could wait for each other.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._pool = PinnedPool(capacity)
@@ -17,17 +20,13 @@ class Staging:
         self.capacity = self._pool.capacity
 
     def take(self, nbytes: int, timeout_s: float) -> PoolBuffer:
-        """A buffer; StorageError when there is none for ``timeout_s``."""
+        """A buffer; StorageError when there is none for ``timeout_s``, ClosedError after close()."""
         found: list[PoolBuffer] = []
 
         def allocate() -> bool:
-            try:
-                buffer = self._pool.allocate(nbytes)
-            except ClosedError as error:
-                raise StorageError("the backend is closed") from error
-            if buffer is not None:
+            if (buffer := self._pool.allocate(nbytes)) is not None:
                 found.append(buffer)
-            return buffer is not None
+            return bool(found)
 
         with self._given:
             if nbytes > self.capacity or not self._given.wait_for(allocate, timeout_s):
@@ -36,15 +35,12 @@ class Staging:
 
     def take_now(self, nbytes: int) -> PoolBuffer | None:
         """A buffer if there is one."""
-        with self._given:
-            try:
-                return self._pool.allocate(nbytes)
-            except ClosedError as error:
-                raise StorageError("the backend is closed") from error
+        return self._pool.allocate(nbytes)
 
-    def give(self, buffer: PoolBuffer) -> None:
+    def give(self, *buffers: PoolBuffer) -> None:
         with self._given:
-            buffer.release()
+            for buffer in buffers:
+                buffer.release()
             self._given.notify_all()
 
     def close(self) -> None:

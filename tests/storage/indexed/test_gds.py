@@ -36,9 +36,9 @@ def test_everything_that_needs_kvikio(tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     log = str(tmp_path / "cufile.log")  # which it would leave in the current folder
     environment = {**os.environ, "PYTHONPATH": path, "LMCACHE_TEST_GDS": "1", "CUFILE_LOGFILE_PATH": log}
-    source = ROOT / "tests/storage/placed/libcuda_stub.c"
+    source = ROOT / "tests/storage/indexed/libcuda_stub.c"
     subprocess.run([gcc, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
     environment["LD_LIBRARY_PATH"] = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/storage/placed/gds_inside.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/storage/indexed/gds_inside.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-4000:]

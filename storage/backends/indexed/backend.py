@@ -1,4 +1,4 @@
-"""What backends share that keep their own books: an index with a capacity, over a place that moves bytes."""
+"""What backends share that keep their own books: an index with a capacity, over a medium that moves bytes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
+from lmcache.storage.index import ChunkIndex, Entry
 from lmcache.storage.registry import EVICTION_POLICIES
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 1.0
 
 
-class Place(ABC):
+class Medium(ABC):
     """Where chunks lie, header and payload together. Thread-safe. Sizes are bytes of header and payload."""
 
     @abstractmethod
@@ -45,7 +46,7 @@ class Place(ABC):
     def write(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> list[StorageError | None]:
         """Write chunks, each there whole or not at all; what went wrong with each.
 
-        CorruptChunkError: something that is no chunk stands in its place and stays there, which the place has said.
+        CorruptChunkError: something that is no chunk stands in its place and stays there, which the medium has said.
         """
 
     @abstractmethod
@@ -57,83 +58,20 @@ class Place(ABC):
         """Release resources. Called once, when nothing else is."""
 
 
-class ChunkIndex:
-    """Sizes by key, the order of eviction, and the bytes in use. Thread-safe; does no I/O."""
-
-    def __init__(self, capacity: int, eviction: str) -> None:
-        self._capacity = capacity
-        self._policy = EVICTION_POLICIES.get(eviction)()
-        self._sizes: dict[ChunkKey, int] = {}
-        self._lock = threading.Lock()
-        self.used_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def keys(self) -> list[ChunkKey]:
-        with self._lock:
-            return list(self._sizes)
-
-    def size(self, key: ChunkKey) -> int:
-        """0 for a key that is not known."""
-        with self._lock:
-            return self._sizes.get(key, 0)
-
-    def touch(self, keys: Iterable[ChunkKey]) -> None:
-        with self._lock:
-            for key in keys:
-                self._policy.touch(key)
-
-    def add(self, key: ChunkKey, size: int, *, reserved: bool = False) -> None:
-        with self._lock:
-            self.used_bytes += (0 if reserved else size) - self._sizes.get(key, 0)
-            self._sizes[key] = size
-            self._policy.add(key, size)
-
-    def forget(self, key: ChunkKey) -> None:
-        with self._lock:
-            self.used_bytes -= self._sizes.pop(key, 0)
-            self._policy.remove(key)
-
-    def reserve(self, size: int) -> list[ChunkKey] | None:
-        """Make room; the keys that had to go, or None when there can be no room now."""
-        with self._lock:
-            victims: list[ChunkKey] = []
-            free = self._capacity - self.used_bytes
-            if size > self._capacity:
-                return None
-            for key in self._policy.victims():
-                if free >= size:
-                    break
-                victims.append(key)
-                free += self._sizes[key]
-            if free < size:
-                return None  # the rest is reserved by other writers
-            for key in victims:
-                self.used_bytes -= self._sizes.pop(key)
-                self._policy.remove(key)
-            self.used_bytes += size
-        return victims
-
-    def unreserve(self, size: int) -> None:
-        with self._lock:
-            self.used_bytes -= size
-
-
 class IndexedBackend(StorageBackend):
-    """A backend over a ``Place``: subclasses build the place and call ``__init__``."""
+    """A backend over a ``Medium``: subclasses build the medium and call ``__init__``."""
 
     name: ClassVar[str]
 
-    def __init__(self, place: Place, capacity: int, eviction: str) -> None:
+    def __init__(self, medium: Medium, capacity: int, eviction: str) -> None:
         self._home = Home(f"this {self.name} tier")
-        self._place = place
-        self._index = ChunkIndex(capacity, eviction)
+        self._medium = medium
+        self._index = ChunkIndex(EVICTION_POLICIES.get(eviction)(), capacity=capacity)
         self._calls, self._closed = 0, False
         self._changed = threading.Condition()
         try:
-            for key, size in place.scan():
-                self._index.add(key, size)
+            for key, size in medium.scan():
+                self._index.add(key, Entry(0, size))
         except StorageError as error:
             raise ConfigError(f"the {self.name} tier cannot start: {error}") from error
         self._evict(self._index.reserve(0) or [])
@@ -146,9 +84,9 @@ class IndexedBackend(StorageBackend):
         return self._index.used_bytes
 
     def keys(self) -> list[ChunkKey]:
-        # By the place and not by the index, so that what other processes put there is told too.
+        # By the medium and not by the index, so that what other processes put there is told too.
         with self._running():
-            return [key for key, _ in self._place.scan()]
+            return [key for key, _ in self._medium.scan()]
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         with self._running():
@@ -157,7 +95,7 @@ class IndexedBackend(StorageBackend):
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         with self._running():
             known = len(self._leading(keys))
-            outcomes = self._place.read(keys[:known], into[:known]) if known else []
+            outcomes = self._medium.read(keys[:known], into[:known]) if known else []
             count = sum(outcome is True for outcome in outcomes)
             # The head of a prefix, without which the rest is worth nothing, counts as used last.
             self._index.touch(reversed(keys[:count]))
@@ -178,7 +116,7 @@ class IndexedBackend(StorageBackend):
             outcomes = self._write(fresh)
             for (key, buffer), outcome in zip(fresh.items(), outcomes, strict=True):
                 if outcome is None:
-                    self._index.add(key, HEADER_BYTES + buffer.nbytes, reserved=True)
+                    self._index.add(key, Entry(0, HEADER_BYTES + buffer.nbytes), reserved=True)
                 else:
                     self._index.unreserve(HEADER_BYTES + buffer.nbytes)
                     if not isinstance(outcome, CorruptChunkError):
@@ -193,7 +131,7 @@ class IndexedBackend(StorageBackend):
         with self._running():
             for key in keys:
                 self._index.forget(key)
-                count += self._place.delete(key)
+                count += self._medium.delete(key)
         return count
 
     def clear(self, fingerprint: bytes | None = None) -> int:
@@ -209,13 +147,13 @@ class IndexedBackend(StorageBackend):
             self._closed = True
             ended = self._changed.wait_for(lambda: not self._calls, CLOSE_TIMEOUT_S)
         if ended:
-            self._place.close()
-        else:  # a transfer goes on to use what the place has, which stays until the process ends
+            self._medium.close()
+        else:  # a transfer goes on to use what the medium has, which stays until the process ends
             logger.warning("%s: closed while %d calls run", self.name, self._calls)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """While this lasts the place is open."""
+        """While this lasts the medium is open."""
         self._home.check()
         with self._changed:
             if self._closed:
@@ -229,7 +167,7 @@ class IndexedBackend(StorageBackend):
                 self._changed.notify_all()
 
     def _leading(self, keys: Sequence[ChunkKey]) -> list[int]:
-        """``sizes``, of a place that is open."""
+        """``sizes``, of a medium that is open."""
         sizes: list[int] = []
         for key in keys:
             size = self._known(key)
@@ -239,25 +177,25 @@ class IndexedBackend(StorageBackend):
         return sizes
 
     def _still_here(self, key: ChunkKey) -> bool:
-        """Asks the place, as another process may have removed it."""
-        size = self._place.find(key)
+        """Asks the medium, as another process may have removed it."""
+        size = self._medium.find(key)
         if size != self._index.size(key):
             self._index.forget(key)
             if size:
-                self._index.add(key, size)
+                self._index.add(key, Entry(0, size))
         return size > 0
 
     def _known(self, key: ChunkKey) -> int:
         size = self._index.size(key)
-        if not size and (size := self._place.find(key)):
-            self._index.add(key, size)
+        if not size and (size := self._medium.find(key)):
+            self._index.add(key, Entry(0, size))
         return size
 
     def _write(self, fresh: dict[ChunkKey, Buffer]) -> list[StorageError | None]:
         if not fresh:
             return []
         try:
-            return self._place.write(list(fresh), list(fresh.values()))
+            return self._medium.write(list(fresh), list(fresh.values()))
         except BaseException:
             for buffer in fresh.values():
                 self._index.unreserve(HEADER_BYTES + buffer.nbytes)
@@ -280,7 +218,7 @@ class IndexedBackend(StorageBackend):
     def _evict(self, victims: Sequence[ChunkKey]) -> None:
         for key in victims:
             try:
-                self._place.delete(key)
+                self._medium.delete(key)
             except StorageError as error:
                 logger.warning("%s: cannot evict %s: %s", self.name, key, error)
         metrics.EVICTED_CHUNKS.labels(self.name).inc(len(victims))

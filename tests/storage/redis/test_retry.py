@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lmcache.errors import ConfigError
-from lmcache.storage.run.retry import RetryConfig, retrying
+from lmcache.storage.backends.redis.retry import RetryConfig, retrying
 
 
 class Flaky:

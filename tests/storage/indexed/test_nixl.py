@@ -269,8 +269,8 @@ def test_the_memory_of_a_late_transfer_is_used_again_when_it_has_ended(
     proxy.hang = False
 
     def ended() -> bool:
-        backend._place._reap()
-        return not backend._place._late
+        backend._medium._reap()
+        return not backend._medium._late
 
     settle(ended, "a late transfer never ends")
     assert get(backend, pool, make_key(1), CHUNK) == data

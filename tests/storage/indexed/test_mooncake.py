@@ -15,7 +15,7 @@ from lmcache.errors import ConfigError
 from lmcache.storage.registry import build_backend
 
 ROOT = Path(__file__).resolve().parents[3]
-INNER = ROOT / "tests/storage/placed/mooncake_inside.py"
+INNER = ROOT / "tests/storage/indexed/mooncake_inside.py"
 
 
 def test_a_url_without_port_and_unknown_options_are_refused() -> None:
