@@ -27,15 +27,14 @@ ENGINES = {"vllm_run", "vllm_many", "vllm_process", "vllm_prefill"}
 # What `make test-quick` leaves out besides real vLLM: real servers, processes that are killed, random work.
 SLOW = (
     "experiments/cases/",
-    "experiments/test_blend_experiments.py",
     "storage/disk/test_disk_shared.py",
     "storage/disk/test_odd_files.py",
     "storage/disk/test_shared_folder.py",
     "storage/eviction/",
     "storage/flow/test_frozen_servers.py",
     "storage/flow/test_manager_machine.py",
+    "storage/indexed/",
     "storage/objects/",
-    "storage/placed/",
     "storage/redis/",
     "storage/remote/",
     "storage/server/test_conformance.py",
