@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from lmcache.kernels.attention.sparse_prefill import AttentionProblem as AttentionProblem
     from lmcache.kernels.attention.sparse_prefill import Provider as Provider
     from lmcache.kernels.codecs.base import Codec as Codec
-    from lmcache.kernels.codecs.base import QuantisedCodec as QuantisedCodec
+    from lmcache.kernels.codecs.base import CodecConfig as CodecConfig
     from lmcache.kernels.codecs.base import build_codec as build_codec
-    from lmcache.kernels.quantise.grid import Quantiser as Quantiser
+    from lmcache.kernels.codecs.quantised import QuantisedCodec as QuantisedCodec
+    from lmcache.kernels.quantise.scheme import Scheme as Scheme
     from lmcache.kernels.sides import Packed as Packed
     from lmcache.kernels.sides import PlaneCodec as PlaneCodec
     from lmcache.kernels.sides import Side as Side
@@ -65,8 +66,9 @@ _HOMES = {
     "lmcache.config": "Config",
     "lmcache.errors": "BlendError ClosedError ConfigError CorruptChunkError KernelArgumentError StorageError",
     "lmcache.kernels.attention.sparse_prefill": "AttentionProblem Provider",
-    "lmcache.kernels.codecs.base": "Codec QuantisedCodec build_codec",
-    "lmcache.kernels.quantise.grid": "Quantiser",
+    "lmcache.kernels.codecs.base": "Codec CodecConfig build_codec",
+    "lmcache.kernels.codecs.quantised": "QuantisedCodec",
+    "lmcache.kernels.quantise.scheme": "Scheme",
     "lmcache.kernels.sides": "Packed PlaneCodec Side",
     "lmcache.keys": "ChunkKey",
     "lmcache.storage.base": "Buffer StorageBackend",
