@@ -29,6 +29,7 @@ from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["seaweed", "valkey"]
 CHUNK = 64 << 10
+pytestmark = pytest.mark.serial
 
 
 class Link:

@@ -177,14 +177,14 @@ def test_a_master_that_hangs_dies_and_comes_back(victim: MooncakeMaster, pool: P
         began = time.monotonic()
         with pytest.raises(StorageError):
             call()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8, "its deadline of a second, on a machine that may be busy"
     master.process.send_signal(signal.SIGCONT)
     master.kill()
     for call in calls:
         began = time.monotonic()
         with pytest.raises(StorageError):
             call()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8, "its deadline of a second, on a machine that may be busy"
     buffer.release()
     master.start()
     settle(lambda: puts(backend, pool, 5), "it never works again")

@@ -32,7 +32,7 @@ def test_sigkill_loses_no_durable_chunk(tmp_path: Path, connect: Any) -> None:
     process = ServerProcess("storage.memory.capacity=16MiB", f"storage.tiers=[{{type: disk, path: {tmp_path}}}]")
     client = connect(process, durable=True, connections=2)
     try:
-        for round_ in range(5):
+        for round_ in range(3):
             killer = threading.Timer(dice.uniform(0.02, 0.2), process.process.kill)
             killer.start()
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache.connector.identity.ages import BlockAges
+from lmcache.connector.scheduler.blocks import BlockAges
 
 
 def test_a_block_keeps_the_step_of_its_first_token() -> None:

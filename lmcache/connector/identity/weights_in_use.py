@@ -1,4 +1,4 @@
-"""What a worker's KV is named after, step by step: the weights now, and since when; on every rank."""
+"""Which weights a worker computes with now, and since which step: what its KV is named after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESETS_IMAGES = frozenset({"reset_encoder_cache", "reload_weights"})
 WEIGHTS_TAG = "weights"
 
 
-class Identity:
+class WeightsInUse:
     """Follows the weights of one worker through vLLM's steps and calls.
 
     weights: None where KV is named by its format alone. rank, ranks: this worker's place among those that compute a
@@ -35,12 +35,12 @@ class Identity:
 
     @property
     def name(self) -> str | None:
-        """Of the weights; None where it cannot be known."""
+        """The digest that names the weights; None where they cannot be read."""
         return self._weights.name if self._weights is not None else None
 
     @property
     def token(self) -> str:
-        """The same token as before: nothing was even in doubt meanwhile."""
+        """Changes whenever the weights were in doubt; two equal tokens mean that they were the same all the time."""
         return self._weights.token if self._weights is not None else ""
 
     def in_doubt(self) -> bool:

@@ -1,4 +1,4 @@
-"""Passages in, blended prompts out: a model, its segments in storage, and the fusion, put together.
+"""Blending without an engine's pages: a model of Hugging Face, its passages in storage, and the fusion, put together.
 
     learn(passages)   prefill each behind the prefix ──> rows of the passage ──> storage
     blend(prompt)     find segments ──> retrieve, move ──> recompute what matters ──> logits, KV
@@ -9,7 +9,7 @@ would take the place of what attention sinks into. The prefix itself is computed
 
 from __future__ import annotations
 
-import logging
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -18,21 +18,20 @@ from typing import Any
 import torch
 
 from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.chunks import SegmentFormat
 from lmcache.blend.controller import LoadingController
 from lmcache.blend.forward import KV
-from lmcache.blend.layout import SegmentFormat
 from lmcache.blend.models.base import BlendModel
+from lmcache.blend.pipeline import BlendPipeline
 from lmcache.blend.reuse import GivenKV, Segment
 from lmcache.blend.segments import ContentIndex, as_tokens
-from lmcache.blend.selection import TokenSelector
+from lmcache.blend.selectors import TokenSelector
 from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.engine.engine import TokenIds
-from lmcache.errors import BlendError, ConfigError, CorruptChunkError, LeaseExpiredError
+from lmcache.errors import ConfigError
 from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 from lmcache.storage.manager import StorageManager
-
-logger = logging.getLogger(__name__)
 
 _BESIDE_LAYERS = ("load", "select", "dry run", "logits")  # stages of a blend that are not the layers' own work
 
@@ -82,7 +81,7 @@ class BlendEngine:
         if not model_id:
             raise ConfigError("model_id is empty; it must name the weights, or KV of another model would be reused")
         self.blender = Blender(model, selector, **options)
-        self.index = ContentIndex(min_tokens)
+        self._pipeline = BlendPipeline(min_tokens)
         self._model, self._manager, self._model_id = self.blender.model, manager, model_id
         self._all = Blender(self._model, "all")
         self._chunk_bytes = chunk_bytes
@@ -104,14 +103,14 @@ class BlendEngine:
             tokens = [int(token) for token in as_tokens(passage)]
             whole = [*self._prefix_ids, *tokens]
             store = self.store_for(len(whole))
-            if not store.holds(tokens):
-                first = len(self._prefix_ids)
-                layers = self._prefilled(whole, store)
-                if not store.put(tokens, first, [(keys[first:], values[first:]) for keys, values in layers]):
-                    continue
-            self.index.add(tokens)
-            held += 1
+            prefill = functools.partial(self._prefilled, whole, store)
+            held += self._pipeline.keep(store, as_tokens(tokens), len(self._prefix_ids), prefill, below=True)
         return held
+
+    @property
+    def index(self) -> ContentIndex:
+        """The passages that are known by content."""
+        return self._pipeline.index()
 
     def blend(
         self,
@@ -135,22 +134,25 @@ class BlendEngine:
         ids = torch.as_tensor(array.astype("int64"), device=self._model.kv.device)
         store = self.store_for(len(ids))
         prefix = self._prefix_of(store) if self._begins_with_prefix(array.tolist()) else None
-        wanted = self.index.find(array) if segments is None else segments
         ends_at = time.monotonic() + (self._manager.read_timeout_s if timeout_s is None else timeout_s)
-        layer_by_layer = not self.blender.selector.needs_all_layers
-        for attempt, pipelined in ((wanted, layer_by_layer), (wanted, False), ((), False)):
-            left_s = ends_at - time.monotonic()
-            with store.retrieve(array, attempt, prefix=prefix, timeout_s=left_s, pipelined=pipelined) as reused:
-                try:
-                    return self._blended(ids, reused, always, all_logits)
-                except (LeaseExpiredError, CorruptChunkError) as error:
-                    logger.warning("a segment was lost while a prompt was blended, which begins again: %s", error)
-        raise BlendError("the prompt cannot be blended even without segments")
+
+        def retrieve(wanted: Sequence[Segment]) -> StoredKV:
+            return store.retrieve(array, wanted, prefix=prefix, timeout_s=ends_at - time.monotonic())
+
+        found = self._pipeline.find(
+            store,
+            array,
+            segments,
+            timeout_s=ends_at - time.monotonic(),
+            prefix=prefix,
+            pipelined=not self.blender.selector.needs_all_layers,
+        )
+        return self._pipeline.fuse(found, lambda kv: self._blended(ids, kv, always, all_logits), retrieve)
 
     def close(self) -> None:
         """Forget what is known of passages; their KV stays in storage."""
         self._prefixes.clear()
-        self.index = ContentIndex(self.index.min_tokens)
+        self._pipeline.forget()
 
     def __enter__(self) -> BlendEngine:
         return self
@@ -189,9 +191,11 @@ class BlendEngine:
         return found
 
     def _prefilled(self, whole: Sequence[int], store: SegmentStore) -> list[KV]:
-        prefix = self._prefix_of(store)
+        """The KV of what stands behind the prefix."""
+        prefix, first = self._prefix_of(store), len(self._prefix_ids)
         with store.retrieve(whole, [], prefix=prefix) as reused:
-            return self._all.blend(whole, reused).layers
+            layers = self._all.blend(whole, reused).layers
+        return [(keys[first:], values[first:]) for keys, values in layers]
 
     def _nothing(self, tokens: int) -> list[KV]:
         kv = self._model.kv

@@ -8,7 +8,7 @@ One chunk for each few layers, never split along the tokens:
 
 - a layer is one range of bytes, and what comes first is needed first, so that reading may go on while layers compute;
 - no chunk is much longer than ``chunk_bytes``, however long the segment is: pools, batches and files stay even;
-- part of a segment's tokens would be no use without the others: it is covered whole or not at all.
+- a segment is never split along its tokens: it is read whole or counts as missing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class SegmentFormat:
-    """What the KV of one rank of a model is.
+    """What the KV of a model is, all heads in one process; its ropes turn heads in halves, from the first element.
 
     model: identity of the weights, as in KVFormat. heads: KV heads. tables: the rope of each layer, None where a layer
     has none; layers with the same rope share one table. Their device is that of the KV that is handed out.
@@ -50,11 +50,7 @@ class SegmentFormat:
     heads: int
     head_dim: int
     tables: tuple[RotaryTable | None, ...]
-    interleaved: bool = False
-    rotary_start: int = 0
     device: torch.device = _CPU
-    tp_rank: int = 0
-    tp_size: int = 1
     extras: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,10 +59,8 @@ class SegmentFormat:
         if min(len(self.tables), self.heads, self.head_dim) < 1:
             raise ConfigError(f"{len(self.tables)} layers of {self.heads} heads of {self.head_dim}: none may be 0")
         for table in self.ropes:
-            if self.rotary_start < 0 or self.rotary_start + table.width > self.head_dim:
-                raise ConfigError(
-                    f"a rope turns {table.width} elements from {self.rotary_start}; a head has {self.head_dim}"
-                )
+            if table.width > self.head_dim:
+                raise ConfigError(f"a rope turns {table.width} elements from 0; a head has {self.head_dim}")
             if table.cos_sin.device != self.device:
                 raise ConfigError(f"a table is on {table.cos_sin.device}, the KV on {self.device}: use table.to()")
 
@@ -100,8 +94,6 @@ class SegmentFormat:
             chunk_tokens=1,
             planes=(plane,),
             layout=f"segment/{VERSION}",
-            tp_rank=self.tp_rank,
-            tp_size=self.tp_size,
             extras=(*sorted(self.extras), ("lmcache.ropes", self._rope_digest())),
         )
 
@@ -111,7 +103,8 @@ class SegmentFormat:
         for table in self.tables:
             if table is not None:
                 h.update(table.cos_sin[min(1, table.positions - 1)].cpu().numpy().astype("<f4").tobytes())
-                h.update(struct.pack("<dqq", table.attention_factor, self.rotary_start, self.interleaved))
+                # Zeros: heads turn from their first element on, in halves.
+                h.update(struct.pack("<dqq", table.attention_factor, 0, 0))
             h.update(b"/")
         return h.hexdigest()
 

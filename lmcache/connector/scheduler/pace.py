@@ -1,4 +1,4 @@
-"""How fast this engine computes prompts, measured step by step by the scheduler."""
+"""How fast this engine computes prompts, measured step by step, and how long a scheduler step may wait."""
 
 from __future__ import annotations
 
@@ -8,13 +8,31 @@ from collections import deque
 DECAY = 0.8  # weight of what was known, when a step comes in
 LEAST_TOKENS = 32  # of a step that says something of prompts
 UNKNOWN_RATE = 500.0  # tokens a second, until a step was measured: a small model on one core
+# How long one scheduler step may wait for answers, when the last step computed something and when it did not.
+BUSY_WAIT_S, IDLE_WAIT_S = 0.002, 0.02
+
+
+class WaitBudget:
+    """Seconds that one scheduler step may wait, for all its requests together."""
+
+    def __init__(self) -> None:
+        self.left_s = IDLE_WAIT_S
+
+    def spend(self) -> None:
+        """A wait was in vain: nobody waits again in this step."""
+        self.left_s = 0.0
+
+    def renew(self, *, computes: bool) -> None:
+        """Another step begins, which computes something or not."""
+        self.left_s = BUSY_WAIT_S if computes else IDLE_WAIT_S
 
 
 class Pace:
     """Tokens a second of steps that mostly compute prompts. Used by one thread.
 
-    A step takes from its beginning, or the end of the one before it where it was launched meanwhile, to its end. Where
-    nobody tells of ends, a step ends when the next begins.
+    A step is timed from its begin (or from the end of the step before, when it was launched while that still ran) to
+    its end. vLLM's own LMCacheConnectorV1 reports no ends (`ends` is never called): there a step ends when a request
+    finishes or the next step begins.
     """
 
     def __init__(self) -> None:

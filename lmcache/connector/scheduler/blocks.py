@@ -1,14 +1,34 @@
-"""When each of vLLM's blocks was last begun, to tell which weights computed what it holds."""
+"""vLLM's blocks as the scheduler sees them: which a request has, and when each was last begun."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache.connector.metadata import BlockIds
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+def block_ids_of(output: SchedulerOutput, request_id: str) -> BlockIds:
+    """A request's blocks of every cache group at this step; () where vLLM names none."""
+    state = output.kv_connector_block_state
+    blocks = state.get_block_ids(request_id) if state is not None else None
+    return tuple(list(ids) for ids in blocks) if blocks is not None else ()
+
+
+def without_null(block_ids: BlockIds) -> BlockIds:
+    """-1 for vLLM's null block, 0, which stands where a sliding window has given its block back."""
+    return tuple([block if block > 0 else -1 for block in ids] for ids in block_ids)
+
 
 class BlockAges:
-    """Steps, by block. block_tokens: of a block of each cache group; block ids are unique over all groups.
+    """The step in which each block was begun, to tell which weights computed what it holds.
+
+    block_tokens: tokens of a block of each cache group; block ids are unique over all groups.
 
     A block keeps the step of its first token: what is added to it later is younger, and does not count.
     """
@@ -21,7 +41,7 @@ class BlockAges:
         """Whether ``count`` tokens from position ``start`` on begin a block in some group."""
         return any(-(-start // size) * size < start + count for size in self._block_tokens)
 
-    def begun(self, block_ids: tuple[list[int], ...], start: int, stop: int, step: int) -> None:
+    def begun(self, block_ids: BlockIds, start: int, stop: int, step: int) -> None:
         """Token positions ``[start, stop)`` are written in ``step``. block_ids: of every group, as vLLM has them."""
         for ids, size in zip(block_ids, self._block_tokens, strict=True):
             fresh = np.asarray(ids[-(-start // size) : -(-stop // size)], dtype=np.int64)
@@ -32,7 +52,7 @@ class BlockAges:
                     self._steps = more
                 self._steps[fresh[fresh > 0]] = step  # block 0 is nobody's
 
-    def oldest(self, block_ids: tuple[list[int], ...], stop: int) -> int:
+    def oldest(self, block_ids: BlockIds, stop: int) -> int:
         """The step of the oldest block that holds token positions ``[0, stop)``; -1: one was never seen to be begun."""
         oldest = []
         for ids, size in zip(block_ids, self._block_tokens, strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from preloaded import Script
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 
 
 def connector(
@@ -36,8 +40,8 @@ def connector(
     }
 
 
-DRIVE = [sys.executable, str(HERE / "drive.py")]  # takes a scenario on standard input
-DRIVE_MANY = [sys.executable, str(HERE / "drive_many.py")]  # takes a list of engines
+DRIVE = HERE / "drive.py"  # takes a scenario on standard input
+DRIVE_MANY = HERE / "drive_many.py"  # takes a list of engines
 
 
 def environment(*, processes: bool = False) -> dict[str, str]:
@@ -58,3 +62,34 @@ def has_amx() -> bool:
 
 class Failed(Exception):
     """vLLM did not start or died; the text is what it printed."""
+
+
+def drive(script: Path, told: Any, env: dict[str, str], log: Path, *, fresh: bool = False) -> Any:
+    """What a script that is told this on standard input has as "results" on its last line; Failed when it ends badly.
+
+    In a fork of a process that has imported vLLM, or in a fresh interpreter (see preloaded.py).
+    """
+    if fresh:
+        with log.open("w") as err:
+            done = subprocess.run(
+                [sys.executable, str(script)],
+                input=json.dumps(told),
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+        status, printed = done.returncode, done.stdout
+    else:
+        running = Script(script, json.dumps(told), env, log)
+        try:
+            printed = running.stdout.read()
+            status = running.wait()
+        finally:  # pytest's own limit of time may end the wait
+            running.kill()
+    last = [line for line in printed.splitlines() if line.startswith('@@{"results"')]
+    if status or not last:
+        raise Failed(f"exit {status}\n{printed[-2000:]}\n{log.read_text()[-6000:]}")
+    return json.loads(last[-1][2:])["results"]

@@ -11,7 +11,7 @@ import torch
 
 from lmcache.blend.blender import Blender
 from lmcache.blend.reuse import GivenKV, Segment
-from lmcache.blend.selection import TOKEN_SELECTORS, Prompt, build_selector, describe
+from lmcache.blend.selectors import TOKEN_SELECTORS, Prompt, build_selector, describe
 from lmcache.errors import ConfigError
 
 LENGTH = 71

@@ -13,8 +13,8 @@ import tiny_families as tiny
 import torch
 from pydantic import ByteSize
 
-from lmcache.blend.engine import BlendEngine
 from lmcache.blend.reuse import Segment
+from lmcache.blend.standalone import BlendEngine
 from lmcache.blend.stored import StoredKV
 from lmcache.config import load_config
 from lmcache.errors import ConfigError, CorruptChunkError, LeaseExpiredError

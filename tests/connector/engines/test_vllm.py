@@ -62,7 +62,8 @@ def test_memory_and_disk_give_the_tokens_of_plain_vllm(
     assert reset is True
     assert same(cold, reference(family))
     assert same(warm, reference(family))
-    (disk,) = vllm_run(tiny_model(family), kv, [ASK])
+    # A fresh interpreter: hashes and addresses are others than those of the process that wrote.
+    (disk,) = vllm_run(tiny_model(family), kv, [ASK], fresh=family == "llama")
     assert same(disk, reference(family))
     for outputs in (warm, disk):
         hit = cached(outputs)
@@ -193,6 +194,7 @@ def test_hits_on_top_of_vllms_own_prefix_cache(vllm_run: Run, tiny_model: Model,
     first, _, _, last = vllm_run(model, kv, steps)
     assert tokens(first) == tokens(last)
     assert cached(last) == [640]
+    assert "a load of" not in vllm_run.log, "a load that fails is computed, and the tokens are the same"  # type: ignore[attr-defined]
 
 
 def test_chunked_prefill_preemption_abort_and_a_full_reset(
@@ -271,10 +273,8 @@ def test_killed_at_any_moment_vllm_leaves_a_disk_tier_that_the_next_start_uses(
             if line.startswith("@@started"):
                 break
         # A random moment of its work, on a clock that the engine does not know of.
-        with pytest.raises(Exception, match="timed out"):
-            process.wait(timeout=dice.uniform(0.05, 1.5))
+        assert process.wait(dice.uniform(0.05, 1.5)) is None, "it was done before"
         process.kill()
-        process.wait()
     (outputs,) = vllm_run(model, kv, [ASK])
     assert same(outputs, reference("llama"))
     assert not list((tmp_path / "kv").rglob("*.tmp*"))

@@ -1,4 +1,7 @@
-"""Pages <-> chunks: a launch or two a plane for all layers, the DMAs of a chunk beside the kernels of the next."""
+"""Moves raw chunks between an engine's pages, on a GPU or a CPU, and buffers in host memory.
+
+On a GPU one or two kernels a plane gather all layers of a chunk, and its DMA runs beside the kernels of the next chunk.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens of reused segments are computed again, chosen by name.
+"""Token selectors: which tokens of reused segments are computed again. Chosen by name in the configuration.
 
     none, all          controls
     random             a control: as many tokens, anywhere

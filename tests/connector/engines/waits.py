@@ -1,6 +1,6 @@
 """How long vLLM waits for the cache: real engines over tiers that are slow or hang. Run by hand; a JSON line each.
 
-    python tests/connector/waits.py FOLDER [answers | frozen | prefixes | reset | hang] ...
+    python tests/connector/engines/waits.py FOLDER [answers | frozen | prefixes | reset | hang] ...
 
 answers    16 answers of 260 tokens: without a tier, and over one whose calls take 30 ms longer
 frozen     six requests at once: without a tier, and over a Valkey that is stopped; and the longest pause of an answer
@@ -156,7 +156,7 @@ def frozen(model: Path, folder: Path, tier: str) -> Any:
 
 
 def prefixes(model: Path, folder: Path, tier: str) -> Any:
-    from lmcache.connector.lookup import LookupClient
+    from lmcache.connector.lookup.client import LookupClient
 
     asked: dict[int, float] = {}
     ages: list[float] = []

@@ -1,6 +1,6 @@
 """Runs one vLLM engine in this process through a scenario and prints what came out, as JSON on the last line.
 
-    echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/drive.py
+    echo '{"model": ..., "connector": null | {...}, "steps": [...], ...}' | python tests/connector/engines/drive.py
 
 Steps: {"generate": [[token ids], ...]} (with "max_tokens", "logprobs", "salts", and "kv": the
 kv_transfer_params of each), {"reset": "vllm" | "all"},
@@ -164,7 +164,7 @@ def break_loads(count: int) -> None:
 
 def garble_loads() -> None:
     """The error that the tests of this folder exist to see: KV that is not that text's."""
-    from lmcache.engine.gpu_connector import PageMover
+    from lmcache.engine.mover import PageMover
 
     scatter = PageMover.scatter
 
@@ -202,9 +202,9 @@ def check_pages() -> None:
 
 def share_blended() -> None:
     """The error that "blended blocks are nobody else's" is about."""
-    from lmcache.connector.scheduler import SchedulerHalf
+    from lmcache.connector.scheduler.loads import Loads
 
-    SchedulerHalf._unshare = lambda *args: None  # type: ignore[method-assign]
+    Loads._unshare = lambda *args: None  # type: ignore[method-assign]
 
 
 def lose_passages(count: int) -> None:
@@ -217,7 +217,8 @@ def lose_passages(count: int) -> None:
         if left[0] > 0:
             left[0] -= 1
             found.close()
-            self.clear()
+            self.rename(self.store.format.model)  # forgets what it knows
+            self._engine.storage.clear(self.store.format.kv_format().fingerprint(), wait=False)
         return fill(self, found, *args)
 
     Blending.fill = losing  # type: ignore[method-assign]
