@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from lmcache.blend.reuse import GivenKV as GivenKV
     from lmcache.blend.reuse import ReusedKV as ReusedKV
     from lmcache.blend.reuse import Segment as Segment
-    from lmcache.blend.selection import Prompt as Prompt
-    from lmcache.blend.selection import RatioConfig as RatioConfig
-    from lmcache.blend.selection import SelectorConfig as SelectorConfig
-    from lmcache.blend.selection import TokenSelector as TokenSelector
-    from lmcache.blend.selection import build_selector as build_selector
-    from lmcache.blend.selection import highest as highest
+    from lmcache.blend.selectors import Prompt as Prompt
+    from lmcache.blend.selectors import RatioConfig as RatioConfig
+    from lmcache.blend.selectors import SelectorConfig as SelectorConfig
+    from lmcache.blend.selectors import TokenSelector as TokenSelector
+    from lmcache.blend.selectors import build_selector as build_selector
+    from lmcache.blend.selectors import highest as highest
     from lmcache.config import Config as Config
     from lmcache.errors import BlendError as BlendError
     from lmcache.errors import ClosedError as ClosedError
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "lmcache.blend.models.base": "BlendModel KVShape LayerAttention Rope",
     "lmcache.blend.reuse": "GivenKV ReusedKV Segment",
-    "lmcache.blend.selection": "Prompt RatioConfig SelectorConfig TokenSelector build_selector highest",
+    "lmcache.blend.selectors": "Prompt RatioConfig SelectorConfig TokenSelector build_selector highest",
     "lmcache.config": "Config",
     "lmcache.errors": "BlendError ClosedError ConfigError CorruptChunkError KernelArgumentError StorageError",
     "lmcache.kernels.attention.sparse_prefill": "AttentionProblem Provider",

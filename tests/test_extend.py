@@ -61,7 +61,7 @@ GROUPS = {
     "lmcache.remote_schemes": "lmcache.storage.registry:REMOTE_SCHEMES",
     "lmcache.eviction_policies": "lmcache.storage.registry:EVICTION_POLICIES",
     "lmcache.codecs": "lmcache.kernels.codecs.base:CODECS",
-    "lmcache.token_selectors": "lmcache.blend.selection:TOKEN_SELECTORS",
+    "lmcache.token_selectors": "lmcache.blend.selectors:TOKEN_SELECTORS",
     "lmcache.blend_models": "lmcache.blend.models:BLEND_MODELS",
     "lmcache.attention_providers": "lmcache.kernels.attention.sparse_prefill:PROVIDERS",
 }
