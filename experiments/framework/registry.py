@@ -34,7 +34,11 @@ EXPERIMENTS: Registry[Experiment] = Registry(
 
 
 def config_file(given: str) -> Path:
-    """The YAML file: ``given`` is its path, or the name of a case, which stands for ``<name>.yaml`` in its folder."""
+    """The YAML file: ``given`` is its path, or its name without ``.yaml`` when it lies in the folder of a case.
+
+    A path where there is no file stands for the case's file of that name: they lay in experiments/configs once.
+    """
+    path = Path(given)
     if given in EXPERIMENTS.names():
         return Path(EXPERIMENTS.get(given).__file__).with_name(f"{given}.yaml")
-    return Path(given)
+    return path if path.exists() else next((ROOT / "experiments" / "cases").glob(f"*/{path.stem}.yaml"), path)

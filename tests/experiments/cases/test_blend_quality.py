@@ -19,7 +19,7 @@ from experiments.cases.blend_quality.figure import draw
 from experiments.run import load
 from lmcache.errors import BlendError, ConfigError
 
-GEMMA = str(Path(blend_quality.__file__).with_name("gemma.yaml"))
+GEMMA = str(Path(blend_quality.__file__).with_name("blend_quality_gemma.yaml"))
 SELECTORS = {name: {"type": name} for name in ("random", "epic", "cacheblend", "question")}
 SCALE = ScaleConfig(prompts=1, context=960, ratios=(0.15,), min_prompts=8, min_tokens=1000)
 

@@ -23,6 +23,11 @@ def test_every_folder_of_cases_is_an_experiment_with_a_config_of_its_name() -> N
         assert config_file(name) == CASES / name / f"{name}.yaml"
 
 
+@pytest.mark.parametrize("given", ["blend_quality_gemma", "experiments/configs/blend_quality_gemma.yaml"])
+def test_any_file_of_a_case_is_found_by_its_name_and_where_it_lay_once(given: str) -> None:
+    assert config_file(given) == CASES / "blend_quality" / "blend_quality_gemma.yaml"
+
+
 def test_a_name_that_no_case_has_is_taken_for_a_file() -> None:
     with pytest.raises(ConfigError, match="quickstrat"):
         load("quickstrat", [])
