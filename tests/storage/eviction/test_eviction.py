@@ -14,9 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from experiments.cases.replay import experiment as replay
 from experiments.cases.replay_matrix import experiment as replay_matrix
-from experiments.replaying import traces, traces_more
+from experiments.replaying import replay, traces, traces_more
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
 from lmcache.storage.eviction import ghosts, learned, reuse
