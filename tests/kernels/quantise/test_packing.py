@@ -128,7 +128,7 @@ def check_round_trip(name: str, side: Side, device: torch.device, *, definition:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_comes_back_is_within_half_a_step(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    check_round_trip(name, Side(dtype, device), device)
+    check_round_trip(name, Side(dtype, device, tokens=72), device)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -137,7 +137,7 @@ def test_the_definition_keeps_that_bound_too(name: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "width"), [(1, 1, 32), (63, 2, 24), (129, 1, 80), (16, 2, 7), (70, 1, 320)]
+    ("tokens", "heads", "width"), [(1, 1, 32), (63, 1, 24), (129, 1, 80), (16, 2, 7), (70, 1, 320)]
 )
 @pytest.mark.parametrize("name", SCHEMES)
 def test_ragged_sizes(name: str, tokens: int, heads: int, width: int, device: torch.device) -> None:
