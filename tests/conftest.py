@@ -24,8 +24,11 @@ ROOMS = (
 sys.path[:0] = [str(HERE / room) for room in ROOMS]
 
 ENGINES = {"vllm_run", "vllm_many", "vllm_process", "vllm_prefill"}
-# What `make test-quick` leaves out besides real vLLM: real servers, processes that are killed, random work.
+# What `make test-quick` leaves out besides real vLLM: real servers, processes that are killed, random work,
+# what imports vLLM or runs a pytest of its own.
 SLOW = (
+    "connector/test_blending.py",
+    "connector/test_surroundings.py",
     "experiments/cases/",
     "storage/disk/test_disk_shared.py",
     "storage/disk/test_odd_files.py",
@@ -43,6 +46,7 @@ SLOW = (
     "storage/testing/test_conformance.py",
     "storage/testing/test_plugin.py",
     "storage/wrappers/",
+    "test_extend.py",
     "test_package.py",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,13 @@ import zmq
 from lmcache.connector.lookup import sockets
 from lmcache.connector.lookup.sockets import bind, meeting_name, socket_path
 from lmcache.errors import ConfigError
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Short, as the path of a socket must be; pytest's own is longer where tests run two at a time."""
+    with tempfile.TemporaryDirectory(prefix="sockets-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

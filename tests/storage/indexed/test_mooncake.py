@@ -32,6 +32,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_everything_that_needs_a_master() -> None:
+    """All of mooncake_inside.py in one go. Slow, because each client of Mooncake takes a second or more to close."""
     try:
         import mooncake.store  # noqa: F401
     except ImportError as error:
