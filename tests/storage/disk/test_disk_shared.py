@@ -140,7 +140,9 @@ disk = DiskBackend(DiskConfig(path=folder, capacity=capacity)); pool = PinnedPoo
 buffers = [pool.allocate(nbytes) for _ in range(4)]
 for n in range(first, 10**9, step):
     for i, buffer in enumerate(buffers): fill(buffer, n + i)
-    assert disk.put([make_key(n + i) for i in range(4)], buffers) == 4
+    stored = disk.put([make_key(n + i) for i in range(4)], buffers)
+    # Of a full tier another process may evict a chunk before the batch has ended.
+    assert stored == 4 or capacity < 1 << 30
     print(n, flush=True)
 """
 
