@@ -2,7 +2,7 @@
 
 python -m experiments.kv_profile klt --bits 2.3       fits the profile when it is not there, and prints the file
 
-It belongs to the model's weights: another model needs another one (`fit` takes any Hugging Face folder).
+It belongs to the model's weights: another model needs another one, which `lmcache profile` fits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from experiments.framework.model import cache_dir, smollm2
 
 # Documents of data/ to fit on, in the order of their names; the others are left to score.
 DOCUMENTS = 4
-PREFIX, SCORED, SINKS, TABLES = 1024, 128, 4, 192
 # Bits an element that are fitted together, as what takes time is the same for all.
 RATES = {"klt": (2.0, 2.3, 3.0), "cachegen": (2.6, 3.1)}
-_SOURCES = ("kv_profile.py", "profile_fit.py", "kv_model.py")
+_SOURCES = ("experiments/kv_profile.py", "triton_kernels/codecs/fit.py", "triton_kernels/codecs/kv_model.py")
 
 
 def profile_path(kind: str, bits: float, threads: int = 1) -> Path:
@@ -33,7 +32,7 @@ def profile_path(kind: str, bits: float, threads: int = 1) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = hashlib.blake2b(digest_size=4)
     for name in _SOURCES:
-        stamp.update((ROOT / "experiments" / name).read_bytes())
+        stamp.update((ROOT / name).read_bytes())
     rates = RATES[kind] if bits in RATES[kind] else (bits,)
     paths = {rate: folder / f"smollm2-{kind}-{rate:g}-{stamp.hexdigest()}.npz" for rate in rates}
     with FileLock(folder / f"smollm2-{kind}.lock"):
@@ -52,16 +51,12 @@ def with_profile(options: dict[str, Any], threads: int = 1) -> dict[str, Any]:
 
 def fit_smollm2(kind: str, paths: Mapping[float, Path], threads: int) -> None:
     """Fit a profile for each rate and write it."""
-    from experiments.kv_model import KVModel
-    from experiments.profile_fit import fit
+    from lmcache.kernels.codecs.fit import fit_texts
 
     print(f"fitting {kind} profiles of the demo's model, once", file=sys.stderr, flush=True)
     files = sorted((ROOT / "data" / "documents").glob("*.txt"))[:DOCUMENTS]
     texts = {file.stem: file.read_text() for file in files}
-    model = KVModel(smollm2(), threads)
-    samples = model.samples(texts, PREFIX, SCORED)
-    weights = model.weights(list(texts.values()), PREFIX)
-    profiles = fit(kind, model, samples, weights, list(paths), sinks=SINKS, num_tables=TABLES)
+    profiles = fit_texts(kind, smollm2(), texts, list(paths), threads=threads)
     for path, profile in zip(paths.values(), profiles, strict=True):
         profile.save(path)
 

@@ -73,6 +73,35 @@ def server(
     raise typer.Exit(0 if done else 2)
 
 
+@app.command()
+def profile(
+    kind: Annotated[str, typer.Argument(help="klt or cachegen")],
+    texts: Annotated[list[Path], typer.Argument(help="text files to fit on, each of more than 1,024 tokens")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder of a model with rotary attention")],
+    out: Annotated[Path, typer.Option(help="the profile, for codec: {type: klt, profile: FILE}")],
+    bits: Annotated[float, typer.Option(help="bits an element, before what streams cost")] = 2.3,
+    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+) -> None:
+    """Measure what the codecs klt and cachegen must know of a model, on texts like those it will read."""
+    import logging
+
+    from lmcache.errors import KernelArgumentError
+    from lmcache.kernels.codecs.fit import fit_texts
+    from lmcache.kernels.codecs.profile import KINDS
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if kind not in KINDS:
+            raise KernelArgumentError(f"unknown kind of profile {kind!r}; known: {', '.join(KINDS)}")
+        named = {str(file): file.read_text() for file in texts}
+        (fitted,) = fit_texts(kind, model, named, [bits], threads=threads)
+        fitted.save(out)
+    except (KernelArgumentError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(out)
+
+
 def main() -> None:
     """Entry point."""
     app()

@@ -1,6 +1,7 @@
 """More request traces, to try an eviction policy on what it was not made for. Each is a function of a seed.
 
-``DEVELOPMENT`` are for tuning, ``HELD_OUT`` for judging: other kinds, and other seeds of the same.
+``DEVELOPMENT`` are for tuning, ``HELD_OUT`` are other kinds, and other seeds of the same; it has been looked at often
+enough to count as tuning, too. ``FRESH`` was made when the policy was finished, and run once.
 """
 
 from __future__ import annotations
@@ -286,6 +287,41 @@ def service(seed: int) -> list[Request]:
     )
 
 
+def turns(seed: int) -> list[Request]:
+    """Two kinds of use that take turns: by day conversations, by night a job over documents."""
+    day, night = joined(conversations(seed, 6000), passages(seed, 3000, 1500))
+    by_turns = list[Request]()
+    for turn in range(6):
+        by_turns += day[turn * 1000 : turn * 1000 + 1000] + night[turn * 500 : turn * 500 + 500]
+    return by_turns
+
+
+def questions(seed: int, requests: int = 9000) -> list[Request]:
+    """Each document is asked several things soon after one another, and then no more; some answers take long."""
+    chains, found = Chains(seed), list[Request]()
+    rng = chains.random
+    open_documents: list[tuple[list[object], int]] = []
+    while len(found) < requests:
+        while len(open_documents) < 40:
+            open_documents.append((chains.fresh(int(rng.lognormvariate(2.5, 0.8)) + 1), rng.choice([1, 1, 3, 10])))
+        text, left = open_documents.pop(min(int(rng.expovariate(1 / 8)), len(open_documents) - 1))
+        found.append(chains.blocks([("system",), *text, *chains.fresh(1)]))
+        if left > 1:
+            open_documents.append((text, left - 1))
+    return found
+
+
+def flips(seed: int, requests: int = 40000, number: int = 20000, every: int = 8000) -> list[Request]:
+    """Short prompts by popularity, which is another one every so often: what was used most is used no more."""
+    rng, popular = random.Random(seed), Zipf(number, 0.9)
+    sizes = [rng.randint(1, 6) for _ in range(number)]
+    found = list[Request]()
+    for index in range(requests):
+        which = (popular.draw(rng) + index // every * (number // 3)) % number
+        found.append([8 * which + n for n in range(sizes[which])])
+    return found
+
+
 def of(make: Callable[..., list[Request]], **given: object) -> Trace:
     return lambda seed: make(seed, **given)
 
@@ -321,6 +357,10 @@ KINDS: dict[str, Trace] = {
     "mixture": mixture,
     "worlds": worlds,
     "service": service,
+    "turns": turns,
+    "questions": questions,
+    "flips": flips,
+    "pure_loop": of(loop, noise=0.0),
 }
 DEVELOPMENT = [
     "mooncake:0", "half:0", "quarter:1", "chat:1", "agents:1", "documents:1", "scans:1", "phases:1", "tools:1",
@@ -334,10 +374,16 @@ HELD_OUT = [
     "lengths:5", "mixture:5", "worlds:5", "service:11", "service:12", "service:13", "service:14", "service:15",
 ]  # fmt: skip
 
+FRESH = [
+    "quarter:13", "subsample:31", "chat:31", "documents:31", "scans:31", "tools:31", "assistants:31",
+    "conversations:31", "shifts:31", "keyed:31", "lengths:31", "mixture:31", "service:31", "service:32", "turns:31",
+    "questions:31", "flips:31", "pure_loop:31",
+]  # fmt: skip
+
 
 def named(entry: str) -> list[str]:
     """The traces of a list, or the one trace that ``entry`` is."""
-    return {"development": DEVELOPMENT, "held_out": HELD_OUT}.get(entry, [entry])
+    return {"development": DEVELOPMENT, "held_out": HELD_OUT, "fresh": FRESH}.get(entry, [entry])
 
 
 def read(name: str) -> list[Request]:

@@ -27,7 +27,6 @@ from lmcache.errors import (
     ClosedError,
     ConfigError,
     CorruptChunkError,
-    KernelArgumentError,
     LeaseExpiredError,
     WeightsChangedError,
 )
@@ -49,10 +48,7 @@ TokenIds = Sequence[int] | npt.NDArray[np.integer] | bytes
 
 def codec_of(config: LMCacheConfig) -> Codec | None:
     """The codec that ``config`` names, None for raw. Raises ConfigError."""
-    try:
-        return build_codec(config.codec)
-    except KernelArgumentError as error:
-        raise ConfigError(f"codec: {error}") from error
+    return build_codec(config.codec)
 
 
 def _largest(size: int | range) -> int:

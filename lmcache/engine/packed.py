@@ -25,7 +25,7 @@ from lmcache.engine.token_pages import TokenPages, is_plain
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels import gather_tokens, scatter_tokens
 from lmcache.kernels.codecs.base import Codec
-from lmcache.kernels.quantise.grid import FLOATS
+from lmcache.kernels.quantise.scheme import FLOATS
 from lmcache.kernels.sides import Packed
 from lmcache.storage.base import Buffer
 

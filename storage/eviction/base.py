@@ -1,6 +1,6 @@
 """Which chunk goes first when there is no room: the contract, and the policies that need one order.
 
-Others: eviction_queues.py (S3-FIFO, SIEVE), eviction_kv.py (ours).
+Others: queues.py (S3-FIFO, SIEVE), reuse.py (ours).
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ them. They are used together, and go from the end, so what a ghost holds of a se
     a request for c0 c1 x y        ──▶    [ c0 c1 ] ── [ c2 c3 c4 c5 ]
                                              └────── [ x y ]
 
-So a ghost's work is for each segment of a request, not for each chunk, and several ghosts take less time than the rest.
+So a ghost's work is for each segment of a request, not for each chunk.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from lmcache.keys import ChunkKey
@@ -26,8 +26,6 @@ INDEX = (1 << PLACE_BITS) - 1
 NOTHING = -1
 # The place of a chunk that came in, and has no segment yet.
 PENDING = -1
-# Segments that one use looks at; the next one goes then, whether it was used or not.
-MOST_STEPS = 100
 GROWTH = 256  # segments
 
 
@@ -46,8 +44,6 @@ class Segments:
         """Bit n: the tier holds chunk n."""
         self.users: list[int] = []
         """Bits of the ghosts that hold it, or some of it, or remember it."""
-        self.uses: list[int] = []
-        """How often it was used, from wherever its number counts; ghosts note from where they count (``_base``)."""
         self._columns: list[tuple[list[int], int]] = []
         self._free: list[int] = []
         self._hand = 0
@@ -79,7 +75,7 @@ class Segments:
         head = self.new(keys[:index], NOTHING)
         self.above[head] = above
         self.above[segment], self.children[head] = head, 1
-        self.users[head], self.uses[head] = self.users[segment], self.uses[segment]
+        self.users[head] = self.users[segment]
         self.held[head], self.held[segment] = held & ((1 << index) - 1), held >> index
         self.keys[segment] = rest = keys[index:]
         self.size[segment] = len(rest)
@@ -88,24 +84,29 @@ class Segments:
         return head
 
     def sweep(self, count: int) -> None:
-        """Forget those of the next ``count`` segments that nobody holds, remembers or hangs on."""
-        hand, users, held = self._hand, self.users, self.held
-        for segment in range(hand, min(hand + count, len(users))):
-            if not users[segment] and not held[segment] and (keys := self.keys[segment]):
-                if (above := self.above[segment]) >= 0:
-                    self.children[above] -= 1
-                    self.above[segment] = NOTHING
-                if not self.children[segment]:
-                    for key in keys:
-                        del self.places[key]
-                    self.keys[segment] = []
-                    self._free.append(segment)
-        self._hand = hand + count if hand + count < len(users) else 0
+        """Forget those of the next ``count`` segments that nobody holds or remembers and nothing hangs on.
+
+        And what they hang on, if that is so of it then. Others keep what they hang on: a chain stays one run.
+        """
+        hand, users, held, children, above = self._hand, self.users, self.held, self.children, self.above
+        end = min(hand + count, len(users))
+        for segment in range(hand, end):
+            while not (users[segment] or held[segment] or children[segment]) and (keys := self.keys[segment]):
+                for key in keys:
+                    del self.places[key]
+                self.keys[segment] = []
+                self._free.append(segment)
+                if (parent := above[segment]) < 0:
+                    break
+                above[segment] = NOTHING
+                children[parent] -= 1
+                segment = parent
+        self._hand = end if end < len(users) else 0
 
     def _grow(self) -> None:
         start = len(self.keys)
         self.keys += ([] for _ in range(GROWTH))
-        for column in (self.size, self.children, self.held, self.users, self.uses):
+        for column in (self.size, self.children, self.held, self.users):
             column += [0] * GROWTH
         self.above += [NOTHING] * GROWTH
         for column, initial in self._columns:
@@ -126,8 +127,7 @@ class Ghost(ABC):
         self.hits = 0
         """Since somebody set it to 0: chunks in the longest prefix that it held, of each request."""
         self.kept = segments.column()
-        self._size, self._held, self._users, self._uses = segments.size, segments.held, segments.users, segments.uses
-        self._base = segments.column()
+        self._size, self._held, self._users = segments.size, segments.held, segments.users
         self._both = self.bit | self.full
         self._count = 0
         self._run, self._whole = 0, True
@@ -183,7 +183,6 @@ class Ghost(ABC):
             users[head] |= self._both
         elif not kept[head]:
             users[head] &= ~self.bit
-        self._base[head] = self._base[rest]
         if self.fell is not None and rest in self.fell:
             for segment in (head, rest):
                 if self._held[segment] >> kept[segment]:
@@ -215,8 +214,9 @@ class GhostLRU(Ghost):
         self.order: OrderedDict[int, None] = OrderedDict()
 
     def _hit(self, part: Sequence[int]) -> None:
+        move = self.order.move_to_end
         for segment in reversed(part):
-            self.order.move_to_end(segment)
+            move(segment)
 
     def _admit(self, segment: int, capacity: int) -> None:
         order, kept = self.order, self.kept
@@ -234,115 +234,3 @@ class GhostLRU(Ghost):
             self.order[head] = None
         if not self.kept[rest]:
             self.order.pop(rest, None)
-
-
-class GhostS3FIFO(Ghost):
-    """S3-FIFO, as in eviction_queues.py, with its ways to be set up.
-
-    fill_main: when it is full for the first time, only what came first is in the small queue.
-    """
-
-    SMALL, MAIN = 1, 2
-
-    def __init__(
-        self, segments: Segments, bits: Iterator[int], promote_at: int, ghost_share: float, fill_main: bool
-    ) -> None:
-        super().__init__(segments, bits)
-        self._memory = next(bits)
-        self._promote_at, self._ghost_share, self._fill_main = promote_at, ghost_share, fill_main
-        self._where, self._weight = segments.column(), segments.column()
-        """``_weight``: chunks that were let go of what is remembered."""
-        self._small: deque[int] = deque()
-        self._main: deque[int] = deque()
-        self._remembered: deque[int] = deque()
-        self._main_count = self._remembered_count = 0
-        self._full = False
-
-    def _hit(self, part: Sequence[int]) -> None:
-        """That it was used is seen later."""
-
-    def _admit(self, segment: int, capacity: int) -> None:
-        kept, size = self.kept, self._size[segment]
-        if self._count + size - kept[segment] > capacity:
-            self._make_room(capacity, size - kept[segment])
-        if not kept[segment]:
-            self._base[segment] = self._uses[segment]
-            if self._weight[segment] or (self._fill_main and not self._full):
-                self._forget(segment)
-                self._where[segment] = self.MAIN
-                self._main.append(segment)
-            else:
-                self._where[segment] = self.SMALL
-                self._small.append(segment)
-        if self._where[segment] == self.MAIN:
-            self._main_count += size - kept[segment]
-        self._fill(segment)
-
-    def divided(self, head: int, rest: int) -> None:
-        where = self._where[head] = self._where[rest]
-        if self.kept[head]:
-            (self._main if where == self.MAIN else self._small).append(head)
-
-    def _make_room(self, capacity: int, wanted: int) -> None:
-        kept, uses, base, where, steps = self.kept, self._uses, self._base, self._where, 0
-        most, most_main = max(capacity - wanted, 0), capacity - capacity // 10
-        if self._count > most and not self._full:
-            self._full = True
-            self._demote(capacity // 10)
-        small, main = self._small, self._main
-        while self._count > most:
-            steps += 1
-            in_small = small and (self._main_count <= most_main or not main)
-            queue = small if in_small else main
-            oldest = queue[0]
-            if not kept[oldest] or where[oldest] != (self.SMALL if in_small else self.MAIN):
-                queue.popleft()
-                continue
-            left = max(kept[oldest] - self._count + most, 0)
-            if in_small:
-                if uses[oldest] - base[oldest] >= self._promote_at:
-                    small.popleft()
-                    self._promote(oldest)
-                    continue
-            elif uses[oldest] > base[oldest] and steps < MOST_STEPS:
-                main.popleft()
-                base[oldest] = max(base[oldest], uses[oldest] - 3) + 1
-                main.append(oldest)
-                continue
-            else:
-                self._main_count -= kept[oldest] - left
-            if not left:
-                queue.popleft()
-                if in_small:
-                    self._remember(oldest, int(capacity * self._ghost_share))
-            self._shrink(oldest, left)
-
-    def _promote(self, segment: int) -> None:
-        self._base[segment] = self._uses[segment]
-        self._where[segment] = self.MAIN
-        self._main.append(segment)
-        self._main_count += self.kept[segment]
-
-    def _demote(self, count: int) -> None:
-        """What came in first, before it was full, is in the small queue."""
-        while self._main and count > 0:
-            segment = self._main.popleft()
-            self._where[segment] = self.SMALL
-            self._small.append(segment)
-            self._main_count -= self.kept[segment]
-            count -= self.kept[segment]
-
-    def _remember(self, segment: int, most: int) -> None:
-        self._users[segment] |= self._memory
-        self._weight[segment] = self._size[segment]
-        self._remembered_count += self._size[segment]
-        self._remembered.append(segment)
-        while self._remembered_count > most:
-            oldest = self._remembered.popleft()
-            if self._weight[oldest]:
-                self._forget(oldest)
-
-    def _forget(self, segment: int) -> None:
-        self._remembered_count -= self._weight[segment]
-        self._weight[segment] = 0
-        self._users[segment] &= ~self._memory

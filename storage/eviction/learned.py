@@ -20,7 +20,6 @@ from lmcache.storage.eviction.reuse_model import LAST, STARTS, ReuseModel
 
 MOST_USES = 8  # uses beyond 128 are not told apart
 INTERVALS = 5
-AGE_EVERY = 64  # uses
 FIRST_FIT, FIT_EVERY = 256, 8192  # uses; the time between doubles
 # Segments that are remembered after they are gone, for each that is held.
 MEMORY = 4
@@ -31,8 +30,9 @@ AGES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 LAST_AGE = len(AGES) - 1
 MIXER = 0x9E3779B1
 SEGMENT_BITS = 32
+SEGMENT = (1 << SEGMENT_BITS) - 1
 # What a segment counts that was used once, of what such were worth before: a scan looks like all others at first.
-DISCOUNT = 0.3
+DISCOUNT = 0.15
 LEAST_CAPACITY = 256
 
 
@@ -45,7 +45,8 @@ class GhostLearned(Ghost):
         """The bits of what was let go and is remembered; of that whose next use the model waits for."""
         self._known = self._memory | self._counted | self.bit
         self._above, self._children = segments.above, segments.children
-        self._last, self._gap, self._kids = (segments.column() for _ in range(3))
+        self._uses, self._last, self._gap, self._kids, self._since = (segments.column() for _ in range(5))
+        """``_uses``: since it was unknown; ``_since``: its last use, as ``_aging`` knows it."""
         self._kind = segments.column()
         """Of those that are counted, since when they were used last."""
         self._queue = segments.column(NOTHING)
@@ -67,12 +68,12 @@ class GhostLearned(Ghost):
         self._lowest = 0
         """No queue before this place in ``_sorted`` has a segment."""
         self._starts = [0] * len(AGES)
-        self._aging: list[deque[int]] = [deque() for _ in AGES]
+        self._aging = [deque[int](maxlen=None if start < AGES[-1] else 0) for start in AGES]
         """When a segment of the queues of an age was used last, and the segment, in one number."""
         self._remembered: deque[int] = deque()
         self._waiting: dict[int, None] = {}
         self._stride, self._fresh = 1, 0
-        self._now = self._aged = self._capacity = self._segments = 0
+        self._now = self._capacity = self._segments = 0
         self._next_fit = FIRST_FIT
         self._steps: list[Callable[[], None]] = []
         """What is left to do of learning, the last one first."""
@@ -81,17 +82,24 @@ class GhostLearned(Ghost):
         self._looked: list[int] = []
 
     def _hit(self, part: Sequence[int]) -> None:
-        queue, size, last, gaps, now = self._queue, self._size, self._last, self._gap, self._now
+        queue, size, last, gaps, uses, now = self._queue, self._size, self._last, self._gap, self._uses, self._now
+        users, counted, kinds, stride = self._users, self._counted, self._kind, self._stride
         for segment in reversed(part):
             now += size[segment]
             gap = now - last[segment]
-            gaps[segment] = gaps[segment] + gap >> 1
+            mean = gaps[segment] = gaps[segment] + gap >> 1
+            count = uses[segment] = uses[segment] + 1
             last[segment] = now
-            if self._users[segment] & self._counted:
-                self._count_use(segment, gap)
-            if queue[segment] >= 0:
-                del self._queues[queue[segment]][segment]
-                self._enqueue(segment, 0)
+            if users[segment] & counted:  # ``_count_use``, without a call
+                self._model.used[kinds[segment]][bisect_right(STARTS, gap) - 1] += stride * size[segment]
+                kinds[segment] = self._again[count.bit_length()][mean.bit_length()]
+            if (place := queue[segment]) >= 0:
+                if place % len(AGES):
+                    del self._queues[place][segment]
+                    self._enqueue(segment, 0)
+                else:
+                    # Its kind and age are looked at again when it is about to go.
+                    self._queues[place].move_to_end(segment)
         self._now = now
 
     def _admit(self, segment: int, capacity: int) -> None:
@@ -118,7 +126,7 @@ class GhostLearned(Ghost):
             self._enqueue(segment, 0)
 
     def divided(self, head: int, rest: int) -> None:
-        for column in (self._last, self._gap, self._kind):
+        for column in (self._uses, self._last, self._gap, self._kind):
             column[head] = column[rest]
         if self._users[rest] & self._counted:
             self._waiting[head] = None
@@ -142,26 +150,25 @@ class GhostLearned(Ghost):
 
     def learn(self) -> None:
         """Let segments grow older, and look at what was counted, when it is time: one step at each call."""
-        if self._now >= self._aged + AGE_EVERY:
-            self._aged = self._now
-            self._age()
+        self._age()
         if self._steps:
             self._steps.pop()()
         elif self._now >= self._next_fit:
             self._next_fit = self._now + min(self._now, FIT_EVERY)
             self._steps = [self._sort, self._model.price, self._fit]
             self._steps += [partial(self._look, column) for column in (self._size, self._last, self._kind)]
-            self._steps += [self._correct, self._thin, self._forget]
+            self._steps += [self._correct, self._forget, self._thin]
 
     def _observe(self, segment: int, now: int) -> None:
         users, last = self._users, self._last
         if users[segment] & self._known:
             gap = now - last[segment]
             self._gap[segment] = self._gap[segment] + gap >> 1
+            self._uses[segment] += 1
             if users[segment] & self._counted:
                 self._count_use(segment, gap)
         else:
-            self._base[segment] = self._uses[segment] - 1
+            self._uses[segment] = 1
             self._gap[segment] = 0
             self._fresh += 1
             if not (self._fresh * MIXER >> 12) & (self._stride - 1):
@@ -185,6 +192,10 @@ class GhostLearned(Ghost):
                 return False
         self._lowest = lowest
         segment = next(iter(queues[order[lowest]]))
+        if self._kind_of(segment) != order[lowest] // len(AGES):
+            del queues[order[lowest]][segment]
+            self._enqueue(segment, order[lowest] % len(AGES))
+            return True
         left = self.kept[segment] - self._count + most
         if left > 0:
             self._shrink(segment, left)
@@ -205,7 +216,7 @@ class GhostLearned(Ghost):
         return True
 
     def _kind_of(self, segment: int) -> int:
-        uses = self._uses[segment] - self._base[segment]
+        uses = self._uses[segment]
         if uses == 1:
             return self._inner if self._children[segment] else self._short if self._size[segment] > 1 else self._end
         return self._again[uses.bit_length()][self._gap[segment].bit_length()]
@@ -217,7 +228,8 @@ class GhostLearned(Ghost):
             self._queues[queue].move_to_end(segment, last=False)
         if (rank := self._rank[queue]) < self._lowest:
             self._lowest = rank
-        self._aging[age].append(self._last[segment] << SEGMENT_BITS | segment)
+        since = self._since[segment] = self._last[segment]
+        self._aging[age].append(since << SEGMENT_BITS | segment)
 
     def _dequeue(self, segment: int) -> None:
         del self._queues[self._queue[segment]][segment]
@@ -225,15 +237,27 @@ class GhostLearned(Ghost):
 
     def _age(self) -> None:
         """Move what is old enough to the next queues."""
-        last, queues = self._last, self._queue
+        last, places, queues, rank, stamps = self._last, self._queue, self._queues, self._rank, self._since
+        lowest = self._lowest
         for age in range(LAST_AGE):
-            aging, due = self._aging[age], self._now - self._starts[age + 1] + 1 << SEGMENT_BITS
-            while aging and aging[0] < due:
-                since, segment = divmod(aging.popleft(), 1 << SEGMENT_BITS)
-                queue = queues[segment]
-                if last[segment] == since and queue >= 0 and queue % len(AGES) == age:
-                    del self._queues[queue][segment]
-                    self._enqueue(segment, age + 1)
+            aging, following = self._aging[age], self._aging[age + 1]
+            due = self._now - self._starts[age + 1] + 1 << SEGMENT_BITS
+            while aging and (entry := aging[0]) < due:
+                aging.popleft()
+                segment, since = entry & SEGMENT, entry >> SEGMENT_BITS
+                queue = places[segment]
+                if stamps[segment] != since or queue < 0 or queue % len(AGES) != age:
+                    continue
+                del queues[queue][segment]
+                if last[segment] > since:  # used meanwhile
+                    self._enqueue(segment, 0)
+                    continue
+                places[segment] = queue = queue + 1
+                queues[queue][segment] = None
+                following.append(entry)
+                if rank[queue] < lowest:
+                    lowest = rank[queue]
+        self._lowest = min(lowest, self._lowest)
 
     def _forget(self) -> None:
         """Wait no longer for what is very old."""

@@ -1,7 +1,7 @@
-"""`reuse`: lets go of what the policy would not hold that has had most hits of late.
+"""`reuse`: lets go of what the policy would not hold that has had more hits, LRU or one that learns.
 
-Several ghosts (eviction_ghosts.py, eviction_learned.py) each hold what one policy would hold, and count its hits. The
-tier follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
+Two ghosts (ghosts.py, learned.py) each hold what one policy would hold, and count its hits. The tier
+follows one of them, the leader. Pictures and figures: docs/storage/eviction.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lmcache.storage.eviction.ghosts import (
     UP,
     Ghost,
     GhostLRU,
-    GhostS3FIFO,
     Segments,
 )
 from lmcache.storage.eviction.learned import GhostLearned
@@ -29,27 +28,27 @@ from lmcache.storage.eviction.learned import GhostLearned
 MOST_RUN = 256
 # Of so many new chunks at the end of a chain the last one gets a segment of its own: it is of another kind.
 LEAST_CUT = 4
-CHOOSE_EVERY = 128  # uses
-# A hit counts half after so many uses, or, where it is more, after so many for each chunk that fits in.
-HALF_LIFE, HALF_LIFE_EACH = 20_000, 2
-# How many more hits another ghost must have to be followed, as a share of uses.
-MARGIN = 0.001
-# And by how many times what such a sum varies by chance: hits come by the request.
-SURE = 1.0
-# Segments looked at with each run: whether the new leader holds them, and whether somebody still needs them.
-SEARCH, SWEEP = 256, 6
+EVERY = 64  # uses between two looks at the segments, the leader or what was learned
+# A hit counts half after so many uses: longer than most judge by, shorter than a tier runs.
+HALF_LIFE = 1_000_000
+# How many more hits the other ghost must have to be followed: as a share of uses, and for each chunk that fits in, as a
+# change costs some; and by how many times what such a sum varies by chance, as hits come by the request.
+MARGIN, MARGIN_EACH, SURE = 0.0002, 0.002, 1.0
+# Segments looked at: with each run, whether the new leader holds them; now and then, whether they are still needed.
+SEARCH, SWEEP = 256, 4 * EVERY
 MOST_LOOKS = 8  # for one eviction
 # By how much the ghosts are smaller than the tier: so many chunks can go before a run that is not over has to be cut.
-SLACK = 1 / 32
+# As many as most runs have, but no more than a share of a small tier.
+SLACK, SLACK_SMALL, SLACK_RUN = 1 / 128, 1 / 32, 32
 UNKNOWN = 1 << 62
 
 
 class Reuse(EvictionPolicy):
-    """Follows the ghost that had most hits of late.
+    """Follows the ghost that had more hits.
 
     Uses are gathered to runs, chunks of one chain used one after another, and the ghosts are told of whole runs:
 
-        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  every ghost ──▶ ``_fell`` of the leader
+        touch c2, touch c1, touch c0  ──▶  run c0 c1 c2  ──▶  segments  ──▶  both ghosts ──▶ ``_fell`` of the leader
 
     The tier holds all that the leader holds, and a little more: what is in ``_fell``, and what is new in the run.
     """
@@ -59,19 +58,16 @@ class Reuse(EvictionPolicy):
         self._places = segments.places
         bits = iter([1 << n for n in range(32)])
         self._lru, self._learned = GhostLRU(segments, bits), GhostLearned(segments, bits)
-        paper, libcachesim = GhostS3FIFO(segments, bits, 1, 1.0, False), GhostS3FIFO(segments, bits, 2, 0.9, True)
-        self._ghosts: list[Ghost] = [self._learned, self._lru, paper, libcachesim]
-        # Before anything is learned the other is a guess, and a scan would cost most.
-        self._leader: Ghost = paper
+        self._ghosts: tuple[Ghost, ...] = self._learned, self._lru
+        # It does what LRU does until it has learned something.
+        self._leader: Ghost = self._learned
         self._fell = self._leader.fell = OrderedDict[int, None]()
         """Segments of which the tier holds more than the leader; the first goes first."""
         self._search: list[int] = []
         """Segments of which that is not known, as the leader is new."""
-        self._scores = [0.0 for _ in self._ghosts]
-        self._noise = [0.0 for _ in self._ghosts]
-        """Squares of what each had more or less than the leader at a time, summed."""
-        self._uses = 0.0
-        """Hits of each ghost, and uses, that still count."""
+        self._ahead = self._noise = self._uses = 0.0
+        """How many more hits the other ghost had than the leader, the sum of their squares, and uses; older ones count
+        less."""
         self._run: list[ChunkKey] = []
         """Each the parent of the one before, or, where ``_step`` is UP, its child."""
         self._step = self._joint = START
@@ -84,7 +80,8 @@ class Reuse(EvictionPolicy):
         """The parent of what was used last; or, before that is looked up, the places of both, if any."""
         self._below = NOTHING
         """The first segment of the run before, which hangs on this run when ``_joint`` is DOWN."""
-        self._count = self._now = self._chosen = 0
+        self._count = self._now = self._chosen = self._due = 0
+        self._sweeps = False
         self._capacity = UNKNOWN
         self._spared = 0
         """Segments at the end of ``_fell`` that the run goes through."""
@@ -99,7 +96,14 @@ class Reuse(EvictionPolicy):
             self._places[key] = PENDING
             self._count += 1
             self._asked = False
-            self._use(key, place.parent if place is not None else None)
+            parent, run = place.parent if place is not None else None, self._run
+            if key == self._parent and run and self._step != UP and self._at < 0 and len(run) < MOST_RUN - 1:
+                # What ``_use`` would do, without a call: chunks come in from the end of a chain.
+                self._step = DOWN
+                run.append(key)
+                self._parent = parent
+            else:
+                self._use(key, parent)
             return
         if found == PENDING:
             self._close()
@@ -126,6 +130,9 @@ class Reuse(EvictionPolicy):
         self._asked = False
         if found == self._next:
             self._run.append(key)
+            if index and self._at >> PLACE_BITS == segment:
+                self._at, self._next = found, found - 1
+                return
         else:
             self._use(key, self._parent_of(found))
             found = self._places[key]  # a run was closed, perhaps, and the segment cut
@@ -164,9 +171,10 @@ class Reuse(EvictionPolicy):
         self._asked = True
         if len(self._fell) <= self._batch // 8 + self._spared:
             self._close()
-        for _ in range(MOST_LOOKS):
-            if self._search and not self._fell:
-                self._look()
+        looks = 0
+        while self._search and not self._fell and looks < MOST_LOOKS:
+            self._look()
+            looks += 1
         self._batch = 0
         segments, fell, kept = self._segments, self._fell, self._leader.kept
         for segment in fell:
@@ -242,7 +250,12 @@ class Reuse(EvictionPolicy):
         self._last = run[-1]
         self._now += len(run)
         below = self._below if joint == DOWN else NOTHING
-        part = self._find(run[::-1], self._parent, below) if down else self._find(run, self._first, NOTHING)
+        path = run[::-1] if down else run[:]
+        found = self._places[path[0]]
+        if found >= 0 and below < 0 and self._segments.keys[found >> PLACE_BITS] == path:
+            part = [found >> PLACE_BITS]
+        else:
+            part = self._find(path, self._parent if down else self._first, below)
         run.clear()
         self._joint, self._spared = self._step, 0
         if part[-1] == below:
@@ -250,22 +263,26 @@ class Reuse(EvictionPolicy):
             if not part:
                 return
         if self._low >= 0:
-            self._resize(self._low - int(self._low * SLACK))
+            slack = max(self._low * SLACK, min(self._low * SLACK_SMALL, SLACK_RUN))
+            self._resize(self._low - int(slack))
         segments, everywhere, chunks, capacity = self._segments, -1, 0, self._capacity
         for segment in part:
             everywhere &= segments.users[segment]
             chunks += segments.size[segment]
-            segments.uses[segment] += 1
         for ghost in self._ghosts:
             ghost.use(part, joint, capacity, chunks if everywhere & ghost.full else 0)
         # Nobody took it: its number may soon be another's.
         self._below = part[0] if segments.users[part[0]] or segments.held[part[0]] else NOTHING
-        segments.sweep(SWEEP)
         if self._search:
             self._look()
-        if self._now >= self._chosen + CHOOSE_EVERY:
-            self._choose()
-        self._learned.learn()
+        if self._now >= self._due:
+            # By turns, so that no single call takes long.
+            self._due, self._sweeps = self._now + EVERY, not self._sweeps
+            if self._sweeps:
+                segments.sweep(SWEEP)
+            else:
+                self._choose()
+                self._learned.learn()
 
     def _find(self, path: list[ChunkKey], first: ChunkKey | None, below: int) -> list[int]:
         """The segments of ``path``, new ones where it is new, old ones cut where it leaves them.
@@ -290,6 +307,10 @@ class Reuse(EvictionPolicy):
                 self._fell[segment] = None
             else:
                 segment, index = found >> PLACE_BITS, found & INDEX
+                if segments.size[segment] == 1:
+                    part.append(segment)
+                    above, at = segment, at + 1
+                    continue
                 keys = segments.keys[segment]
                 stop = at + min(end - at, len(keys) - index)
                 if keys[index : index + stop - at] != path[at:stop]:
@@ -324,22 +345,19 @@ class Reuse(EvictionPolicy):
         self._low = NOTHING
 
     def _choose(self) -> None:
-        """Follow the ghost that had most hits of late."""
-        passed = self._now - self._chosen
+        """Follow the other ghost when it has more hits, by more than chance."""
+        fade = 0.5 ** ((self._now - self._chosen) / HALF_LIFE)
+        self._uses = self._uses * fade + self._now - self._chosen
         self._chosen = self._now
-        fade = 0.5 ** (passed / max(HALF_LIFE, HALF_LIFE_EACH * min(self._capacity, self._count)))
-        self._uses = self._uses * fade + passed
-        scores, noise, lead = self._scores, self._noise, self._ghosts.index(self._leader)
-        hits = [ghost.hits for ghost in self._ghosts]
-        for n, ghost in enumerate(self._ghosts):
-            scores[n] = scores[n] * fade + hits[n]
-            noise[n] = noise[n] * fade + (hits[n] - hits[lead]) ** 2
-            ghost.hits = 0
-        best = max(range(len(scores)), key=scores.__getitem__)
-        certain = SURE * noise[best] ** 0.5
-        if scores[best] > scores[lead] + max(MARGIN * max(self._uses, HALF_LIFE), certain):
-            noise[lead] = noise[best]
-            self._follow(self._ghosts[best])
+        other = self._lru if self._leader is self._learned else self._learned
+        more = other.hits - self._leader.hits
+        self._learned.hits = self._lru.hits = 0
+        self._ahead = self._ahead * fade + more
+        self._noise = self._noise * fade + more * more
+        least = max(MARGIN * self._uses, MARGIN_EACH * min(self._capacity, self._count), SURE * self._noise**0.5)
+        if self._ahead > least:
+            self._ahead = -self._ahead
+            self._follow(other)
 
     def _follow(self, ghost: Ghost) -> None:
         self._leader.fell = None

@@ -1,7 +1,7 @@
 """What is known about when chunks are used again: learned reuse intervals, and what keeping a chunk is worth.
 
 Time is counted in uses of chunks. The age of a chunk is the time since its last use, cut into levels that grow
-geometrically; chunks of one kind (see eviction_learned.py) share counts of how many were used at a level.
+geometrically; chunks of one kind (see learned.py) share counts of how many were used at a level.
 """
 
 from __future__ import annotations

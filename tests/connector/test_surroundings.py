@@ -122,7 +122,8 @@ def test_a_process_of_its_own_gives_the_same_name(engine_config: Make, tiny_mode
     import sys
 
     script = (
-        "import sys; from vllm.engine.arg_utils import EngineArgs; from lmcache.connector.identity import surroundings as s;"
+        "import sys; from vllm.engine.arg_utils import EngineArgs;"
+        "from lmcache.connector.identity import surroundings as s;"
         "print(s.engine_surroundings(EngineArgs(model=sys.argv[1], dtype='float32', skip_tokenizer_init=True)"
         ".create_engine_config()))"
     )

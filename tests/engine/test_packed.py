@@ -212,8 +212,8 @@ def test_codecs_do_not_share_chunks(open_engine: Open) -> None:
     ("codec", "message"),
     [
         ("int5", "unknown codec 'int5'; known: raw, cachegen"),
-        ({"type": "int4", "groups": 3}, "no option 'groups'; known: sink_tokens, group"),
-        ({"type": "int4", "group": "x"}, "must be of type int"),
+        ({"type": "int4", "groups": 3}, "unknown key groups; known: sink_tokens, group"),
+        ({"type": "int4", "group": "x"}, "group: Input should be a valid integer"),
         ("klt", "needs profile"),
         ({"type": "klt", "profile": "/nowhere.npz"}, "no codec profile"),
     ],

@@ -86,15 +86,13 @@ def _kv_lengths(problem: AttentionProblem) -> list[int]:
 
 def _masks(problem: AttentionProblem, lengths: list[int]) -> list[torch.Tensor]:
     """Of each request, bool `[queries, keys]`: what is seen, hidden keys included."""
-    kv, bounds, masks, start = problem.kv, problem.cu_q.tolist(), [], 0
+    kv, bounds, masks = problem.kv, problem.cu_q.tolist(), []
     for b, length in enumerate(lengths):
         places = torch.arange(length, device=problem.q.device)
         if isinstance(kv, PagedKV):
             present = (kv.block_table[b, places // kv.keys.shape[2]] >= 0) & (places < kv.kv_lens[b])
         else:
-            places = places if kv.positions is None else kv.positions[start : start + length]
-            present = places >= 0
-            start += length
+            present = torch.ones_like(places, dtype=torch.bool)
         masks.append(visible(problem.q_positions[bounds[b] : bounds[b + 1]], places, problem.window) & present)
     return masks
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from lmcache.kernels.attention.sparse_prefill import AttentionProblem, PackedKV, requests, visible
+from lmcache.kernels.attention.sparse_prefill import AttentionProblem, requests, visible
 
 _SLAB_ROWS = 192
 _SLAB_SCORES = 1 << 24  # scores held at once, over all heads
@@ -83,7 +83,7 @@ def _is_causal(problem: AttentionProblem, queries: torch.Tensor, places: torch.T
         return False
     if problem.window is not None and int(places[-1] - places[0]) >= problem.window:
         return False
-    return torch.equal(queries, places) and bool((places.diff() > 0).all())
+    return torch.equal(queries, places)
 
 
 def _attend_slab(problem: AttentionProblem, slab: _Slab, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -129,10 +129,6 @@ def _attend_in_two(
 
 def _bounds(problem: AttentionProblem, queries: torch.Tensor, places: torch.Tensor) -> tuple[int, int, torch.Tensor]:
     """Keys first .. last - 1 hold all that are seen (none are if first >= last); bool `[T]`: queries that see none."""
-    if isinstance(problem.kv, PackedKV) and problem.kv.positions is not None:  # in any order
-        seen = visible(queries, places, problem.window)
-        used = torch.nonzero(seen.any(0)).flatten()
-        return (int(used[0]), int(used[-1]) + 1, ~seen.any(1)) if len(used) else (0, 0, ~seen.any(1))
     stops = torch.searchsorted(places, queries, right=True)
     if problem.window is None:
         return 0, int(stops.max()), stops == 0

@@ -37,14 +37,12 @@ MAX_SIZE = 256
 class PackedKV:
     """The KV of a batch, one request after the other. K and V may be views of one tensor: any strides, D contiguous.
 
-    Key i of a request is at position i, or where `positions` is given at `positions[cu_kv[b] + i]`, in any order; a
-    negative position hides it.
+    Key i of a request is at position i.
     """
 
     keys: torch.Tensor  # [T_kv, H_kv, D]
     values: torch.Tensor  # [T_kv, H_kv, V]
     cu_kv: torch.Tensor  # int32 or int64 [B + 1]: request b owns tokens cu_kv[b] .. cu_kv[b + 1]
-    positions: torch.Tensor | None = None  # int64 [T_kv]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +188,7 @@ def requests(problem: AttentionProblem) -> Iterator[tuple[slice, torch.Tensor, t
         if isinstance(kv, PackedKV):
             own = slice(kv_bounds[b], kv_bounds[b + 1])
             keys, values = kv.keys[own], kv.values[own]
-            if kv.positions is None:
-                places = torch.arange(len(keys), device=keys.device)
-            else:
-                places = kv.positions[own]
-                shown = places >= 0
-                if not bool(shown.all()):
-                    keys, values, places = keys[shown], values[shown], places[shown]
+            places = torch.arange(len(keys), device=keys.device)
         else:
             keys, values, places = _paged_request(kv, b, kv_bounds[b])
         yield slice(first, last), keys, values, places
@@ -231,8 +223,6 @@ def _problem(
     _check_index("q_positions", q_positions, (len(q),), q.device, (torch.int64,))
     if isinstance(kv, PackedKV):
         _check_index("cu_kv", kv.cu_kv, (batch + 1,), q.device)
-        if kv.positions is not None:
-            _check_index("positions", kv.positions, (len(kv.keys),), q.device, (torch.int64,))
         limit = len(kv.keys)
     else:
         _check_index("kv_lens", kv.kv_lens, (batch,), q.device)

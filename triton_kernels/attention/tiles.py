@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 
 @device_function
-def _places(positions: tl.tensor) -> tl.tensor:
-    """Positions of keys as int32; -1 for hidden ones, and for those beyond all queries."""
-    return tl.where((positions >> 31) == 0, positions.to(tl.int32), -1)
-
-
-@device_function
 def _attend_blocks(
     acc: tl.tensor,  # fp32 [BLOCK_M, BLOCK_V]
     largest: tl.tensor,  # fp32 [BLOCK_M]: of the scores so far, in base 2
@@ -35,7 +29,6 @@ def _attend_blocks(
     position: tl.tensor,  # int32 [BLOCK_M]
     keys: tl.tensor,
     values: tl.tensor,
-    kv_positions: tl.tensor,
     table: tl.tensor,  # this request's row of the block table
     first: tl.tensor,  # blocks first .. first + count of BLOCK_N keys; all but the first `turn` lie `jump` further
     count: tl.tensor,
@@ -50,7 +43,6 @@ def _attend_blocks(
     scale: tl.tensor,  # of a score, before its cap
     factor: tl.tensor,  # of a score, into base 2
     MASKED: tl.constexpr,
-    EXPLICIT: tl.constexpr,
     ALIKE: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -101,13 +93,9 @@ def _attend_blocks(
         if CAPPED:
             score = 1.0 - 2.0 / (tl.exp2(score * scale) + 1.0)  # tanh
         if MASKED:
-            place = key
-            if EXPLICIT:
-                place = _places(tl.load(kv_positions + key, mask=live, other=-1))
-                live = place >= 0
-            seen = live[None, :] & (place[None, :] <= position[:, None])  # [BLOCK_M, BLOCK_N]
+            seen = live[None, :] & (key[None, :] <= position[:, None])  # [BLOCK_M, BLOCK_N]
             if WINDOW:
-                seen = seen & (place[None, :] > position[:, None] - WINDOW)
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
             score = tl.where(seen, score, float("-inf"))
         elif PAGE:
             score = tl.where(live[None, :], score, float("-inf"))
@@ -129,25 +117,51 @@ def _attend_blocks(
 
 
 @device_function
-def _reach(
-    kv_positions: tl.tensor,  # int64 [kv_len], in any order
+def _tokens_of(
+    tile: tl.tensor, cu_q: tl.tensor, batch: tl.tensor, TOKENS: tl.constexpr, BLOCK_B: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(request, first token, end of the request's tokens) of a tile; one without tokens begins at that end or later.
+
+    Request b owns tiles cu_q[b] // TOKENS + b ..; there may be one more than it needs.
+    """
+    entry = tl.arange(0, BLOCK_B)
+    q_starts = tl.load(cu_q + entry, mask=entry < batch, other=0)
+    b = tl.sum(((q_starts // TOKENS + entry <= tile) & (entry < batch)).to(tl.int32), 0) - 1
+    q_start = tl.load(cu_q + b)
+    return b, q_start + (tile - (q_start // TOKENS + b)) * TOKENS, tl.load(cu_q + b + 1)
+
+
+@device_function
+def _key_blocks(
     kv_len: tl.tensor,
     lowest: tl.tensor,  # of the positions of the queries
     highest: tl.tensor,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """(low, high): all keys that any query sees are among low .. high."""
-    low = kv_len
-    high = kv_len * 0
-    for start in range(0, kv_len, 1024):
-        key = start + tl.arange(0, 1024)
-        place = _places(tl.load(kv_positions + key, mask=key < kv_len, other=-1))
-        seen = (place >= 0) & (place <= highest)
-        if WINDOW:
-            seen = seen & (place > lowest - WINDOW)
-        low = tl.minimum(low, tl.min(tl.where(seen, key, kv_len), 0))
-        high = tl.maximum(high, tl.max(tl.where(seen, key + 1, 0), 0))
-    return low, high
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """(low, high, begin, end, clear_begin, clear_end): which keys this program reads.
+
+    Keys low .. high hold all that any row sees. Blocks begin .. end of BLOCK_N keys are this program's part of them;
+    of these, every row sees all keys of clear_begin .. clear_end.
+    """
+    low = 0
+    high = tl.minimum(kv_len, highest + 1)
+    if WINDOW:
+        low = tl.maximum(lowest - (WINDOW - 1), 0)
+    begin = low // BLOCK_N
+    end = tl.maximum((high + BLOCK_N - 1) // BLOCK_N, begin)
+    if SPLIT:
+        share = (end - begin + tl.num_programs(1) - 1) // tl.num_programs(1)
+        begin = tl.minimum(begin + tl.program_id(1) * share, end)
+        end = tl.minimum(begin + share, end)
+    clear_begin = begin
+    if WINDOW:
+        edge = (tl.maximum(highest - (WINDOW - 1), 0) + BLOCK_N - 1) // BLOCK_N
+        clear_begin = tl.minimum(tl.maximum(edge, begin), end)
+    clear_end = tl.minimum(kv_len, lowest + 1) // BLOCK_N
+    clear_end = tl.minimum(tl.maximum(clear_end, clear_begin), end)
+    return low, high, begin, end, clear_begin, clear_end
 
 
 @lazy_jit(do_not_specialize=["batch", "groups"])
@@ -158,7 +172,6 @@ def attend_tiles(
     out: tl.tensor,  # [T_q, H_q, V], or fp32 [splits, T_q, H_q, V]
     lse: tl.tensor,  # fp32 [T_q, H_q], or [splits, T_q, H_q]
     q_positions: tl.tensor,  # int64 [T_q]
-    kv_positions: tl.tensor,  # int64 [T_kv] if EXPLICIT
     cu_q: tl.tensor,  # [batch + 1]
     kv_bounds: tl.tensor,  # cu_kv [batch + 1], or if PAGE the lengths [batch]
     block_table: tl.tensor,  # [batch, ..] if PAGE
@@ -185,7 +198,6 @@ def attend_tiles(
     KV_GROUP: tl.constexpr,  # tiles of heads that share a key head
     SPLIT: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    EXPLICIT: tl.constexpr,
     ALIKE: tl.constexpr,  # keys and values have the same strides
     PAGE: tl.constexpr,  # tokens a block of a paged KV, else 0
     WINDOW: tl.constexpr,  # 0: none
@@ -205,13 +217,7 @@ def attend_tiles(
     tile = tl.num_programs(0) // groups - 1 - tl.program_id(0) // groups
     split = tl.program_id(1)
 
-    # Request b owns tiles cu_q[b] // TOKENS + b .. ; there may be one more than it needs.
-    entry = tl.arange(0, BLOCK_B)
-    q_starts = tl.load(cu_q + entry, mask=entry < batch, other=0)
-    b = tl.sum(((q_starts // TOKENS + entry <= tile) & (entry < batch)).to(tl.int32), 0) - 1
-    q_start = tl.load(cu_q + b)
-    q_end = tl.load(cu_q + b + 1)
-    first_token = q_start + (tile - (q_start // TOKENS + b)) * TOKENS
+    b, first_token, q_end = _tokens_of(tile, cu_q, batch, TOKENS, BLOCK_B)
     if first_token >= q_end:
         return
 
@@ -235,33 +241,8 @@ def attend_tiles(
         kv_len = (tl.load(kv_bounds + b + 1) - kv_start).to(tl.int32)
         keys += kv_start * k_token_stride
         values += kv_start * v_token_stride
-        if EXPLICIT:
-            kv_positions += kv_start
 
-    # Keys low .. high hold all that any row sees.
-    low = 0
-    high = tl.minimum(kv_len, highest + 1)
-    if WINDOW:
-        low = tl.maximum(lowest - (WINDOW - 1), 0)
-    if EXPLICIT:
-        low, high = _reach(kv_positions, kv_len, lowest, highest, WINDOW)
-    begin = low // BLOCK_N
-    end = tl.maximum((high + BLOCK_N - 1) // BLOCK_N, begin)
-    if SPLIT:
-        share = (end - begin + tl.num_programs(1) - 1) // tl.num_programs(1)
-        begin = tl.minimum(begin + split * share, end)
-        end = tl.minimum(begin + share, end)
-    clear_begin = begin
-    clear_end = end
-    if EXPLICIT:
-        clear_end = begin
-    else:
-        if WINDOW:
-            edge = (tl.maximum(highest - (WINDOW - 1), 0) + BLOCK_N - 1) // BLOCK_N
-            clear_begin = tl.minimum(tl.maximum(edge, begin), end)
-        clear_end = tl.minimum(kv_len, lowest + 1) // BLOCK_N
-        clear_end = tl.minimum(tl.maximum(clear_end, clear_begin), end)
-
+    low, high, begin, end, clear_begin, clear_end = _key_blocks(kv_len, lowest, highest, SPLIT, WINDOW, BLOCK_N)
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     v_col = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     tail = BLOCK_D + tl.arange(0, TAIL if TAIL else 1)
@@ -271,19 +252,18 @@ def attend_tiles(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if not EXPLICIT:
-        acc, largest, total = _attend_blocks(
-            acc, largest, total, q_head, q_tail, position, keys, values, kv_positions, table,
-            clear_begin, clear_end - clear_begin, 0, 0, low, high,
-            k_block_stride, k_token_stride, v_block_stride, v_token_stride, scale, factor,
-            False, EXPLICIT, ALIKE, PAGE, WINDOW, CAPPED, D, V, BLOCK_D, TAIL, BLOCK_V, BLOCK_N,
-        )  # fmt: skip
+    acc, largest, total = _attend_blocks(
+        acc, largest, total, q_head, q_tail, position, keys, values, table,
+        clear_begin, clear_end - clear_begin, 0, 0, low, high,
+        k_block_stride, k_token_stride, v_block_stride, v_token_stride, scale, factor,
+        False, ALIKE, PAGE, WINDOW, CAPPED, D, V, BLOCK_D, TAIL, BLOCK_V, BLOCK_N,
+    )  # fmt: skip
     turn = clear_begin - begin
     acc, largest, total = _attend_blocks(
-        acc, largest, total, q_head, q_tail, position, keys, values, kv_positions, table,
+        acc, largest, total, q_head, q_tail, position, keys, values, table,
         begin, turn + end - clear_end, turn, clear_end - clear_begin, low, high,
         k_block_stride, k_token_stride, v_block_stride, v_token_stride, scale, factor,
-        True, EXPLICIT, ALIKE, PAGE, WINDOW, CAPPED, D, V, BLOCK_D, TAIL, BLOCK_V, BLOCK_N,
+        True, ALIKE, PAGE, WINDOW, CAPPED, D, V, BLOCK_D, TAIL, BLOCK_V, BLOCK_N,
     )  # fmt: skip
 
     acc /= tl.where(total > 0, total, 1.0)[:, None]

@@ -114,11 +114,9 @@ def _launch(
     if isinstance(kv, PackedKV):
         bounds, table, page = kv.cu_kv, kv.cu_kv, 0
         k_strides, v_strides = ((0, t.stride(1), t.stride(0)) for t in (kv.keys, kv.values))
-        kv_positions = kv.positions
     else:
         bounds, table, page = kv.kv_lens, kv.block_table, kv.keys.shape[2]
         k_strides, v_strides = ((t.stride(0), t.stride(1), t.stride(2)) for t in (kv.keys, kv.values))
-        kv_positions = None
     block_d, tail = _dot_sizes(size)
     cap = problem.soft_cap
     window = problem.window if problem.window and problem.window < 2**31 else 0  # there are no further positions
@@ -132,7 +130,6 @@ def _launch(
         out,
         out if lse is None else lse,
         problem.q_positions,
-        problem.q_positions if kv_positions is None else kv_positions,
         problem.cu_q,
         bounds,
         table,
@@ -150,7 +147,6 @@ def _launch(
         KV_GROUP=groups // problem.kv_heads,
         SPLIT=splits > 1,
         HAS_LSE=lse is not None,
-        EXPLICIT=kv_positions is not None,
         ALIKE=k_strides == v_strides,
         PAGE=page,
         WINDOW=window,

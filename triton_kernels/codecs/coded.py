@@ -1,4 +1,4 @@
-"""Entropy-coded packing of a plane: transform.py makes symbols, entropy.py packs them.
+"""Codecs of a size that varies, klt and cachegen: transform/ makes symbols, entropy/ packs them.
 
 Parts of a chunk, in this order:
 
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from lmcache.errors import CorruptChunkError, KernelArgumentError
-from lmcache.kernels.codecs.profile import CERTAIN_TABLE, EXPONENT_TABLE, Profile
+from lmcache.kernels.codecs.base import Codec, CodecConfig
+from lmcache.kernels.codecs.profile import CERTAIN_TABLE, EXPONENT_TABLE, PROFILE_HINT, Profile
 from lmcache.kernels.entropy.coder import MAX_SYMBOLS, max_words, rans_decode, rans_encode
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.sides import Packed, PlaneCodec, Side
@@ -24,6 +27,39 @@ from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, Transform, pack
 
 # A stream costs 40 bits: 1,024 symbols of 2.5 bits pay 1.6 % for being decoded beside others.
 _STREAM_SYMBOLS = 1024
+
+
+class ProfileConfig(CodecConfig):
+    profile: str = Field("", description="a file that was measured for this model: lmcache profile")
+
+
+class KltCodec(Codec):
+    """The profile's hash, not its place, is a part of the id."""
+
+    name = "klt"
+    Config = ProfileConfig
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config, ProfileConfig)
+        if not config.profile:
+            raise KernelArgumentError(f"codec {self.name} needs profile, {PROFILE_HINT}")
+        self._profile = Profile.load(Path(config.profile).expanduser())
+        if self._profile.kind != self.name:
+            raise KernelArgumentError(
+                f"{config.profile} is a profile of kind {self._profile.kind!r}, not {self.name!r}"
+            )
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}(profile={self._profile.digest},sink_tokens={self.sink_tokens})"
+
+    def bind(self, sides: Sequence[Side], layers: Sequence[int], first_head: int, device: torch.device) -> PlaneCodec:
+        return CodedPlane(self._profile, sides, layers, first_head, device)
+
+
+class CacheGenCodec(KltCodec):
+    name = "cachegen"
 
 
 class CodedPlane(PlaneCodec):

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts
+from lmcache.kernels.entropy.tables import FrequencyTables, quantise_counts
 from lmcache.kernels.transform.ops import CENTRE, Transform
 
 KINDS = ("klt", "cachegen")
 # Tables that every profile begins with: of exponents (nearly always 0), and of symbols that are always CENTRE.
 EXPONENT_TABLE, CERTAIN_TABLE, FIRST_TABLE = 0, 1, 2
 _SIDES = ("key", "value")
+PROFILE_HINT = "a file made for the model: lmcache profile klt --model FOLDER --out FILE.npz TEXTS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +91,11 @@ class Profile:
             ]
             profile = cls(kind, sides[0], sides[1], tensors["freqs"], tensors["tables"], tensors["anchor_tables"])
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise KernelArgumentError(
-                f"{path} is no codec profile: {error}; make one with experiments.kv_profile"
-            ) from error
+            raise KernelArgumentError(f"{path} is no codec profile: {error}; it must be {PROFILE_HINT}") from error
         if kind not in KINDS:
             raise KernelArgumentError(f"{path} is a profile of kind {kind!r}; known: {', '.join(KINDS)}")
         if wrong := profile._wrong():
-            raise KernelArgumentError(f"{path} is no codec profile: {wrong}; make one with experiments.kv_profile")
+            raise KernelArgumentError(f"{path} is no codec profile: {wrong}; it must be {PROFILE_HINT}")
         return profile
 
     def _wrong(self) -> str:
@@ -169,8 +168,3 @@ def fixed_tables() -> torch.Tensor:
     freqs[EXPONENT_TABLE, :128] = quantise_counts(exponents)[0]
     freqs[CERTAIN_TABLE, CENTRE] = 4096
     return freqs
-
-
-def coded_bits(histograms: torch.Tensor, freqs: torch.Tensor, table_of: torch.Tensor) -> float:
-    """Bits that symbols with these histograms `[n, 256]` take, without what streams cost."""
-    return float(entropy_bits(histograms, freqs[table_of.long()]).sum())

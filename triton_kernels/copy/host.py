@@ -24,24 +24,18 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import logging
-import math
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.copy import pages as copies
-from lmcache.kernels.copy.pages import Tiling, check_chunk, check_ids, move_tile
-from lmcache.kernels.launch import lazy_jit, runs_kernel
+from lmcache.kernels.copy.kernel import launch_copy
+from lmcache.kernels.copy.pages import check_chunk, check_ids
+from lmcache.kernels.launch import runs_kernel
 from lmcache.kernels.layers import PagedLayers, Units, reinterpret
-
-if TYPE_CHECKING:
-    import triton.language as tl
-
-logger = logging.getLogger(__name__)
 
 # Both buffers together. Half of it is a third of a millisecond of DMA at 50 GB/s, far more than a launch takes.
 STAGING_BYTES = 32 << 20
@@ -172,7 +166,17 @@ class HostTransfer:
     ) -> None:
         current = self._streams.current_stream(self.device)
         self._await_writes(current)  # the link may still write what this reads, or write over what this writes
-        self._move(pages, units, ids, rows, address, first_layer, scatter=scatter, programs=self.programs)
+        launch_copy(
+            pages,
+            units,
+            ids,
+            rows,
+            first_layer,
+            scatter=scatter,
+            zeros=not scatter,
+            address=address,
+            programs=self.programs,
+        )
         if not scatter:
             self._wrote(current)
 
@@ -182,9 +186,7 @@ class HostTransfer:
             there = rows[layers, part]
             buffer, here = self._next_buffer(there, current)
             buffer.free.wait(current)
-            self._move(
-                pages, units, ids[part], here, here.data_ptr(), first_layer + layers.start, scatter=False, programs=None
-            )
+            launch_copy(pages, units, ids[part], here, first_layer + layers.start, scatter=False, zeros=True)
             buffer.filled.record(current)
             buffer.filled.wait(self._link)
             with self._streams.stream(self._link):
@@ -205,9 +207,7 @@ class HostTransfer:
                 self._dma(here, there)
             buffer.filled.record(self._link)
             buffer.filled.wait(current)
-            self._move(
-                pages, units, ids[part], here, here.data_ptr(), first_layer + layers.start, scatter=True, programs=None
-            )
+            launch_copy(pages, units, ids[part], here, first_layer + layers.start, scatter=True)
             buffer.free.record(current)
 
     def _wrote(self, stream: Any) -> None:
@@ -247,38 +247,6 @@ class HostTransfer:
         # The allocator hands out memory that kernels of this stream may still use.
         staging.free.record(self._streams.current_stream(self.device))
         return staging
-
-    def _move(
-        self,
-        pages: PagedLayers,
-        units: Units,
-        ids: torch.Tensor,
-        rows: torch.Tensor,
-        address: int,
-        first_layer: int,
-        *,
-        scatter: bool,
-        programs: int | None,
-    ) -> None:
-        """Launch the kernel between pages and `rows`, which kernels find at `address`."""
-        tiling = Tiling.of(pages, units, rows, scatter=scatter)
-        row_tiles, _, columns = tiling.grid
-        tiles = math.prod(tiling.grid)
-        _copy_rows_at.launch(
-            (min(tiles, programs or tiles),),
-            self.device,
-            pages.pointers,
-            ids,
-            address,
-            first_layer,
-            tiling.num_rows,
-            tiles,
-            row_tiles,
-            *tiling.strides,
-            COLUMNS=columns,
-            WORD=tiling.word,
-            **tiling.constants,
-        )
 
     @staticmethod
     def _dma(to: torch.Tensor, source: torch.Tensor) -> None:
@@ -324,60 +292,6 @@ def copy_from_host_torch(
     units = pages.page_units if whole_pages else pages.token_units
     rows = _byte_rows(chunk, units).to(pages.device)
     (copies.scatter_pages if whole_pages else copies.scatter_tokens)(pages, ids, rows, first_layer)
-
-
-@lazy_jit(do_not_specialize=["address", "first_layer", "num_rows", "num_tiles", "row_tiles"])
-def _copy_rows_at(
-    pointers: tl.tensor,  # int64 [L]: address of each layer
-    ids: tl.tensor,  # int64 [n]
-    address: tl.tensor,  # of the chunk, words [l, n, STRIPS, STRIP], on the device or in pinned host memory
-    first_layer: tl.tensor,
-    num_rows: tl.tensor,  # n * STRIPS
-    num_tiles: tl.tensor,  # l * row_tiles * COLUMNS
-    row_tiles: tl.tensor,  # tiles that the rows of a layer make
-    chunk_layer_stride: tl.tensor,  # this and the next three in words
-    block_stride: tl.tensor,
-    unit_stride: tl.tensor,
-    strip_stride: tl.tensor,
-    COLUMNS: tl.constexpr,  # tiles that a strip makes
-    WORD: tl.constexpr,  # bytes
-    PER_BLOCK: tl.constexpr,  # units a block; 0 where all units of a layer are evenly spaced
-    STRIPS: tl.constexpr,
-    STRIP: tl.constexpr,  # words a strip
-    ALIGN: tl.constexpr,  # bytes that divide the address of every strip, in the layers and in the chunk
-    SCATTER: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-) -> None:
-    """Program i moves tiles i, i + programs, ..: few programs are enough for a link that is slower than memory."""
-    word_type: tl.constexpr = (
-        tl.int64 if WORD == 8 else (tl.int32 if WORD == 4 else (tl.int16 if WORD == 2 else tl.uint8))
-    )
-    chunk = address.to(tl.int64).to(tl.pointer_type(word_type))
-    tile = tl.program_id(0).to(tl.int64)
-    while tile < num_tiles:
-        word = (tile % COLUMNS).to(tl.int32) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
-        row = tile // COLUMNS % row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-        j = tile // COLUMNS // row_tiles
-        layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(word_type))
-        move_tile(
-            layer,
-            ids,
-            chunk + j * chunk_layer_stride,
-            row,
-            word,
-            num_rows,
-            block_stride,
-            unit_stride,
-            strip_stride,
-            PER_BLOCK,
-            STRIPS,
-            STRIP,
-            ALIGN,
-            SCATTER,
-            True,
-        )
-        tile += tl.num_programs(0)
 
 
 def _byte_rows(chunk: torch.Tensor, units: Units) -> torch.Tensor:

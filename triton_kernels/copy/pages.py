@@ -11,6 +11,8 @@ strips of C elements, or of one strip of H*C where the heads of a token are neig
     chunk [L, n, unit]   |unit 0: strip|strip|..|unit 1: strip|strip|..|  ...          one layer, contiguous
     layer                .. strip ..... strip ............ strip ..... strip ..        any strides
 
+On a GPU, and under the interpreter, `copy_rows` of kernel.py does it; on a CPU numpy does.
+
 Bytes move as integer words, the widest that every address allows, so any dtype is copied bit for bit. A negative id
 skips its unit: that part of the destination keeps what it held. Writing one unit twice in a scatter leaves either of
 the two values. Ids beyond the cache are refused on a CPU; on a GPU, where looking would stall the stream, keeping them
@@ -19,20 +21,17 @@ in range is the caller's duty. Nothing is synchronised: on a GPU the copy is que
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.launch import device_function, lazy_jit, runs_kernel
+from lmcache.kernels.copy.kernel import launch_copy
+from lmcache.kernels.launch import runs_kernel
 from lmcache.kernels.layers import PagedLayers, Units, byte_offset, reinterpret
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 
 def gather_pages(pages: PagedLayers, block_ids: torch.Tensor, out: torch.Tensor, first_layer: int = 0) -> None:
@@ -99,149 +98,9 @@ def _copy(
     if ids.numel() == 0 or chunk.numel() == 0:
         return
     if runs_kernel(pages.device):
-        _copy_triton(pages, units, ids, chunk, first_layer, scatter=scatter)
+        launch_copy(pages, units, ids, chunk, first_layer, scatter=scatter)
     else:
         _copy_host(pages, units, ids, chunk, first_layer, scatter=scatter)
-
-
-@device_function
-def move_tile(
-    layer: tl.tensor,  # pointer to words of a layer
-    ids: tl.tensor,  # int64 [n]
-    chunk: tl.tensor,  # pointer to words [n, STRIPS, STRIP]
-    row: tl.tensor,  # [BLOCK_R] which strips
-    word: tl.tensor,  # [BLOCK_W] which words of each
-    num_rows: tl.tensor,  # n * STRIPS
-    block_stride: tl.tensor,  # in words, as are the next two
-    unit_stride: tl.tensor,
-    strip_stride: tl.tensor,
-    PER_BLOCK: tl.constexpr,
-    STRIPS: tl.constexpr,
-    STRIP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SCATTER: tl.constexpr,
-    ZEROS: tl.constexpr,  # gather: a skipped unit leaves zeros in the chunk, rather than what was there
-) -> None:
-    """Move a tile of words between one layer and its part of the chunk."""
-    unit = tl.load(ids + row // STRIPS, mask=row < num_rows, other=-1)  # [BLOCK_R]
-    live = (unit >= 0)[:, None] & (word < STRIP)[None, :]  # [BLOCK_R, BLOCK_W]
-    offset = row % STRIPS * strip_stride
-    if PER_BLOCK == 0:
-        offset += unit * unit_stride
-    else:
-        offset += unit // PER_BLOCK * block_stride + unit % PER_BLOCK * unit_stride
-
-    page_rows = tl.multiple_of(layer + offset, ALIGN)  # [BLOCK_R]
-    chunk_rows = tl.multiple_of(chunk + row * STRIP, ALIGN)  # [BLOCK_R]
-    page_words = page_rows[:, None] + word[None, :]  # [BLOCK_R, BLOCK_W]
-    chunk_words = chunk_rows[:, None] + word[None, :]
-    if SCATTER:
-        tl.store(page_words, tl.load(chunk_words, mask=live), mask=live)
-    elif ZEROS:
-        inside = (row < num_rows)[:, None] & (word < STRIP)[None, :]
-        tl.store(chunk_words, tl.load(page_words, mask=live, other=0), mask=inside)
-    else:
-        tl.store(chunk_words, tl.load(page_words, mask=live), mask=live)
-
-
-@lazy_jit(do_not_specialize=["first_layer", "num_rows"])
-def _copy_rows(
-    pointers: tl.tensor,  # int64 [L]: address of each layer
-    ids: tl.tensor,  # int64 [n]
-    chunk: tl.tensor,  # word [l, n, STRIPS, STRIP]
-    first_layer: tl.tensor,
-    num_rows: tl.tensor,  # n * STRIPS
-    chunk_layer_stride: tl.tensor,  # this and the next three in words
-    block_stride: tl.tensor,
-    unit_stride: tl.tensor,
-    strip_stride: tl.tensor,
-    PER_BLOCK: tl.constexpr,  # units a block; 0 where all units of a layer are evenly spaced
-    STRIPS: tl.constexpr,
-    STRIP: tl.constexpr,  # words a strip
-    ALIGN: tl.constexpr,  # bytes that divide the address of every strip, in the layers and in the chunk
-    SCATTER: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-) -> None:
-    """Program (i, j, k) moves BLOCK_R strips of layer first_layer + j, words k * BLOCK_W .. of each."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    j = tl.program_id(1).to(tl.int64)
-    word = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)  # [BLOCK_W]
-    layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(chunk.dtype.element_ty))
-    chunk_layer = chunk + j * chunk_layer_stride
-    move_tile(
-        layer,
-        ids,
-        chunk_layer,
-        row,
-        word,
-        num_rows,
-        block_stride,
-        unit_stride,
-        strip_stride,
-        PER_BLOCK,
-        STRIPS,
-        STRIP,
-        ALIGN,
-        SCATTER,
-        False,
-    )
-
-
-# 8 KiB of 8-byte words a program: 4 loads of 16 bytes in flight a thread on NVIDIA (128 threads), 2 on AMD (256).
-_TILE_WORDS = 1024
-_NUM_WARPS = 4
-
-
-def _tile(strip: int, word: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_W) for strips of that many words: as wide as leaves no ragged end, unless that is narrow."""
-    exact = strip & -strip  # the largest power of two that divides it
-    width = exact if exact * word >= 64 else 1 << (strip - 1).bit_length()
-    width = min(width, _TILE_WORDS)
-    return _TILE_WORDS // width, width
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a copy is cut into tiles: their number a dimension, and the kernel's integers and constants, in words."""
-
-    grid: tuple[int, int, int]
-    word: int  # bytes
-    num_rows: int
-    strides: tuple[int, int, int, int]  # chunk layer, block, unit, strip
-    constants: dict[str, int | bool]
-
-    @classmethod
-    def of(cls, pages: PagedLayers, units: Units, chunk: torch.Tensor, *, scatter: bool) -> Tiling:
-        num_layers, n = chunk.shape[:2]
-        layer_stride = chunk.stride(0) * chunk.element_size()
-        steps = (layer_stride, units.block_stride, units.unit_stride, units.strip_stride)
-        align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, units.strip_bytes, *steps)
-        word = min(align, 8)
-        num_rows, strip = n * units.strips, units.strip_bytes // word
-        block_r, block_w = _tile(strip, word)
-        constants = {
-            "PER_BLOCK": 0 if units.blocks == 1 else units.per_block,
-            "STRIPS": units.strips,
-            "STRIP": strip,
-            "ALIGN": align,
-            "SCATTER": scatter,
-            "BLOCK_R": block_r,
-            "BLOCK_W": block_w,
-            "num_warps": _NUM_WARPS,
-        }
-        chunk_layer, block, unit, strip_step = (step // word for step in steps)
-        grid = (-(-num_rows // block_r), num_layers, -(-strip // block_w))
-        return cls(grid, word, num_rows, (chunk_layer, block, unit, strip_step), constants)
-
-
-def _copy_triton(
-    pages: PagedLayers, units: Units, ids: torch.Tensor, chunk: torch.Tensor, first_layer: int, *, scatter: bool
-) -> None:
-    tiling = Tiling.of(pages, units, chunk, scatter=scatter)
-    words = reinterpret(chunk, tiling.word, (1,), (1,))
-    scalars = (first_layer, tiling.num_rows, *tiling.strides)
-    _copy_rows.launch(tiling.grid, pages.device, pages.pointers, ids, words, *scalars, **tiling.constants)
 
 
 def _copy_torch(

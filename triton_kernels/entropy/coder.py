@@ -1,6 +1,6 @@
 """Range-ANS entropy coder: many independent streams at once, one lane of a kernel each; the same bytes from a CPU.
 
-    state              32 bits, at least 2**16 between symbols; words have 16 bits, frequencies 12 (entropy_tables.py)
+    state              32 bits, at least 2**16 between symbols; words have 16 bits, frequencies 12 (tables.py)
     encode a symbol    if state >> 20 >= f: emit the low word, state >>= 16
                        state = (state // f << 12) + start + state % f
     decode a symbol    slot = state & 4095, which says the symbol

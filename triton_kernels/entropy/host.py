@@ -1,4 +1,4 @@
-"""The entropy coder of entropy.py in numpy: its definition, and what a CPU runs. A loop over symbols, not streams.
+"""The entropy coder of coder.py in numpy: its definition, and what a CPU runs. A loop over symbols, not streams.
 
 What a step costs is mostly the calls of numpy, so all of them write to buffers that are already there.
 """

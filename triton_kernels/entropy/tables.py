@@ -1,4 +1,4 @@
-"""Frequency tables of the entropy coder (entropy.py): counts to 12-bit frequencies, and the tables that kernels read.
+"""Frequency tables of the entropy coder (coder.py): counts to 12-bit frequencies, and the tables that kernels read.
 
 A table gives each symbol of its alphabet a run of the 4,096 slots; a run of f slots costs log2(4096 / f) bits:
 

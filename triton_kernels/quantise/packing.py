@@ -1,6 +1,6 @@
 """Quantise KV while it is copied out of the pages, and back: full precision crosses memory once.
 
-One *side* (the keys, or the values) of each layer is packed by a `Quantiser`. A head's `x [T, D]` becomes codes of
+One *side* (the keys, or the values) of each layer is packed by a `Scheme`. A head's `x [T, D]` becomes codes of
 `bits` bits and fp16 scales, by `x ~ zero + scale * code` (or `scale * e4m3`), over one of two axes:
 
     axis="channel"   a scale and a zero for each channel of a group of tokens: keys, whose channels have offsets (KIVI,
@@ -32,14 +32,14 @@ from lmcache.errors import KernelArgumentError
 from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, device_function, lazy_jit, runs_kernel
 from lmcache.kernels.layers import PagedLayers
-from lmcache.kernels.quantise.grid import FLOATS, FP8_MAX, SLACK, Quantiser, SideLayout, rotation, rotation_signs
+from lmcache.kernels.quantise.scheme import FLOATS, FP8_MAX, SLACK, Scheme, SideLayout, rotation, rotation_signs
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
 def pack_pages(
-    pages: PagedLayers, slots: torch.Tensor, quantiser: Quantiser, out: torch.Tensor, first_layer: int = 0
+    pages: PagedLayers, slots: torch.Tensor, scheme: Scheme, out: torch.Tensor, first_layer: int = 0
 ) -> None:
     """Quantise the tokens at `slots` of layers first_layer.. into `out`.
 
@@ -47,71 +47,71 @@ def pack_pages(
     s // N. `out`: uint8 `[l, SideLayout.nbytes]`, a layer one run of bytes at a multiple of 16. Nothing is
     synchronised. Raises KernelArgumentError for anything else.
     """
-    layout = _check(pages, slots, quantiser, out, first_layer, "out")
+    layout = _check(pages, slots, scheme, out, first_layer, "out")
     if slots.numel() == 0 or out.shape[0] == 0:
         return
     if runs_kernel(pages.device):
         _launch(_pack_tile, pages, slots, layout, out, first_layer)
     else:
-        pack_pages_torch(pages, slots, quantiser, out, first_layer)
+        pack_pages_torch(pages, slots, scheme, out, first_layer)
 
 
 def unpack_pages(
-    pages: PagedLayers, slots: torch.Tensor, quantiser: Quantiser, packed: torch.Tensor, first_layer: int = 0
+    pages: PagedLayers, slots: torch.Tensor, scheme: Scheme, packed: torch.Tensor, first_layer: int = 0
 ) -> None:
     """The reverse of pack_pages: write token t of `packed` to `slots[t]`, rounded to the dtype of the pages."""
-    layout = _check(pages, slots, quantiser, packed, first_layer, "packed")
+    layout = _check(pages, slots, scheme, packed, first_layer, "packed")
     if slots.numel() == 0 or packed.shape[0] == 0:
         return
     if runs_kernel(pages.device):
         _launch(_unpack_tile, pages, slots, layout, packed, first_layer)
     else:
-        unpack_pages_torch(pages, slots, quantiser, packed, first_layer)
+        unpack_pages_torch(pages, slots, scheme, packed, first_layer)
 
 
 def pack_pages_torch(
-    pages: PagedLayers, slots: torch.Tensor, quantiser: Quantiser, out: torch.Tensor, first_layer: int = 0
+    pages: PagedLayers, slots: torch.Tensor, scheme: Scheme, out: torch.Tensor, first_layer: int = 0
 ) -> None:
     """The definition of pack_pages in torch."""
-    layout = SideLayout(quantiser, len(slots), pages.heads, pages.content)
+    layout = SideLayout(scheme, len(slots), pages.heads, pages.content)
     x = torch.zeros(len(out), len(slots), pages.heads, pages.content, dtype=pages.dtype, device=pages.device)
     gather_tokens(pages, slots, x, first_layer)
     x = _pad_to_words(x.float().transpose(1, 2))  # [l, H, T8, D]
     live = _pad_to_words((slots >= 0)[None, None, :, None])  # [1, 1, T8, 1]
-    if quantiser.rotate:
-        x = x @ rotation(pages.content, quantiser.seed, pages.device)
-    if quantiser.fp8:
+    if scheme.rotate:
+        x = x @ rotation(pages.content, scheme.seed, pages.device)
+    if scheme.fp8:
         scale = (x.abs().amax(-1, keepdim=True) / FP8_MAX * (1 + SLACK)).half().float()
         codes = _divide(x, scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         scales = [scale]
     else:
-        low, high = _ranges(x, live, quantiser)
+        low, high = _ranges(x, live, scheme)
         zero = (low - low.abs() * SLACK).half().float()
-        scale = ((high - zero) / quantiser.levels * (1 + SLACK)).half().float()
-        per_token = [_spread(part, quantiser, x.shape[2]) for part in (scale, zero)]
-        codes = (_divide(x - per_token[1], per_token[0]) + 0.5).clamp(0, quantiser.levels)
+        scale = ((high - zero) / scheme.levels * (1 + SLACK)).half().float()
+        per_token = [_spread(part, scheme, x.shape[2]) for part in (scale, zero)]
+        codes = (_divide(x - per_token[1], per_token[0]) + 0.5).clamp(0, scheme.levels)
         codes = torch.where(live, codes, 0).to(torch.uint8)
         scales = [scale, zero]
-    packed = _join_codes(codes, quantiser.bits)
+    packed = _join_codes(codes, scheme.bits)
     out[:, : packed.shape[1]] = packed
     layout.scales(out).copy_(torch.cat([part.flatten(1) for part in scales], 1))
 
 
 def unpack_pages_torch(
-    pages: PagedLayers, slots: torch.Tensor, quantiser: Quantiser, packed: torch.Tensor, first_layer: int = 0
+    pages: PagedLayers, slots: torch.Tensor, scheme: Scheme, packed: torch.Tensor, first_layer: int = 0
 ) -> None:
     """The definition of unpack_pages in torch."""
-    layout = SideLayout(quantiser, len(slots), pages.heads, pages.content)
+    layout = SideLayout(scheme, len(slots), pages.heads, pages.content)
     num_layers, heads = packed.shape[0], layout.heads
     codes = _split_codes(packed, layout)  # [l, H, T8, D]
     scales = layout.scales(packed).float().view(num_layers, -1, heads, layout.scale_rows).unbind(1)
-    if quantiser.axis == "token":
+    if scheme.axis == "token":
         parts = [part[..., None] for part in scales]
     else:
-        parts = [_spread(part.view(num_layers, heads, -1, layout.width), quantiser, layout.rows * 8) for part in scales]
-    x = codes.view(torch.float8_e4m3fn).float() * parts[0] if quantiser.fp8 else parts[1] + codes.float() * parts[0]
-    if quantiser.rotate:
-        x = x @ rotation(pages.content, quantiser.seed, pages.device).T
+        parts = [_spread(part.view(num_layers, heads, -1, layout.width), scheme, layout.rows * 8) for part in scales]
+    x = codes.view(torch.float8_e4m3fn).float() * parts[0] if scheme.fp8 else parts[1] + codes.float() * parts[0]
+    if scheme.rotate:
+        x = x @ rotation(pages.content, scheme.seed, pages.device).T
     rows = to_pages_torch(x.transpose(1, 2)[:, : len(slots)], pages.dtype).contiguous()
     scatter_tokens(pages, slots, rows, first_layer)
 
@@ -127,24 +127,24 @@ def _pad_to_words(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % 8))
 
 
-def _ranges(x: torch.Tensor, live: torch.Tensor, quantiser: Quantiser) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranges(x: torch.Tensor, live: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Lowest and highest value of each scale's elements: `[l, H, T8, 1]`, or `[l, H, groups, D]`."""
-    if quantiser.axis == "token":
+    if scheme.axis == "token":
         low, high = x.aminmax(dim=-1, keepdim=True)
         return low, high
-    pad = (0, 0, 0, -x.shape[2] % quantiser.group)
-    shape = (*x.shape[:2], -1, quantiser.group, x.shape[3])
+    pad = (0, 0, 0, -x.shape[2] % scheme.group)
+    shape = (*x.shape[:2], -1, scheme.group, x.shape[3])
     low = torch.nn.functional.pad(x.masked_fill(~live, math.inf), pad, value=math.inf).reshape(shape).amin(3)
     high = torch.nn.functional.pad(x.masked_fill(~live, -math.inf), pad, value=-math.inf).reshape(shape).amax(3)
     empty = low > high
     return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
 
-def _spread(part: torch.Tensor, quantiser: Quantiser, tokens: int) -> torch.Tensor:
+def _spread(part: torch.Tensor, scheme: Scheme, tokens: int) -> torch.Tensor:
     """Scales as they apply to tokens: `[l, H, tokens, 1 or D]`."""
-    if quantiser.axis == "token":
+    if scheme.axis == "token":
         return part
-    return part.repeat_interleave(quantiser.group, 2)[:, :, :tokens]
+    return part.repeat_interleave(scheme.group, 2)[:, :, :tokens]
 
 
 def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _join_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _split_codes(packed: torch.Tensor, layout: SideLayout) -> torch.Tensor:
     """The reverse: uint8 `[l, H, T8, D]`."""
-    bits, shape = layout.quantiser.bits, (len(packed), layout.heads, layout.rows, layout.width)
+    bits, shape = layout.scheme.bits, (len(packed), layout.heads, layout.rows, layout.width)
     count = layout.heads * layout.rows * layout.width
     if bits == 8:
         return packed[:, : 8 * count].view(shape[0], shape[1], -1, shape[3])
@@ -176,7 +176,7 @@ def _split_codes(packed: torch.Tensor, layout: SideLayout) -> torch.Tensor:
         if bits == 3:
             word = (word & 0xFFFF) | (packed[:, 2 * count : 3 * count].view(shape).int() << 16)
     shifts = bits * torch.arange(8, dtype=torch.int32, device=packed.device)
-    codes = (word[:, :, :, None] >> shifts[:, None]) & layout.quantiser.levels  # [l, H, T8 / 8, 8, D]
+    codes = (word[:, :, :, None] >> shifts[:, None]) & layout.scheme.levels  # [l, H, T8 / 8, 8, D]
     return codes.to(torch.uint8).flatten(2, 3)
 
 
@@ -407,22 +407,22 @@ def _from_e4m3(code: tl.tensor) -> tl.tensor:
 def _launch(
     kernel: LazyKernel, pages: PagedLayers, slots: torch.Tensor, layout: SideLayout, packed: torch.Tensor, first: int
 ) -> None:
-    quantiser, layer = layout.quantiser, pages.layers[0]
+    scheme, layer = layout.scheme, pages.layers[0]
     block_d = 1 << (layout.width - 1).bit_length()
-    if quantiser.axis == "channel":
-        block_r = quantiser.group // 8
+    if scheme.axis == "channel":
+        block_r = scheme.group // 8
     else:
         block_r = max(16, _TILE // block_d)  # at least 16 rows for tl.dot
         block_r = min(block_r, 1 << max(4, (layout.rows - 1).bit_length()))
-        if not quantiser.rotate:
+        if not scheme.rotate:
             block_r = min(block_r, max(1, _WIDEST_TILE // block_d))
-    if quantiser.rotate:
+    if scheme.rotate:
         if block_d > _WIDEST_ROTATION:
             raise KernelArgumentError(
                 f"heads of {layout.width} elements; the kernel can rotate those of at most {_WIDEST_ROTATION}"
             )
         block_d = max(16, block_d)
-        matrix, factor = rotation_signs(layout.width, quantiser.seed, pages.device, pages.dtype)
+        matrix, factor = rotation_signs(layout.width, scheme.seed, pages.device, pages.dtype)
     else:
         matrix, factor = slots, 1.0  # not read
     strides = [step * layer.element_size() for step in layer.stride()[:3]]
@@ -443,14 +443,14 @@ def _launch(
         BLOCK_TOKENS=pages.block_tokens,
         HEADS=layout.heads,
         D=layout.width,
-        BITS=quantiser.bits,
-        FP8=quantiser.fp8,
-        CHANNEL=quantiser.axis == "channel",
-        ROTATE=quantiser.rotate,
+        BITS=scheme.bits,
+        FP8=scheme.fp8,
+        CHANNEL=scheme.axis == "channel",
+        ROTATE=scheme.rotate,
         ALIGN=math.gcd(16, pages.address_gcd, *strides),
         FACTOR=factor,
         # The rotation's weights fill the registers of one token's turn already.
-        UNROLL=1 if quantiser.rotate else 8,
+        UNROLL=1 if scheme.rotate else 8,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=max(1, min(4, block_r * block_d // 256)),
@@ -466,12 +466,12 @@ _WIDEST_ROTATION = 256
 
 
 def _check(
-    pages: PagedLayers, slots: torch.Tensor, quantiser: Quantiser, packed: torch.Tensor, first_layer: int, what: str
+    pages: PagedLayers, slots: torch.Tensor, scheme: Scheme, packed: torch.Tensor, first_layer: int, what: str
 ) -> SideLayout:
     if pages.dtype not in FLOATS:
         raise KernelArgumentError(f"pages are {pages.dtype}; quantised are bfloat16, float16 and float32")
     check_ids(pages, pages.token_units, slots, "slots")
-    layout = SideLayout(quantiser, len(slots), pages.heads, pages.content)
+    layout = SideLayout(scheme, len(slots), pages.heads, pages.content)
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != layout.nbytes:
         raise KernelArgumentError(
             f"{what} is {packed.dtype} of shape {tuple(packed.shape)}; it must be uint8 [layers, {layout.nbytes}]"

@@ -12,7 +12,7 @@ dtype, as everything is calculated in fp32 from fp32 tables. A factor on all key
     content [C]   |0 .. rotary_start: copied|R elements: turned|the rest (other dimensions, values): copied|
 
 Guarantees: a token whose old and new positions are equal keeps its bits (cos^2 + sin^2 is not quite 1 in fp32, so this
-takes a case of its own); so does all that is copied, NaNs included. A token with a negative position (or slot) is
+takes a case of its own); so does all that is copied, NaNs included. A token with a negative position is
 skipped: its part of the destination keeps what it held. Positions that a table does not have are refused on a CPU; on a
 GPU, where looking would stall the stream, keeping them in range is the caller's duty. Nothing is synchronised.
 
@@ -28,9 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.copy.pages import check_ids, scatter_tokens
 from lmcache.kernels.launch import device_function, lazy_jit, runs_kernel
-from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.rotary.tables import RotaryTable
 
 if TYPE_CHECKING:
@@ -41,16 +39,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
-    """What turns which elements: R of `old`, from element `start` of the content."""
+    """What turns which elements: R of `table`, from element `start` of the content."""
 
-    old: RotaryTable
-    new: RotaryTable
+    table: RotaryTable
     start: int
     interleaved: bool
-
-    @property
-    def one_rope(self) -> bool:
-        return self.old is self.new
 
 
 def shift_rotary(
@@ -59,7 +52,6 @@ def shift_rotary(
     new_positions: torch.Tensor,
     table: RotaryTable,
     *,
-    new_table: RotaryTable | None = None,
     interleaved: bool = False,
     rotary_start: int = 0,
     out: torch.Tensor | None = None,
@@ -67,12 +59,11 @@ def shift_rotary(
     """Turn `keys[.., t, :, :]` from old_positions[t] to new_positions[t] into `out`, which is `keys` by default.
 
     `keys`, `out`: bf16, fp16 or fp32 `[L, T, H, D]` or `[T, H, D]`, any strides with D contiguous, the same memory or
-    memory that does not overlap. Positions: int64 `[T]`. `new_table`: where the frequencies of the new positions are
-    others (dynamic NTK); equal positions are then turned like all the rest. Elements outside
-    rotary_start .. rotary_start + table.width are copied. Raises KernelArgumentError for anything else.
+    memory that does not overlap. Positions: int64 `[T]`. Elements outside rotary_start ..
+    rotary_start + table.width are copied. Raises KernelArgumentError for anything else.
     """
     out = keys if out is None else out
-    turn = _Turn(table, table if new_table is None else new_table, rotary_start, interleaved)
+    turn = _Turn(table, rotary_start, interleaved)
     _check_rows(keys, "keys")
     _check_rows(out, "out")
     if (out.shape, out.dtype, out.device) != (keys.shape, keys.dtype, keys.device):
@@ -84,42 +75,9 @@ def shift_rotary(
     if keys.numel() == 0:
         return
     if runs_kernel(keys.device):
-        _launch(_as_layers(keys), _as_layers(out), None, old_positions, new_positions, turn)
+        _launch(_as_layers(keys), _as_layers(out), old_positions, new_positions, turn)
     else:
         _shift_torch(keys, old_positions, new_positions, turn, out)
-
-
-def scatter_shifted(
-    pages: PagedLayers,
-    slots: torch.Tensor,
-    chunk: torch.Tensor,
-    old_positions: torch.Tensor,
-    new_positions: torch.Tensor,
-    table: RotaryTable,
-    *,
-    new_table: RotaryTable | None = None,
-    interleaved: bool = False,
-    rotary_start: int = 0,
-    first_layer: int = 0,
-) -> None:
-    """`pages.scatter_tokens`, with the keys moved on the way: KV crosses memory once.
-
-    Writes `chunk[:, t]` to `slots[t]` of layers first_layer.. as scatter_tokens does; elements rotary_start ..
-    rotary_start + table.width of each head are turned from old_positions[t] to new_positions[t], all others (values,
-    the latent part of MLA) copied bit for bit. `chunk`: the dtype of the pages, bf16, fp16 or fp32, `[l, T, H, C]`, any
-    strides with C contiguous. `slots`, positions: int64 `[T]`; a negative one skips the token.
-    """
-    turn = _Turn(table, table if new_table is None else new_table, rotary_start, interleaved)
-    check_ids(pages, pages.token_units, slots, "slots")
-    _check_rows(chunk, "chunk")
-    _check_chunk(pages, slots, chunk, first_layer)
-    _check_turn(turn, chunk, old_positions, new_positions)
-    if chunk.numel() == 0:
-        return
-    if runs_kernel(pages.device):
-        _launch(chunk, pages.layers[0], (pages, slots, first_layer), old_positions, new_positions, turn)
-    else:
-        _scatter_torch(pages, slots, chunk, old_positions, new_positions, turn, first_layer)
 
 
 def shift_rotary_torch(
@@ -128,32 +86,13 @@ def shift_rotary_torch(
     new_positions: torch.Tensor,
     table: RotaryTable,
     *,
-    new_table: RotaryTable | None = None,
     interleaved: bool = False,
     rotary_start: int = 0,
     out: torch.Tensor | None = None,
 ) -> None:
     """The definition of shift_rotary in torch."""
-    turn = _Turn(table, table if new_table is None else new_table, rotary_start, interleaved)
+    turn = _Turn(table, rotary_start, interleaved)
     _shift_torch(keys, old_positions, new_positions, turn, keys if out is None else out)
-
-
-def scatter_shifted_torch(
-    pages: PagedLayers,
-    slots: torch.Tensor,
-    chunk: torch.Tensor,
-    old_positions: torch.Tensor,
-    new_positions: torch.Tensor,
-    table: RotaryTable,
-    *,
-    new_table: RotaryTable | None = None,
-    interleaved: bool = False,
-    rotary_start: int = 0,
-    first_layer: int = 0,
-) -> None:
-    """The definition of scatter_shifted: shift_rotary of a copy, then scatter_tokens."""
-    turn = _Turn(table, table if new_table is None else new_table, rotary_start, interleaved)
-    _scatter_torch(pages, slots, chunk, old_positions, new_positions, turn, first_layer)
 
 
 def _shift_torch(
@@ -162,60 +101,38 @@ def _shift_torch(
     live = (old_positions >= 0) & (new_positions >= 0)
     if out is not keys:
         out.copy_(torch.where(live[:, None, None], keys, out))
-    moved = torch.nonzero(live & (old_positions != new_positions) if turn.one_rope else live).flatten()
-    old = turn.old.cos_sin[old_positions[moved]][:, :, None]  # [moved, 2, 1, R / 2]
-    new = turn.new.cos_sin[new_positions[moved]][:, :, None]
+    moved = torch.nonzero(live & (old_positions != new_positions)).flatten()
+    old = turn.table.cos_sin[old_positions[moved]][:, :, None]  # [moved, 2, 1, R / 2]
+    new = turn.table.cos_sin[new_positions[moved]][:, :, None]
     cos = new[:, 0] * old[:, 0] + new[:, 1] * old[:, 1]  # [moved, 1, R / 2]
     sin = new[:, 1] * old[:, 0] - new[:, 0] * old[:, 1]
-    part = slice(turn.start, turn.start + turn.old.width)
+    part = slice(turn.start, turn.start + turn.table.width)
     x = keys[..., moved, :, part].float()  # [.., moved, H, R]
     low, high = (x[..., ::2], x[..., 1::2]) if turn.interleaved else x.chunk(2, -1)
     pair = (low * cos - high * sin, low * sin + high * cos)
     out[..., moved, :, part] = torch.stack(pair, -1 if turn.interleaved else -2).flatten(-2).to(out.dtype)
 
 
-def _scatter_torch(
-    pages: PagedLayers,
-    slots: torch.Tensor,
-    chunk: torch.Tensor,
-    old_positions: torch.Tensor,
-    new_positions: torch.Tensor,
-    turn: _Turn,
-    first_layer: int,
-) -> None:
-    moved = chunk.clone(memory_format=torch.contiguous_format)
-    _shift_torch(moved, old_positions, new_positions, turn, moved)
-    live = (old_positions >= 0) & (new_positions >= 0)
-    scatter_tokens(pages, torch.where(live, slots, -1), moved, first_layer)
-
-
-@lazy_jit(do_not_specialize=["first_layer", "num_tokens", "num_rows", "rows_each"])
+@lazy_jit(do_not_specialize=["num_tokens", "num_rows", "rows_each"])
 def _shift_rows(
     source: tl.tensor,  # [l, T, H, C]
-    target: tl.tensor,  # [l, T, H, C]; only its dtype counts where PER_BLOCK > 0
-    pointers: tl.tensor,  # int64 [L]: address of each layer where PER_BLOCK > 0
-    slots: tl.tensor,  # int64 [T], read where PER_BLOCK > 0
+    target: tl.tensor,  # [l, T, H, C]
     old_positions: tl.tensor,  # int64 [T]
     new_positions: tl.tensor,  # int64 [T]
-    old_table: tl.tensor,  # fp32 [P, 2, HALF]
-    new_table: tl.tensor,
-    first_layer: tl.tensor,
+    table: tl.tensor,  # fp32 [P, 2, HALF]
     num_tokens: tl.tensor,
     num_rows: tl.tensor,  # l * HEADS
     rows_each: tl.tensor,
     source_layer_stride: tl.tensor,  # all strides in elements
     source_token_stride: tl.tensor,
     source_head_stride: tl.tensor,
-    layer_stride: tl.tensor,  # of the target, as the next three
-    block_stride: tl.tensor,
+    layer_stride: tl.tensor,  # of the target, as the next two
     token_stride: tl.tensor,
     head_stride: tl.tensor,
     HEADS: tl.constexpr,
     CONTENT: tl.constexpr,  # C
     START: tl.constexpr,
     HALF: tl.constexpr,  # R / 2
-    PER_BLOCK: tl.constexpr,  # tokens a block of the pages; 0 where the target is a plain tensor
-    ONE_ROPE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr,  # bytes that divide the address of each token's head
@@ -229,24 +146,18 @@ def _shift_rows(
     old = tl.load(old_positions + t, mask=t < num_tokens, other=-1)
     new = tl.load(new_positions + t, mask=t < num_tokens, other=-1)
     live = (old >= 0) & (new >= 0)
-    if PER_BLOCK > 0:
-        slot = tl.load(slots + t, mask=t < num_tokens, other=-1)
-        live = live & (slot >= 0)
-        place = slot // PER_BLOCK * block_stride + slot % PER_BLOCK * token_stride
-    else:
-        place = t * token_stride
 
     d = tl.arange(0, BLOCK_D)
     wanted = live[:, None] & (d < HALF)[None, :]  # [BLOCK_T, BLOCK_D]
-    old_row = old_table + old[:, None] * (2 * HALF) + d[None, :]
-    new_row = new_table + new[:, None] * (2 * HALF) + d[None, :]
+    old_row = table + old[:, None] * (2 * HALF) + d[None, :]
+    new_row = table + new[:, None] * (2 * HALF) + d[None, :]
     old_cos = tl.load(old_row, mask=wanted, other=0)
     old_sin = tl.load(old_row + HALF, mask=wanted, other=0)
     new_cos = tl.load(new_row, mask=wanted, other=0)
     new_sin = tl.load(new_row + HALF, mask=wanted, other=0)
     cos = new_cos * old_cos + new_sin * old_sin
     sin = new_sin * old_cos - new_cos * old_sin
-    moved = (old != new)[:, None] if ONE_ROPE else live[:, None]  # [BLOCK_T, 1]
+    moved = (old != new)[:, None]  # [BLOCK_T, 1]
 
     first = tl.program_id(1).to(tl.int64) * rows_each
     for k in range(tl.minimum(rows_each, num_rows - first)):
@@ -254,11 +165,8 @@ def _shift_rows(
         layer, head = row // HEADS, row % HEADS
         read = source + layer * source_layer_stride + head * source_head_stride + t * source_token_stride
         read = tl.multiple_of(read, SOURCE_ALIGN)  # [BLOCK_T]
-        if PER_BLOCK > 0:
-            base = tl.load(pointers + first_layer + layer).to(tl.pointer_type(target.dtype.element_ty))
-        else:
-            base = target + layer * layer_stride
-        write = tl.multiple_of(base + head * head_stride + place, TARGET_ALIGN)  # [BLOCK_T]
+        write = target + layer * layer_stride + head * head_stride + t * token_stride
+        write = tl.multiple_of(write, TARGET_ALIGN)  # [BLOCK_T]
         if INTERLEAVED:
             e = tl.arange(0, 2 * BLOCK_D)
             both = live[:, None] & (e < 2 * HALF)[None, :]  # [BLOCK_T, 2 * BLOCK_D]
@@ -309,23 +217,14 @@ _ROWS_EACH = (8, 64)
 
 def _launch(
     source: torch.Tensor,  # [l, T, H, C]
-    target: torch.Tensor,  # [l, T, H, C], or a layer [B, H, N, C]
-    paged: tuple[PagedLayers, torch.Tensor, int] | None,  # the pages, slots and first layer to write to instead
+    target: torch.Tensor,
     old_positions: torch.Tensor,
     new_positions: torch.Tensor,
     turn: _Turn,
 ) -> None:
     num_layers, num_tokens, heads, content = source.shape
-    if paged is None:
-        strides = (target.stride(0), 0, target.stride(1), target.stride(2))
-        pointers = slots = old_positions  # not read
-        first_layer, per_block, address = 0, 0, target.data_ptr()
-    else:
-        pages, slots, first_layer = paged
-        strides = (0, target.stride(0), target.stride(2), target.stride(1))
-        pointers, per_block, address = pages.pointers, pages.block_tokens, pages.address_gcd
-    size, rest = source.element_size(), content - turn.old.width
-    block_d = 1 << (turn.old.pairs - 1).bit_length()
+    size, rest = source.element_size(), content - turn.table.width
+    block_d = 1 << (turn.table.pairs - 1).bit_length()
     block_t = max(1, min(_TILE_PAIRS // block_d, 1 << (num_tokens - 1).bit_length()))
     block_c = max(1, min(1 << (rest - 1).bit_length() if rest else 1, 2 * _TILE_PAIRS // block_t))
     num_rows, token_tiles = num_layers * heads, -(-num_tokens // block_t)
@@ -335,28 +234,22 @@ def _launch(
         source.device,
         source,
         target,
-        pointers,
-        slots,
         old_positions,
         new_positions,
-        turn.old.cos_sin,
-        turn.new.cos_sin,
-        first_layer,
+        turn.table.cos_sin,
         num_tokens,
         num_rows,
         rows_each,
         *source.stride()[:3],
-        *strides,
+        *target.stride()[:3],
         HEADS=heads,
         CONTENT=content,
         START=turn.start,
-        HALF=turn.old.pairs,
-        PER_BLOCK=per_block,
-        ONE_ROPE=turn.one_rope,
+        HALF=turn.table.pairs,
         INTERLEAVED=turn.interleaved,
-        IN_PLACE=paged is None and (source.data_ptr(), source.stride()) == (target.data_ptr(), target.stride()),
+        IN_PLACE=(source.data_ptr(), source.stride()) == (target.data_ptr(), target.stride()),
         SOURCE_ALIGN=math.gcd(16, source.data_ptr(), *(step * size for step in source.stride()[:3])),
-        TARGET_ALIGN=math.gcd(16, address, *(step * size for step in strides)),
+        TARGET_ALIGN=math.gcd(16, target.data_ptr(), *(step * size for step in target.stride()[:3])),
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         BLOCK_C=block_c,
@@ -377,34 +270,16 @@ def _check_rows(rows: torch.Tensor, what: str) -> None:
         raise KernelArgumentError(f"{what} has strides {rows.stride()}; the last must be 1 (contiguous heads)")
 
 
-def _check_chunk(pages: PagedLayers, slots: torch.Tensor, chunk: torch.Tensor, first_layer: int) -> None:
-    if chunk.device != pages.device or chunk.dtype != pages.dtype:
-        raise KernelArgumentError(
-            f"chunk is {chunk.dtype} on {chunk.device}; it must be as the pages, {pages.dtype} on {pages.device}"
-        )
-    if chunk.dim() != 4 or chunk.shape[1:] != (len(slots), pages.heads, pages.content):
-        raise KernelArgumentError(
-            f"chunk has shape {tuple(chunk.shape)}; it must be [layers, {len(slots)}, {pages.heads}, {pages.content}]"
-        )
-    if first_layer < 0 or first_layer + chunk.shape[0] > pages.num_layers:
-        raise KernelArgumentError(
-            f"chunk holds {chunk.shape[0]} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
-
-
 def _check_turn(turn: _Turn, rows: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor) -> None:
-    width, content = turn.old.width, rows.shape[-1]
-    if turn.new.width != width:
-        raise KernelArgumentError(f"new_table turns {turn.new.width} elements, table {width}; both must turn the same")
+    width, content = turn.table.width, rows.shape[-1]
     if turn.start < 0 or width == 0 or turn.start + width > content:
         raise KernelArgumentError(
             f"table turns {width} elements from rotary_start={turn.start}; a head has {content} elements"
         )
-    for name, table in (("table", turn.old), ("new_table", turn.new)):
-        if table.cos_sin.device != rows.device:
-            raise KernelArgumentError(f"{name} is on {table.cos_sin.device}; it must be on {rows.device}; use .to()")
-    checked = (("old_positions", old_positions, turn.old), ("new_positions", new_positions, turn.new))
-    for name, positions, table in checked:
+    table = turn.table
+    if table.cos_sin.device != rows.device:
+        raise KernelArgumentError(f"table is on {table.cos_sin.device}; it must be on {rows.device}; use .to()")
+    for name, positions in (("old_positions", old_positions), ("new_positions", new_positions)):
         if positions.dtype != torch.int64 or positions.shape != rows.shape[-3:-2] or not positions.is_contiguous():
             raise KernelArgumentError(
                 f"{name} is {positions.dtype} of shape {tuple(positions.shape)}, strides {positions.stride()}; it must "

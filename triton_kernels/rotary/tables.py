@@ -108,19 +108,6 @@ class RotaryTable:
         frequencies = rope_frequencies(parameters, head_dim, max_positions=max_positions, length=length)
         return cls.from_frequencies(frequencies, positions, device=device, angles=angles)
 
-    @classmethod
-    def from_cos_sin(cls, cos: torch.Tensor, sin: torch.Tensor) -> RotaryTable:
-        """From an engine's own cosines and sines `[P, R / 2]`, of any dtype and scaled by any positive factor.
-
-        Each pair is divided by its length, which takes out an attention factor and most of what rounding to bf16 did.
-        """
-        if cos.dim() != 2 or cos.shape != sin.shape:
-            raise KernelArgumentError(
-                f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}; both must be [positions, pairs]"
-            )
-        pairs = torch.stack([cos.double(), sin.double()], 1)
-        return cls((pairs / pairs.norm(dim=1, keepdim=True)).to(torch.float32))
-
     @property
     def positions(self) -> int:
         """P: the table knows the positions below it."""

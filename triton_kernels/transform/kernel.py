@@ -1,4 +1,4 @@
-"""The kernels of transform.py, which defines what they compute."""
+"""The kernels of ops.py, which defines what they compute."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ from lmcache.errors import KernelArgumentError
 from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, runs_kernel
 from lmcache.kernels.layers import PagedLayers
-from lmcache.kernels.quantise.grid import FLOATS
 from lmcache.kernels.quantise.packing import to_pages_torch
+from lmcache.kernels.quantise.scheme import FLOATS
 from lmcache.kernels.transform.kernel import _pack_symbols, _unpack_symbols
 
 ANCHOR_GROUP = 16

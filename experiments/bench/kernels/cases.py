@@ -22,8 +22,8 @@ from lmcache.kernels.copy.host import HostTransfer
 from lmcache.kernels.entropy.coder import Encoded, max_words, rans_decode, rans_encode
 from lmcache.kernels.entropy.host import rans_encode_numpy
 from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits
-from lmcache.kernels.quantise.grid import Quantiser, SideLayout
 from lmcache.kernels.quantise.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
+from lmcache.kernels.quantise.scheme import Scheme, SideLayout
 
 # CPU: one thread of numpy against one thread of memcpy; the rest is the price of short runs. GPU: a copy kernel that
 # spreads its accesses over random pages of 32 KiB has nothing that should cost more than the last 8 %.
@@ -161,23 +161,23 @@ def _with_flashinfer(case: Case, cache: torch.Tensor, chosen: list[torch.Tensor]
 
 HOST_FLOORS = {"cuda": 0.90}
 PACK_FLOORS = {"cuda": 0.80}
-QUANTISERS = {
-    "4-bit channel": Quantiser(4, axis="channel"),
-    "4-bit rotated": Quantiser(4, rotate=True),
-    "fp8": Quantiser(8, fp8=True),
+SCHEMES = {
+    "4-bit channel": Scheme(4, axis="channel"),
+    "4-bit rotated": Scheme(4, rotate=True),
+    "fp8": Scheme(8, fp8=True),
 }
 
 
 def packing(setup: Setup) -> Iterator[Case]:
-    """The size ends in the quantiser. Read: bf16 of the pages; written: codes and scales; or the reverse."""
+    """The size ends in the scheme. Read: bf16 of the pages; written: codes and scales; or the reverse."""
     size, block = setup.lighter.size, 16
     numbers = setup.random(size.cache_tokens // block, block, size.heads, size.head_size)
     cache = numbers.expand(size.layers, -1, -1, -1, -1).contiguous()
     plane = PagedLayers(list(cache.transpose(2, 3)))
     blocks = setup.permutations(size.cache_tokens // block, size.tokens // block)
     slots = [(ids[:, None] * block + torch.arange(block, device=setup.device)).flatten() for ids in blocks]
-    for name, quantiser in QUANTISERS.items():
-        layout = SideLayout(quantiser, size.tokens, size.heads, size.head_size)
+    for name, scheme in SCHEMES.items():
+        layout = SideLayout(scheme, size.tokens, size.heads, size.head_size)
         packed = torch.zeros(size.layers, layout.nbytes, dtype=torch.uint8, device=setup.device)
         yield from _pack_and_unpack(f"{size}, {name}", plane, slots, layout, packed)
 
@@ -185,48 +185,48 @@ def packing(setup: Setup) -> Iterator[Case]:
 def _pack_and_unpack(
     text: str, plane: PagedLayers, slots: list[torch.Tensor], layout: SideLayout, packed: torch.Tensor
 ) -> Iterator[Case]:
-    ids, quantiser = itertools.cycle(slots), layout.quantiser
+    ids, scheme = itertools.cycle(slots), layout.scheme
     nbytes = packed.shape[0] * (layout.tokens * plane.token_bytes + layout.nbytes)
 
     def check_pack() -> bool:
         # Sums in another order may round a code the other way: a half step more, and seldom.
-        pack_pages(plane, slots[0], quantiser, packed)
+        pack_pages(plane, slots[0], scheme, packed)
         codes, scales = packed[:, : layout.scales_start].clone(), layout.scales(packed).float()
-        pack_pages_torch(plane, slots[0], quantiser, packed)
+        pack_pages_torch(plane, slots[0], scheme, packed)
         other = (codes != packed[:, : layout.scales_start]).float().mean()
-        return bool(other < (0.1 if quantiser.rotate else 0.01)) and within(2e-3, 1e-4)(
+        return bool(other < (0.1 if scheme.rotate else 0.01)) and within(2e-3, 1e-4)(
             scales, layout.scales(packed).float()
         )
 
     def check_unpack() -> bool:
-        pack_pages_torch(plane, slots[0], quantiser, packed)
+        pack_pages_torch(plane, slots[0], scheme, packed)
         target, wanted = (PagedLayers([torch.zeros_like(layer) for layer in plane.layers]) for _ in range(2))
-        unpack_pages(target, slots[1], quantiser, packed)
-        unpack_pages_torch(wanted, slots[1], quantiser, packed)
+        unpack_pages(target, slots[1], scheme, packed)
+        unpack_pages_torch(wanted, slots[1], scheme, packed)
         return all(map(within(2**-7, 2**-7), target.layers, wanted.layers))
 
     yield Case(
         name="pack_pages",
         size=text,
         nbytes=nbytes,
-        run=lambda: pack_pages(plane, next(ids), quantiser, packed),
+        run=lambda: pack_pages(plane, next(ids), scheme, packed),
         check=check_pack,
-        peer=on_gpu(plane.device, lambda: pack_pages_torch(plane, next(ids), quantiser, packed)),
+        peer=on_gpu(plane.device, lambda: pack_pages_torch(plane, next(ids), scheme, packed)),
         floors=PACK_FLOORS,
         memory=[*plane.layers, packed],
-        estimated=not quantiser.fp8,
+        estimated=not scheme.fp8,
     )
     yield Case(
         name="unpack_pages",
         size=text,
         nbytes=nbytes,
-        run=lambda: unpack_pages(plane, next(ids), quantiser, packed),
+        run=lambda: unpack_pages(plane, next(ids), scheme, packed),
         check=check_unpack,
-        peer=on_gpu(plane.device, lambda: unpack_pages_torch(plane, next(ids), quantiser, packed)),
+        peer=on_gpu(plane.device, lambda: unpack_pages_torch(plane, next(ids), scheme, packed)),
         floors=PACK_FLOORS,
         far_writes=True,
         memory=[*plane.layers, packed],
-        estimated=not quantiser.fp8,
+        estimated=not scheme.fp8,
     )
 
 

@@ -18,11 +18,11 @@ from experiments.cases.codec_quality.measure import ELEMENT_BITS, Found, measure
 from experiments.framework.config import ROOT, ExperimentConfig
 from experiments.framework.model import smollm2
 from experiments.framework.report import Outcome, Results
-from experiments.kv_model import KVModel
 from experiments.kv_profile import with_profile
 from lmcache.config import Config as Model
-from lmcache.errors import ConfigError, KernelArgumentError
+from lmcache.errors import ConfigError
 from lmcache.kernels.codecs.base import Codec, build_codec
+from lmcache.kernels.codecs.kv_model import KVModel
 
 
 class JudgeConfig(Model):
@@ -67,10 +67,7 @@ def run(config: Config, results: Results) -> Outcome:
 
 def build(options: dict[str, Any], config: Config) -> Codec | None:
     """The codec; ``profile: fit:2.3`` is the one that experiments.kv_profile fits on the first documents."""
-    try:
-        return build_codec(with_profile(options, config.engine.threads))
-    except KernelArgumentError as error:
-        raise ConfigError(f"codecs: {error}") from error
+    return build_codec(with_profile(options, config.engine.threads))
 
 
 def table(found: Sequence[Found]) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from experiments.kv_model import KV, KVModel, Sample
 from lmcache.errors import ConfigError
 from lmcache.kernels import PagedLayers, gather_tokens, scatter_tokens
 from lmcache.kernels.codecs.base import Codec
 from lmcache.kernels.codecs.coded import CodedPlane
+from lmcache.kernels.codecs.kv_model import KV, KVModel, Sample
 from lmcache.kernels.entropy.tables import entropy_bits
 from lmcache.kernels.sides import PlaneCodec, Side
 

@@ -27,7 +27,7 @@ Point = dict[str, Any]
 
 class Config(ExperimentConfig):
     traces: tuple[str, ...] = Field(
-        description=f"kind:seed, or development or held_out for the lists; kinds: {', '.join(traces_more.KINDS)}"
+        description=f"kind:seed, or development, held_out or fresh for the lists; kinds: {', '.join(traces_more.KINDS)}"
     )
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         description="cache sizes in blocks; larger ones are left out"

@@ -18,7 +18,7 @@ TOLERANCE = {torch.bfloat16: (2**-7, 6e-3), torch.float16: (2**-10, 1e-3), torch
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Prompts of (queries, keys). `page` 0: a packed KV, and then `places` may be "risen", "mixed" or "hidden"."""
+    """Prompts of (queries, keys). `page` 0: a packed KV."""
 
     prompts: tuple[tuple[int, int], ...] = ((5, 70), (0, 9), (20, 150), (1, 1))
     heads: tuple[int, int] = (4, 2)
@@ -27,7 +27,6 @@ class World:
     dtype: torch.dtype = torch.bfloat16
     page: int = 0
     holes: bool = False
-    places: str = "ordinary"
     unsorted: bool = False
     seed: int = 0
 
@@ -40,7 +39,7 @@ class World:
         wide[..., : self.size] = q
         shape = (kv_tokens, self.heads[1], self.size + self.v_size)
         rows = torch.from_numpy(rng.standard_normal(shape)).to(self.dtype)
-        places = [self._places(keys, rng) for _, keys in self.prompts]
+        places = [np.arange(keys) for _, keys in self.prompts]
         positions = [self._positions(n, keys, rng) for n, keys in self.prompts]
         kv = self._paged(rows, places, rng) if self.page else self._packed(rows, places)
         return Batch(
@@ -57,24 +56,12 @@ class World:
         chosen = rng.choice(max(keys, n), n, replace=False)
         return chosen if self.unsorted else np.sort(chosen)
 
-    def _places(self, keys: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Position of each key; negative: hidden."""
-        places = np.arange(keys)
-        if self.places == "risen":
-            places = np.sort(rng.choice(2 * keys + 1, keys, replace=False))
-        if self.places in ("mixed", "hidden"):
-            places = rng.permutation(keys)
-        if self.places == "hidden":
-            places = np.where(rng.random(keys) < 0.3, -1 - places, places)
-        return places
-
     def _packed(self, rows: torch.Tensor, places: list[np.ndarray[Any, Any]]) -> PackedKV:
         memory = torch.full((len(rows) + 70, self.heads[1] + 1, rows.shape[2]), math.nan, dtype=self.dtype)
         memory[: len(rows), :-1] = rows
         joined = memory[: len(rows), :-1]
-        positions = None if self.places == "ordinary" else torch.from_numpy(np.concatenate(places))
         bounds = _bounds([len(p) for p in places], torch.int64)
-        return PackedKV(joined[..., : self.size], joined[..., self.size :], bounds, positions)
+        return PackedKV(joined[..., : self.size], joined[..., self.size :], bounds)
 
     def _paged(self, rows: torch.Tensor, places: list[np.ndarray[Any, Any]], rng: np.random.Generator) -> PagedKV:
         """Unused pages and the ends of last pages stay NaN; with holes, a third of the blocks is taken away."""

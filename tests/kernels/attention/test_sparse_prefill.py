@@ -36,9 +36,6 @@ LAYOUTS = {
     "paged": {"page": 16},
     "pages of 5": {"page": 5},
     "pages with holes": {"page": 16, "holes": True},
-    "rising positions": {"places": "risen"},
-    "mixed positions": {"places": "mixed"},
-    "hidden keys": {"places": "hidden"},
     "queries in any order": {"page": 16, "unsorted": True},
 }
 
@@ -76,13 +73,13 @@ def test_splits_of_the_keys(layout: str, splits: int, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("window", [1, 20, 100, 1000])
-@pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
+@pytest.mark.parametrize("layout", ["packed", "paged"])
 def test_windows(layout: str, window: int, device: torch.device) -> None:
     check(World(**LAYOUTS[layout], prompts=((6, 300), (3, 5))), device, window=window)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("layout", ["packed", "pages with holes", "hidden keys"])
+@pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_everything_together(layout: str, splits: int, device: torch.device) -> None:
     world = World(**LAYOUTS[layout], prompts=((6, 300), (3, 90)), heads=(6, 2))
     check(world, device, splits, window=150, soft_cap=2.0, scale=0.3)
@@ -128,7 +125,7 @@ def test_a_query_that_sees_nothing_gets_zeros(page: int, splits: int, device: to
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
+@pytest.mark.parametrize("layout", ["packed", "paged"])
 def test_queries_that_share_positions(layout: str, splits: int, device: torch.device) -> None:
     batch = World(**LAYOUTS[layout], prompts=((9, 150), (0, 40), (3, 12))).build(device)
     places = torch.tensor([149, 7, 7, 80, 0, 149, 7, 64, 63, 11, 0, 0], device=device)
@@ -141,16 +138,12 @@ def test_queries_that_share_positions(layout: str, splits: int, device: torch.de
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [None, 2**31 - 1, 2**40])
-@pytest.mark.parametrize("layout", ["packed", "paged", "mixed positions"])
+@pytest.mark.parametrize("layout", ["packed", "paged"])
 def test_positions_and_windows_beyond_32_bits(
     layout: str, window: int | None, splits: int, device: torch.device
 ) -> None:
     batch = World(**LAYOUTS[layout], prompts=((6, 130),)).build(device)
-    lowest, highest = -(2**63), 2**63 - 1
-    places = torch.tensor([lowest, -5, 3 - 2**32, 90, 129, 2**31 - 2], device=device)
-    if layout == "mixed positions":
-        batch.kv.positions[:5] = torch.tensor([lowest, highest, 2**31, 2**32 + 3, 4 - 2**32])
-        batch.places[0][:5] = [-1, highest, highest, highest, -1]
+    places = torch.tensor([-(2**63), -5, 3 - 2**32, 90, 129, 2**31 - 2], device=device)
     result = Result.of(batch)
     sparse_prefill(
         batch.q, batch.kv, places, batch.cu_q, window=window, out=result.out, lse=result.lse, num_splits=splits
@@ -208,19 +201,9 @@ def test_all_queries_are_causal_attention(dtype: torch.dtype, device: torch.devi
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 129, 130])
-@pytest.mark.parametrize("places", ["ordinary", "risen", "mixed", "hidden"])
-def test_all_queries_of_any_layout(places: str, window: int | None, device: torch.device) -> None:
-    check(World(prompts=((130, 130), (7, 7)), places=places), device, window=window)
-
-
-@pytest.mark.parametrize("places", ["risen", "mixed"])
-def test_queries_in_the_order_of_their_keys(places: str, device: torch.device) -> None:
-    batch = World(prompts=((130, 130),), places=places).build(device)
-    assert isinstance(batch.kv, PackedKV)
-    assert batch.kv.positions is not None
-    given = (batch.q, batch.kv, batch.kv.positions, batch.cu_q)
-    got, want = sparse_prefill(*given, provider="torch"), sparse_prefill_torch(*given)
-    torch.testing.assert_close(got, want, rtol=2**-7, atol=6e-3)
+@pytest.mark.parametrize("layout", ["packed", "pages with holes"])
+def test_all_queries_of_any_layout(layout: str, window: int | None, device: torch.device) -> None:
+    check(World(**LAYOUTS[layout], prompts=((130, 130), (7, 7))), device, window=window)
 
 
 @pytest.mark.parametrize("prompts", [((130, 130), (7, 7)), ((40, 90), (2, 21))])
@@ -246,7 +229,7 @@ def test_nothing_to_do(device: torch.device) -> None:
     assert sparse_prefill(batch.q, no_requests, batch.positions, nothing).shape == (0, 4, 64)
 
 
-@pytest.mark.parametrize("layout", ["packed", "pages with holes", "hidden keys"])
+@pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_provider_torch(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_prefill_host, "_SLAB_SCORES", 1)  # several slabs
     batch = World(**LAYOUTS[layout], prompts=((40, 90), (2, 21))).build(device)
@@ -356,7 +339,7 @@ class Paged(DocumentedFlashInfer):
         return keys, values
 
 
-@pytest.mark.parametrize("layout", ["packed", "pages with holes", "hidden keys"])
+@pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_what_flashinfer_is_told(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, BatchPrefillWithPagedKVCacheWrapper=Paged)
     monkeypatch.setitem(sys.modules, "flashinfer", fake)
@@ -399,7 +382,6 @@ def paged(**changes: Any) -> dict[str, Any]:
         (lambda: packed(q_positions=torch.zeros(10, dtype=torch.int64)), r"q_positions .* \(11,\)"),
         (lambda: packed(q_positions=torch.zeros(11, dtype=torch.int32)), "q_positions is torch.int32"),
         (lambda: packed(q_positions=torch.zeros(22, dtype=torch.int64)[::2]), "q_positions .* contiguous"),
-        (lambda: packed(positions=torch.zeros(60, dtype=torch.int64)), r"positions .* \(61,\)"),
         (lambda: packed(cu_q=torch.tensor([0, 9, 12])), "cu_q is .* must rise from 0 to 11"),
         (lambda: packed(cu_q=torch.tensor([0.0, 9, 11])), "cu_q is torch.float32"),
         (lambda: packed(cu_q=torch.tensor([0, 9, 11], device="meta")), "cu_q is on meta"),
@@ -448,7 +430,7 @@ def test_interpret_mode_really_runs_the_kernels(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("layout", ["packed", "pages with holes", "hidden keys"])
+@pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_kernels_stay_inside_and_do_not_race(layout: str, splits: int) -> None:
     from lmcache.kernels.testing.sanitizer import sanitized
 

@@ -31,7 +31,6 @@ CASES: dict[str, tuple[World, dict[str, Any]]] = {
     "gemma": (World(((300, 1000),), (16, 8), 256, 256, page=16), {"window": 512, "soft_cap": 50.0}),
     "deepseek": (World(((300, 1000),), (16, 16), 192, 128), {}),
     "phi": (World(((300, 1000),), (32, 32), 80, 80, torch.float16), {"window": 512}),
-    "positions": (dataclasses.replace(LLAMA, page=0, places="risen"), {}),
     "fp32": (dataclasses.replace(LLAMA, dtype=torch.float32), {}),
     "fp32_256": (World(((300, 1000),), (16, 8), 256, 256, torch.float32), {}),
 }

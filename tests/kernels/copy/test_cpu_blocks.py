@@ -19,6 +19,8 @@ from lmcache.kernels.copy.cpu_blocks import (
     unpack_cpu_blocks_torch,
 )
 
+pytestmark = pytest.mark.host
+
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 CASES = [
     ("vec", torch.float32, 32, 64),

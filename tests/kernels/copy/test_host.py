@@ -15,7 +15,7 @@ from paged_layouts import RED_ZONE, Chunk, Layout, Shape, expected, paged, rando
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.copy import calibration, host, pages
+from lmcache.kernels.copy import calibration, host, kernel, pages
 from lmcache.kernels.copy.calibration import SIZES, calibrate, crossover
 from lmcache.kernels.copy.host import HostTransfer, copy_from_host_torch, copy_to_host_torch
 
@@ -263,9 +263,7 @@ def on_fake_streams(monkeypatch: pytest.MonkeyPatch, streams: FakeStreams, **opt
     monkeypatch.setattr(host, "runs_kernel", lambda _device: True)
     monkeypatch.setattr(torch, "get_device_module", lambda _device: streams)
 
-    def move(
-        pages_: Any, units: Any, ids: Any, rows: Any, _address: int, first: int, *, scatter: bool, **_: Any
-    ) -> None:
+    def move(pages_: Any, units: Any, ids: Any, rows: Any, first: int, *, scatter: bool, **_: Any) -> None:
         def call() -> None:
             if not scatter:
                 rows[:, ids < 0] = 0
@@ -277,7 +275,7 @@ def on_fake_streams(monkeypatch: pytest.MonkeyPatch, streams: FakeStreams, **opt
         streams.queue(streams.on, "call", lambda: to.copy_(source))
 
     transfer = HostTransfer(torch.device("cpu"), **options)
-    monkeypatch.setattr(transfer, "_move", move)
+    monkeypatch.setattr(host, "launch_copy", move)
     monkeypatch.setattr(transfer, "_dma", dma)
     return transfer
 
@@ -442,8 +440,8 @@ def test_staging_waits_for_whoever_had_its_memory_before(
 
 def test_the_alignment_promised_to_the_compiler_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    kernel = type("Kernel", (), {"launch": lambda _self, *args, **options: calls.append((args, options))})()
-    monkeypatch.setattr(host, "_copy_rows_at", kernel)
+    recorder = type("Kernel", (), {"launch": lambda _self, *args, **options: calls.append((args, options))})()
+    monkeypatch.setattr(kernel, "copy_rows", recorder)
     monkeypatch.setattr(host, "runs_kernel", lambda _device: True)
     for start, pad, dtype in ((RED_ZONE, 0, BF16), (RED_ZONE + 8, 1, BF16), (RED_ZONE + 2, 0, torch.float32)):
         for direct_bytes in (DIRECT, STAGED):

@@ -18,7 +18,7 @@ from paged_layouts import DENSE_ORDERS, ORDERS, RED_ZONE, Chunk, Layout, Shape, 
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.copy import pages
+from lmcache.kernels.copy import kernel, pages
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.float8_e4m3fn)
@@ -226,18 +226,18 @@ def test_the_alignment_promised_to_the_compiler_is_true(
 ) -> None:
     # The interpreter ignores tl.multiple_of, and a false promise is a misaligned access on a GPU.
     calls: list[tuple[tuple[object, ...], dict[str, int]]] = []
-    kernel = type("Kernel", (), {"launch": lambda _self, *args, **options: calls.append((args, options))})()
-    monkeypatch.setattr(pages, "_copy_rows", kernel)
+    recorder = type("Kernel", (), {"launch": lambda _self, *args, **options: calls.append((args, options))})()
+    monkeypatch.setattr(kernel, "copy_rows", recorder)
     plane = paged(layout, random_bytes(layout.nbytes))
     chunk = Chunk.make(2, 5, plane.token_bytes, poison=True, pad=pad)
     ids = torch.tensor([0, 1, 5, 17, 30])
-    pages._copy_triton(plane, plane.token_units, ids, chunk.view, 0, scatter=False)
-    ((_grid, _device, _ptrs, _ids, words, _first, _rows, *strides), options), *_ = calls
-    align, word = options["ALIGN"], words.element_size()  # type: ignore[attr-defined]
+    kernel.launch_copy(plane, plane.token_units, ids, chunk.view, 0, scatter=False)
+    ((_grid, _device, _ptrs, _ids, start, _first, _rows, _tiles, _row_tiles, *strides), options), *_ = calls
+    align, word = options["ALIGN"], options["WORD"]
     assert align % word == 0
-    assert words.data_ptr() == chunk.view.data_ptr()  # type: ignore[attr-defined]
+    assert start == chunk.view.data_ptr()
     for layer, view in enumerate(plane.layers):
-        assert chunk.view[layer].data_ptr() == words.data_ptr() + layer * strides[0] * word  # type: ignore
+        assert chunk.view[layer].data_ptr() == start + layer * strides[0] * word  # type: ignore
         for i, slot in enumerate(ids.tolist()):
             assert chunk.view[layer, i].data_ptr() % align == 0
             for strip in range(options["STRIPS"]):
@@ -308,6 +308,36 @@ def test_pages_that_are_not_dense_are_refused(order: str) -> None:
         pages.gather_pages(plane, torch.arange(1), torch.zeros(2, 1, 256, dtype=torch.uint8))
 
 
+def test_keys_and_values_in_one_storage_are_copied_in_two_groups() -> None:
+    # A Python loop over 2 L views would cost the CPU's copies more than the bytes of a small chunk.
+    cache = torch.zeros(3, 7, 2, 4, 32)
+    plane = PagedLayers([side for layer in cache for side in layer.split(16, -1)])  # K0, V0, K1, V1, ..
+    assert [(first, every) for first, every, _ in plane.planes(plane.token_units, 4)] == [(0, 2), (1, 2)]
+    pair = PagedLayers([side for layer in torch.zeros(3, 2, 7, 4, 2, 16).transpose(3, 4) for side in layer])
+    assert len(pair.planes(pair.token_units, 4)) == 1
+
+
+def test_groups_that_share_memory_write_only_their_own_blocks(device: torch.device) -> None:
+    # As vLLM's hybrid models: the layers of two groups are the same memory, and each block belongs to one group.
+    L, B, H, N, D = 3, 7, 2, 4, 16
+    memory = random_bytes(L * B * H * N * 2 * D * 2).view(torch.bfloat16).to(device)
+    full, window = memory.view(L, B, H, N, 2 * D), memory.view(L, B, 2 * H, N, D)
+    before = memory.clone().view(torch.int16).view(L, B, -1)
+    for cache, blocks in ((full, [1, 4]), (window, [6, 2])):
+        plane = PagedLayers([side for layer in cache for side in layer.chunk(2, -1)])
+        slots = (torch.tensor(blocks)[:, None] * N + torch.arange(N)).flatten().to(device)
+        chunk = torch.randn(plane.num_layers, len(slots), plane.heads * plane.content).to(torch.bfloat16).to(device)
+        pages.scatter_tokens(plane, slots, chunk)
+        after = memory.view(torch.int16).view(L, B, -1)
+        others = [b for b in range(B) if b not in blocks]
+        assert torch.equal(after[:, others], before[:, others])
+        assert not (after[:, blocks] == before[:, blocks]).all(-1).any()
+        back = torch.zeros_like(chunk)
+        pages.gather_tokens(plane, slots, back)
+        assert torch.equal(back.view(torch.int16), chunk.view(torch.int16))
+        before = after.clone()
+
+
 def test_plane_describes_its_layers() -> None:
     plane = plain_plane()
     assert (plane.num_layers, plane.num_blocks, plane.heads, plane.block_tokens, plane.content) == (2, 24, 2, 4, 16)
@@ -330,6 +360,7 @@ def test_several_threads_may_copy_at_once(device: torch.device) -> None:
         assert all(threads.map(gather, list(range(24)) * 2))
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("before", ["", "sys.modules['triton'] = None; "])
 def test_a_cpu_needs_no_triton(before: str) -> None:
     code = f"import sys; {before}import torch; from lmcache.kernels import PagedLayers, gather_pages; "

@@ -9,7 +9,7 @@ import torch
 from paged_layouts import DENSE_ORDERS, ORDERS, Chunk, Layout, Shape, paged, random_bytes
 
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.copy import pages
+from lmcache.kernels.copy import kernel, pages
 
 pytestmark = pytest.mark.interpret
 
@@ -75,7 +75,7 @@ def test_writing_one_unit_twice_is_a_race() -> None:
 
 def with_argument(position: int, change: Callable[[int], int]) -> Callable[..., None]:
     """The launch of the copies' kernel with one of its integers changed."""
-    launch = pages._copy_rows.launch
+    launch = kernel.copy_rows.launch
 
     def changed(grid: tuple[int, ...], device: torch.device, *args: object, **options: object) -> None:
         given = list(args)
@@ -90,9 +90,9 @@ def with_argument(position: int, change: Callable[[int], int]) -> Callable[..., 
     [
         (3, lambda first_layer: first_layer + 1, "out of bounds: load of 8 bytes"),  # beyond the table of pointers
         (4, lambda num_rows: num_rows + 1, "out of bounds: load of 8 bytes"),  # beyond the ids
-        (5, lambda chunk_layer_stride: chunk_layer_stride * 2, "out of bounds: store of 8 bytes"),
-        (7, lambda unit_stride: unit_stride + 1, "broken promise"),
-        (7, lambda unit_stride: unit_stride * 2, "out of bounds: load of 8 bytes"),
+        (7, lambda chunk_layer_stride: chunk_layer_stride * 2, "out of bounds: store of 8 bytes"),
+        (9, lambda unit_stride: unit_stride + 1, "broken promise"),
+        (9, lambda unit_stride: unit_stride * 2, "out of bounds: load of 8 bytes"),
     ],
 )
 def test_the_sanitizer_sees_wrong_launches(
@@ -101,6 +101,6 @@ def test_the_sanitizer_sees_wrong_launches(
     from lmcache.kernels.testing.sanitizer import Violation, sanitized
 
     plane, ids, chunk, allowed = arguments("gather_tokens", Layout("LBNHC", Shape(), BF16), [1, 95, 60])
-    monkeypatch.setattr(pages._copy_rows, "launch", with_argument(position, change))
+    monkeypatch.setattr(kernel.copy_rows, "launch", with_argument(position, change))
     with pytest.raises(Violation, match=message), sanitized(*allowed):
         pages.gather_tokens(plane, ids, chunk)

@@ -199,6 +199,7 @@ def test_the_worst_symbols_fit_exactly(device: torch.device) -> None:
     assert encoded.lengths.tolist() == [max_words(40)] * 2
 
 
+@pytest.mark.host
 def test_lengths_fit_sixteen_bits() -> None:
     tables = FrequencyTables(torch.tensor([[4095, 1]]))
     symbols = np.ones((1, MAX_SYMBOLS), dtype=np.uint8)
@@ -397,6 +398,7 @@ def test_wrong_arguments_of_decode_are_refused(change: dict[str, torch.Tensor], 
         rans_decode(tables=tables, **(good | change))
 
 
+@pytest.mark.host
 def test_a_cpu_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import torch; from lmcache.kernels.entropy import coder as e; "
     code += (

@@ -13,6 +13,8 @@ import torch
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts, streams_for
 
+pytestmark = pytest.mark.host
+
 
 def greedy(counts: list[float]) -> list[int]:
     """The best frequencies, one slot at a time."""

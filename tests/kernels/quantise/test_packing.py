@@ -9,21 +9,21 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels import PagedLayers
-from lmcache.kernels.quantise.grid import FP8_MAX, Quantiser, SideLayout, rotation, scales_are_finite
 from lmcache.kernels.quantise.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
+from lmcache.kernels.quantise.scheme import FP8_MAX, Scheme, SideLayout, rotation, scales_are_finite
 
-QUANTISERS = {
-    "fp8": Quantiser(8, fp8=True),
-    "int8": Quantiser(8),
-    "int4_token": Quantiser(4),
-    "int4_channel": Quantiser(4, "channel", group=32),
-    "int8_channel": Quantiser(8, "channel", group=64),
-    "int3_channel": Quantiser(3, "channel", group=16),
-    "int2_channel": Quantiser(2, "channel", group=32),
-    "int2_token": Quantiser(2),
-    "rotated4": Quantiser(4, rotate=True),
-    "rotated3": Quantiser(3, rotate=True, seed=5),
-    "rotated2": Quantiser(2, rotate=True),
+SCHEMES = {
+    "fp8": Scheme(8, fp8=True),
+    "int8": Scheme(8),
+    "int4_token": Scheme(4),
+    "int4_channel": Scheme(4, "channel", group=32),
+    "int8_channel": Scheme(8, "channel", group=64),
+    "int3_channel": Scheme(3, "channel", group=16),
+    "int2_channel": Scheme(2, "channel", group=32),
+    "int2_token": Scheme(2),
+    "rotated4": Scheme(4, rotate=True),
+    "rotated3": Scheme(3, rotate=True, seed=5),
+    "rotated2": Scheme(2, rotate=True),
 }
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 RED = 64
@@ -70,28 +70,28 @@ def packed_buffer(layout: SideLayout, layers: int, device: torch.device) -> tupl
     return buffer, buffer.as_strided((layers, layout.nbytes), (step, 1), RED)
 
 
-def steps_of(x: torch.Tensor, quantiser: Quantiser) -> torch.Tensor:
+def steps_of(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Width of one code for every element of x [L, T, H, D], as the definition has it, in float64."""
-    if quantiser.rotate:
-        x = x @ rotation(x.shape[-1], quantiser.seed, torch.device("cpu")).double()
-    if quantiser.axis == "token":
+    if scheme.rotate:
+        x = x @ rotation(x.shape[-1], scheme.seed, torch.device("cpu")).double()
+    if scheme.axis == "token":
         span = x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)
-        return span.expand_as(x) / quantiser.levels
+        return span.expand_as(x) / scheme.levels
     out = torch.empty_like(x)
-    for start in range(0, x.shape[1], quantiser.group):
-        part = x[:, start : start + quantiser.group]
-        out[:, start : start + quantiser.group] = (part.amax(1, keepdim=True) - part.amin(1, keepdim=True)).expand_as(
+    for start in range(0, x.shape[1], scheme.group):
+        part = x[:, start : start + scheme.group]
+        out[:, start : start + scheme.group] = (part.amax(1, keepdim=True) - part.amin(1, keepdim=True)).expand_as(
             part
-        ) / quantiser.levels
+        ) / scheme.levels
     return out
 
 
 def check_round_trip(name: str, side: Side, device: torch.device, *, definition: bool = False) -> None:
-    quantiser = QUANTISERS[name]
-    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    scheme = SCHEMES[name]
+    layout = SideLayout(scheme, side.tokens, side.heads, side.width)
     buffer, packed = packed_buffer(layout, 2, device)
     before = [cache.clone() for cache in side.caches]
-    (pack_pages_torch if definition else pack_pages)(side.pages, side.slots, quantiser, packed)
+    (pack_pages_torch if definition else pack_pages)(side.pages, side.slots, scheme, packed)
     assert all(torch.equal(a, b) for a, b in zip(before, side.caches, strict=True)), "packing wrote to the pages"
     outside = buffer.clone()
     outside.as_strided(packed.shape, packed.stride(), RED).fill_(0xFF)
@@ -99,7 +99,7 @@ def check_round_trip(name: str, side: Side, device: torch.device, *, definition:
     assert bool(scales_are_finite(packed, layout))
 
     caches, pages = side.wiped()
-    (unpack_pages_torch if definition else unpack_pages)(pages, side.slots, quantiser, packed)
+    (unpack_pages_torch if definition else unpack_pages)(pages, side.slots, scheme, packed)
     x, live = side.rows(), side.slots.cpu() >= 0
     for layer, cache in enumerate(caches):
         assert bool(cache[..., : side.width].isnan().all()), "unpacking wrote beside its side"
@@ -110,28 +110,28 @@ def check_round_trip(name: str, side: Side, device: torch.device, *, definition:
         assert bool(flat[untouched].isnan().all()), "unpacking wrote to another token"
         error = (got - x[layer, live]).abs()
         rounding = x[layer, live].abs() * ULP[side.dtype] + 1e-6
-        if quantiser.fp8:
+        if scheme.fp8:
             top = x[layer, live].abs().amax(-1, keepdim=True)
             bound = x[layer, live].abs() * (0.0625 + 2.0**-9) + top / FP8_MAX * 2.0**-9
             assert bool((error <= bound + rounding).all())
-        elif quantiser.rotate:
+        elif scheme.rotate:
             # An orthonormal rotation keeps the norm of the error: at most half a step a channel. tf32 adds 2^-10.
-            step = steps_of(x, quantiser)[layer, live]
+            step = steps_of(x, scheme)[layer, live]
             norm = (step.square().sum(-1).sqrt() * 0.52) + x[layer, live].norm(dim=-1) * (2.0**-9 + ULP[side.dtype])
             assert bool((error.norm(dim=-1) <= norm).all())
         else:
-            step = steps_of(x, quantiser)[layer, live]
-            widened = x[layer].abs().amax() * 2.0**-9 / quantiser.levels
+            step = steps_of(x, scheme)[layer, live]
+            widened = x[layer].abs().amax() * 2.0**-9 / scheme.levels
             assert bool((error <= 0.505 * (step + widened) + rounding).all())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_what_comes_back_is_within_half_a_step(name: str, dtype: torch.dtype, device: torch.device) -> None:
     check_round_trip(name, Side(dtype, device), device)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_definition_keeps_that_bound_too(name: str, device: torch.device) -> None:
     check_round_trip(name, Side(torch.bfloat16, device), device, definition=True)
 
@@ -139,14 +139,14 @@ def test_the_definition_keeps_that_bound_too(name: str, device: torch.device) ->
 @pytest.mark.parametrize(
     ("tokens", "heads", "width"), [(1, 1, 32), (63, 2, 24), (129, 1, 80), (16, 2, 7), (70, 1, 320)]
 )
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_ragged_sizes(name: str, tokens: int, heads: int, width: int, device: torch.device) -> None:
-    if QUANTISERS[name].rotate and width > 256:
+    if SCHEMES[name].rotate and width > 256:
         pytest.skip("the kernel cannot rotate them")
     check_round_trip(name, Side(torch.float32, device, heads, width, tokens), device)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_skipped_slots_count_for_nothing(name: str, device: torch.device) -> None:
     side = Side(torch.float32, device, tokens=41)
     skipped = torch.arange(0, 41, 3)
@@ -159,74 +159,74 @@ def test_skipped_slots_count_for_nothing(name: str, device: torch.device) -> Non
     check_round_trip(name, side, device)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_kernel_packs_what_its_definition_packs(name: str, device: torch.device) -> None:
-    side, quantiser = Side(torch.bfloat16, device, tokens=72), QUANTISERS[name]
-    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    side, scheme = Side(torch.bfloat16, device, tokens=72), SCHEMES[name]
+    layout = SideLayout(scheme, side.tokens, side.heads, side.width)
     both = [packed_buffer(layout, 2, device)[1] for _ in range(2)]
-    pack_pages(side.pages, side.slots, quantiser, both[0])
-    pack_pages_torch(side.pages, side.slots, quantiser, both[1])
+    pack_pages(side.pages, side.slots, scheme, both[0])
+    pack_pages_torch(side.pages, side.slots, scheme, both[1])
     scales = [layout.scales(packed).cpu().float() for packed in both]
     torch.testing.assert_close(scales[0], scales[1], rtol=2e-3, atol=1e-4)
     different = (both[0] != both[1])[:, : layout.scales_start].float().mean()
     # Ties may round either way where sums are taken in another order (and in tf32, on a GPU).
-    assert different < (0.1 if quantiser.rotate else 0.01)
+    assert different < (0.1 if scheme.rotate else 0.01)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, inside the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 3e38])
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_what_cannot_be_packed_is_told(name: str, bad: float, device: torch.device) -> None:
-    side, quantiser = Side(torch.float32, device, tokens=24), QUANTISERS[name]
+    side, scheme = Side(torch.float32, device, tokens=24), SCHEMES[name]
     slot = int(side.slots[5])
     side.caches[1][slot // 16, 1, slot % 16, side.width + 3] = bad
-    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    layout = SideLayout(scheme, side.tokens, side.heads, side.width)
     _, packed = packed_buffer(layout, 2, device)
-    pack_pages(side.pages, side.slots, quantiser, packed)
+    pack_pages(side.pages, side.slots, scheme, packed)
     assert not bool(scales_are_finite(packed, layout))
 
 
 @pytest.mark.parametrize("definition", [False, True])
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_largest_fp16_comes_back_finite(name: str, definition: bool, device: torch.device) -> None:
-    side, quantiser = Side(torch.float16, device), QUANTISERS[name]
+    side, scheme = Side(torch.float16, device), SCHEMES[name]
     for cache in side.caches:
         cache[:, :, ::3] = 65504.0
-    if quantiser.rotate:  # one coefficient is beyond fp16
-        signs = rotation(side.width, quantiser.seed, torch.device("cpu"))[:, 0].sign()
+    if scheme.rotate:  # one coefficient is beyond fp16
+        signs = rotation(side.width, scheme.seed, torch.device("cpu"))[:, 0].sign()
         for cache in side.caches:
             cache[:, :, ::3] = (20000 * signs.repeat(2)).to(torch.float16).to(device)
             cache[:, :, 1::3] = 0
-    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    layout = SideLayout(scheme, side.tokens, side.heads, side.width)
     _, packed = packed_buffer(layout, 2, device)
-    (pack_pages_torch if definition else pack_pages)(side.pages, side.slots, quantiser, packed)
+    (pack_pages_torch if definition else pack_pages)(side.pages, side.slots, scheme, packed)
     assert bool(scales_are_finite(packed, layout))
-    (unpack_pages_torch if definition else unpack_pages)(side.pages, side.slots, quantiser, packed)
+    (unpack_pages_torch if definition else unpack_pages)(side.pages, side.slots, scheme, packed)
     assert all(bool(cache.isfinite().all()) for cache in side.caches)
 
 
 def test_a_range_of_layers(device: torch.device) -> None:
-    side, quantiser = Side(torch.float16, device), QUANTISERS["int4_channel"]
-    layout = SideLayout(quantiser, side.tokens, side.heads, side.width)
+    side, scheme = Side(torch.float16, device), SCHEMES["int4_channel"]
+    layout = SideLayout(scheme, side.tokens, side.heads, side.width)
     _, whole = packed_buffer(layout, 2, device)
     _, second = packed_buffer(layout, 1, device)
-    pack_pages(side.pages, side.slots, quantiser, whole)
-    pack_pages(side.pages, side.slots, quantiser, second, first_layer=1)
+    pack_pages(side.pages, side.slots, scheme, whole)
+    pack_pages(side.pages, side.slots, scheme, second, first_layer=1)
     assert torch.equal(whole[1], second[0])
     caches, pages = side.wiped()
-    unpack_pages(pages, side.slots, quantiser, second, first_layer=1)
+    unpack_pages(pages, side.slots, scheme, second, first_layer=1)
     assert bool(caches[0].isnan().all())
     assert not bool(caches[1].isnan().all())
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", SCHEMES)
 def test_nothing_is_nothing(name: str, device: torch.device) -> None:
-    side, quantiser = Side(torch.float32, device), QUANTISERS[name]
-    layout = SideLayout(quantiser, 0, side.heads, side.width)
+    side, scheme = Side(torch.float32, device), SCHEMES[name]
+    layout = SideLayout(scheme, 0, side.heads, side.width)
     none = torch.empty(0, dtype=torch.int64, device=device)
     _, packed = packed_buffer(layout, 2, device)
-    pack_pages(side.pages, none, quantiser, packed)
-    unpack_pages(side.pages, none, quantiser, packed)
+    pack_pages(side.pages, none, scheme, packed)
+    unpack_pages(side.pages, none, scheme, packed)
 
 
 def test_constant_and_zero_rows_are_exact(device: torch.device) -> None:
@@ -234,14 +234,14 @@ def test_constant_and_zero_rows_are_exact(device: torch.device) -> None:
         side = Side(torch.float32, device, tokens=16)
         for cache in side.caches:
             cache.fill_(value)
-        for name, quantiser in QUANTISERS.items():
-            if quantiser.rotate:
+        for name, scheme in SCHEMES.items():
+            if scheme.rotate:
                 continue  # a constant is not constant once rotated
-            layout = SideLayout(quantiser, 16, side.heads, side.width)
+            layout = SideLayout(scheme, 16, side.heads, side.width)
             _, packed = packed_buffer(layout, 2, device)
-            pack_pages(side.pages, side.slots, quantiser, packed)
+            pack_pages(side.pages, side.slots, scheme, packed)
             caches, pages = side.wiped()
-            unpack_pages(pages, side.slots, quantiser, packed)
+            unpack_pages(pages, side.slots, scheme, packed)
             flat = caches[0][..., side.width :].transpose(1, 2).flatten(0, 1)[side.slots]
             assert bool(((flat - value).abs() <= value * 0.002).all()), name
 
@@ -250,34 +250,34 @@ def test_bits_an_element() -> None:
     """What the README says of the codecs: bits an element at head size 64, scales included, for 64 tokens."""
     want = {"fp8": 8.25, "int8": 8.5, "int4_token": 4.5, "int4_channel": 5.0, "rotated3": 3.5, "int2_token": 2.5}
     for name, bits in want.items():
-        layout = SideLayout(QUANTISERS[name], 64, 3, 64)
+        layout = SideLayout(SCHEMES[name], 64, 3, 64)
         assert layout.nbytes * 8 / (64 * 3 * 64) == pytest.approx(bits, abs=0.01)
 
 
 def test_wrong_arguments_are_explained(device: torch.device) -> None:
-    side, quantiser = Side(torch.float32, device, tokens=16), QUANTISERS["int4_token"]
-    layout = SideLayout(quantiser, 16, side.heads, side.width)
+    side, scheme = Side(torch.float32, device, tokens=16), SCHEMES["int4_token"]
+    layout = SideLayout(scheme, 16, side.heads, side.width)
     _, packed = packed_buffer(layout, 2, device)
     integers = PagedLayers([torch.zeros(4, 2, 16, 8, dtype=torch.int32, device=device)])
     with pytest.raises(KernelArgumentError, match="bfloat16, float16 and float32"):
-        pack_pages(integers, side.slots, quantiser, packed)
+        pack_pages(integers, side.slots, scheme, packed)
     with pytest.raises(KernelArgumentError, match="dense int64"):
-        pack_pages(side.pages, side.slots.int(), quantiser, packed)
+        pack_pages(side.pages, side.slots.int(), scheme, packed)
     with pytest.raises(KernelArgumentError, match=f"uint8 \\[layers, {layout.nbytes}\\]"):
-        pack_pages(side.pages, side.slots, quantiser, packed[:, :-1])
+        pack_pages(side.pages, side.slots, scheme, packed[:, :-1])
     with pytest.raises(KernelArgumentError, match="first_layer=1; there are 2"):
-        unpack_pages(side.pages, side.slots, quantiser, packed, first_layer=1)
+        unpack_pages(side.pages, side.slots, scheme, packed, first_layer=1)
     buffer = torch.zeros(2 * layout.nbytes + 16, dtype=torch.uint8, device=device)
     with pytest.raises(KernelArgumentError, match="multiple of 16"):
-        unpack_pages(side.pages, side.slots, quantiser, buffer[1 : 2 * layout.nbytes + 1].view(2, -1))
+        unpack_pages(side.pages, side.slots, scheme, buffer[1 : 2 * layout.nbytes + 1].view(2, -1))
     with pytest.raises(KernelArgumentError, match="2, 3, 4 or 8"):
-        Quantiser(5)
+        Scheme(5)
     with pytest.raises(KernelArgumentError, match="'token' or 'channel'"):
-        Quantiser(4, "row")
+        Scheme(4, "row")
     with pytest.raises(KernelArgumentError, match="power of two"):
-        Quantiser(4, "channel", group=24)
+        Scheme(4, "channel", group=24)
     with pytest.raises(KernelArgumentError, match="axis='token'"):
-        Quantiser(4, "channel", rotate=True)
+        Scheme(4, "channel", rotate=True)
 
 
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 7])
@@ -289,15 +289,15 @@ def test_a_rotation_is_orthonormal(width: int) -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["int4_channel", "rotated2"])
 def test_heads_may_lie_gigabytes_apart(name: str) -> None:
-    step, quantiser = 2**30, QUANTISERS[name]
+    step, scheme = 2**30, SCHEMES[name]
     # 8 GiB of which a few KiB are touched. The layer starts in the middle, so that no overflow can leave it.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = torch.frombuffer(mmap.mmap(-1, 9 << 30, flags=flags), dtype=torch.float16)
     layer = memory.as_strided((1, 3, 16, 16), (16 * 16, step, 16, 1), 2 * step)
     layer.copy_(torch.randn(1, 3, 16, 16))
     true, pages = layer.clone(), PagedLayers([layer])
-    packed = torch.zeros(1, SideLayout(quantiser, 16, 3, 16).nbytes, dtype=torch.uint8)
-    pack_pages(pages, torch.arange(16), quantiser, packed)
+    packed = torch.zeros(1, SideLayout(scheme, 16, 3, 16).nbytes, dtype=torch.uint8)
+    pack_pages(pages, torch.arange(16), scheme, packed)
     layer.zero_()
-    unpack_pages(pages, torch.arange(16), quantiser, packed)
+    unpack_pages(pages, torch.arange(16), scheme, packed)
     assert float((layer - true).float().norm() / true.float().norm()) < 0.5

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from paged_layouts import ORDERS, RED_ZONE, Layout, Shape, paged, random_bytes
+from paged_layouts import RED_ZONE, random_bytes
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.rotary import ops as rotary
-from lmcache.kernels.rotary.ops import scatter_shifted, scatter_shifted_torch, shift_rotary, shift_rotary_torch
+from lmcache.kernels.rotary.ops import shift_rotary, shift_rotary_torch
 from lmcache.kernels.rotary.tables import RopeFrequencies, RotaryTable, rope_frequencies
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -213,22 +212,6 @@ def test_equal_positions_keep_every_bit(dtype: torch.dtype, interleaved: bool, d
     assert torch.equal(bits(out), bits(before))
 
 
-def test_frequencies_may_change_with_the_length(device: torch.device) -> None:
-    # Dynamic NTK: keys turned in a short sequence are moved into a long one, where even the same position differs.
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    short, long = (rope_frequencies(rope, 32, max_positions=512, length=n) for n in (512, 2000))
-    case = Case(L=1, T=20)
-    x = torch.randn(1, 20, 2, 32, generator=torch.Generator().manual_seed(5))
-    old = torch.arange(20) * 20
-    new = torch.where(old % 40 == 0, old, old + 1000)
-    keys = turned(x, old.double()[:, None] * short.inverse, case).float().to(device)
-    tables = [RotaryTable.from_frequencies(f, 2000, device=device) for f in (short, long)]
-    shift_rotary(keys, old.to(device), new.to(device), tables[0], new_table=tables[1])
-    want = turned(x, new.double()[:, None] * long.inverse, case)
-    torch.testing.assert_close(keys.cpu().double(), want, rtol=0, atol=3e-6)
-    assert (short.inverse - long.inverse).abs().max() > 1e-3
-
-
 def test_a_factor_on_all_keys_is_kept_as_it_is(device: torch.device) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 512}
     frequencies = rope_frequencies(rope, 32)
@@ -241,135 +224,6 @@ def test_a_factor_on_all_keys_is_kept_as_it_is(device: torch.device) -> None:
     shift_rotary(keys, old.to(device), new.to(device), table)
     want = turned(x, new.double()[:, None] * frequencies.inverse, case)
     torch.testing.assert_close(keys.cpu().double(), want, rtol=0, atol=3e-6)
-
-
-def test_an_engines_own_table_is_brought_to_length_one() -> None:
-    frequencies = plain(32)
-    table = RotaryTable.from_frequencies(frequencies, 300)
-    theirs = RotaryTable.from_cos_sin((table.cos * 1.3).bfloat16(), (table.sin * 1.3).bfloat16())
-    assert (theirs.positions, theirs.pairs, theirs.width) == (300, 16, 32)
-    lengths = theirs.cos.double().square() + theirs.sin.double().square()
-    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=3e-7)
-    torch.testing.assert_close(theirs.cos, table.cos, rtol=0, atol=2**-8)
-    exact = RotaryTable.from_cos_sin(table.cos, table.sin)
-    torch.testing.assert_close(exact.cos_sin, table.cos_sin, rtol=0, atol=1e-7)
-
-
-# Paged: the keys are moved while a chunk is written.
-
-
-def check_scatter(
-    layout: Layout,
-    width: int,
-    device: torch.device,
-    *,
-    start: int = 0,
-    interleaved: bool = False,
-    tokens: int = 30,
-    first_layer: int = 0,
-    layers: int | None = None,
-    chunk_order: str = "LTHD",
-    op: Callable[..., None] = scatter_shifted,
-) -> None:
-    s = layout.shape
-    case = Case(
-        L=s.L - first_layer if layers is None else layers,
-        T=tokens,
-        H=s.H,
-        D=s.C,
-        width=width,
-        start=start,
-        order=chunk_order,
-        gap=0 if chunk_order == "LTHD" else 5,
-        interleaved=interleaved,
-    )
-    chunk = case.rows(case.buffer(layout.dtype, 1, device))
-    fixed = [*range(start), *range(start + width, s.C)]
-    noise = random_bytes(chunk.cpu()[..., fixed].numel() * layout.dtype.itemsize, seed=9).view(layout.dtype)
-    chunk[..., fixed] = noise.view(case.L, tokens, s.H, len(fixed)).to(device)
-    buffer = random_bytes(layout.nbytes).to(device)
-    before = buffer.cpu().clone()
-    slots = torch.randperm(s.B * s.N, generator=torch.Generator().manual_seed(2))[:tokens]
-    slots[1::6] = -1
-    old, new = some_positions(tokens, device)
-    table = RotaryTable.from_frequencies(plain(width), POSITIONS, device=device)
-    options = {"interleaved": interleaved, "rotary_start": start, "first_layer": first_layer}
-    op(paged(layout, buffer), slots.to(device), chunk, old, new, table, **options)
-
-    old, new, chunk = old.cpu(), new.cpu(), chunk.cpu()
-    live = torch.nonzero((slots >= 0) & (old >= 0) & (new >= 0)).flatten()
-    angles = (new - old).double()[:, None] * plain(width).inverse
-    want = turned(chunk[..., start : start + width], angles, dataclasses.replace(case, start=0))
-    got_views = layout.views(buffer.cpu().clone())
-    kept = layout.views(before)  # becomes what the buffer should hold
-    same = old[live] == new[live]
-    place = (slots[live] // s.N, slice(None), slots[live] % s.N)
-    for j in range(case.L):
-        got, wanted = got_views[first_layer + j][place], chunk[j, live]  # [live, H, C]
-        assert torch.equal(bits(got[..., fixed]), bits(wanted[..., fixed]))
-        assert torch.equal(bits(got[same]), bits(wanted[same]))
-        assert_close(got[..., start : start + width], want[j, live], case)
-        kept[first_layer + j][place] = got
-    np.testing.assert_array_equal(buffer.cpu().numpy(), before.numpy())
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "gptj"])
-@pytest.mark.parametrize("order", ORDERS)
-def test_keys_move_on_their_way_into_pages(order: str, interleaved: bool, device: torch.device) -> None:
-    check_scatter(Layout(order, Shape(C=32), BF16), 16, device, interleaved=interleaved)
-
-
-@pytest.mark.parametrize(("tokens", "dtype"), [(0, BF16), (1, FP32), (63, FP16), (90, FP32)], ids=str)
-def test_any_number_of_tokens_into_pages(tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    check_scatter(Layout("LBNHC", Shape(C=32), dtype), 16, device, tokens=tokens)
-
-
-@pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "gptj"])
-def test_mla_turns_the_part_behind_its_latent(interleaved: bool, device: torch.device) -> None:
-    layout = Layout("LBHNC", Shape(H=1, N=16, C=160 + 64, B=4), BF16)
-    check_scatter(layout, 64, device, start=160, interleaved=interleaved)
-
-
-@pytest.mark.parametrize(
-    ("shape", "width", "start"),
-    [
-        (Shape(C=7, H=3, N=5), 6, 1),
-        (Shape(C=160), 80, 0),
-        (Shape(C=34, content_gap=1), 12, 3),
-        (Shape(block_gap=3), 8, 0),
-    ],
-)
-def test_ragged_pages(shape: Shape, width: int, start: int, device: torch.device) -> None:
-    check_scatter(Layout("LBHNC", shape, BF16), width, device, start=start, tokens=20)
-
-
-@pytest.mark.parametrize(("first_layer", "layers"), [(0, 1), (1, 2), (3, 1), (2, 0)])
-def test_a_range_of_layers(first_layer: int, layers: int, device: torch.device) -> None:
-    layout = Layout("LBNHC", Shape(L=4), BF16)
-    check_scatter(layout, 8, device, first_layer=first_layer, layers=layers, tokens=11)
-
-
-@pytest.mark.parametrize("order", ["LHTD", "TLHD", "HTLD"])
-def test_chunks_of_any_strides(order: str, device: torch.device) -> None:
-    check_scatter(Layout("LBNHC", Shape(), BF16), 8, device, chunk_order=order)
-
-
-def test_the_definition_of_the_scatter(device: torch.device) -> None:
-    check_scatter(Layout("LBHNC", Shape(C=32), BF16), 16, device, start=4, op=scatter_shifted_torch)
-
-
-def test_layers_in_separate_storages(device: torch.device) -> None:
-    layout = Layout("LBNHC", Shape(L=1), FP32)
-    from lmcache.kernels import PagedLayers
-
-    plane = PagedLayers([layout.views(random_bytes(layout.nbytes, seed).to(device))[0] for seed in range(3)])
-    chunk = torch.randn(3, 9, 2, 16, device=device)
-    slots, old = torch.arange(9, device=device) * 2, torch.arange(9, device=device)
-    table = RotaryTable.from_frequencies(plain(8), POSITIONS, device=device)
-    scatter_shifted(plane, slots, chunk, old, old + 40, table)
-    shift_rotary(chunk, old, old + 40, table)
-    for layer, rows in zip(plane.layers, chunk, strict=True):
-        assert torch.equal(layer.transpose(1, 2).flatten(0, 1)[slots], rows)
 
 
 # What runs, what is refused.
@@ -392,7 +246,6 @@ def test_layers_in_separate_storages(device: torch.device) -> None:
         ({"new_positions": torch.tensor([0, 77, 1])}, "holds 77; the table has 50"),
         ({"rotary_start": 9}, "16 elements"),
         ({"rotary_start": -1}, "rotary_start=-1"),
-        ({"new_table": RotaryTable.from_frequencies(plain(6), 50)}, "turns 6 elements, table 8"),
         ({"table": RotaryTable.from_frequencies(plain(8), 50, device="meta")}, "table is on meta"),
     ],
 )
@@ -405,33 +258,6 @@ def test_wrong_arguments_are_refused(change: dict[str, torch.Tensor], message: s
     }
     with pytest.raises(KernelArgumentError, match=message):
         shift_rotary(**{**arguments, **change})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"slots": torch.zeros(3, dtype=torch.int32)}, "int64"),
-        ({"slots": torch.tensor([0, 96, 1])}, "holds 96; the cache has 96"),
-        ({"chunk": torch.zeros(2, 3, 2, 16)}, "as the pages, torch.bfloat16"),
-        ({"chunk": torch.zeros(2, 3, 2, 16, dtype=torch.uint8)}, "one of"),
-        ({"chunk": torch.zeros(2, 4, 2, 16, dtype=BF16)}, r"\[layers, 3, 2, 16\]"),
-        ({"chunk": torch.zeros(3, 3, 2, 16, dtype=BF16)}, "there are 2"),
-        ({"first_layer": 1}, "there are 2"),
-        ({"first_layer": -1}, "first_layer=-1"),
-    ],
-)
-def test_wrong_arguments_of_a_scatter_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    layout = Layout("LBHNC", Shape(), BF16)
-    arguments = {
-        "pages": paged(layout, random_bytes(layout.nbytes)),
-        "slots": torch.arange(3),
-        "chunk": torch.zeros(2, 3, 2, 16, dtype=BF16),
-        "old_positions": torch.arange(3),
-        "new_positions": torch.arange(3),
-        "table": RotaryTable.from_frequencies(plain(8), 50),
-    }
-    with pytest.raises(KernelArgumentError, match=message):
-        scatter_shifted(**{**arguments, **change})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -462,8 +288,6 @@ def test_a_rope_that_is_not_understood_is_refused(rope: dict[str, object], messa
 def test_tables_of_another_shape_are_refused() -> None:
     with pytest.raises(KernelArgumentError, match="dense float32"):
         RotaryTable(torch.zeros(5, 2, 4, dtype=torch.float64))
-    with pytest.raises(KernelArgumentError, match="both must be"):
-        RotaryTable.from_cos_sin(torch.zeros(5, 4), torch.zeros(5, 3))
     with pytest.raises(KernelArgumentError, match="float64 or"):
         RotaryTable.from_frequencies(plain(8), 5, angles=torch.bfloat16)
 
@@ -471,29 +295,25 @@ def test_tables_of_another_shape_are_refused() -> None:
 @pytest.mark.interpret
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "gptj"])
 @pytest.mark.parametrize(
-    ("order", "shape", "width", "start"),
+    "case",
     [
-        ("LBNHC", Shape(H=2, N=16, C=128, B=8), 64, 0),
-        ("BHLNC", Shape(C=7, content_gap=1), 6, 0),
-        ("LBHNC", Shape(C=24), 8, 8),
+        Case(T=20, D=128, width=64, order="TLHD"),
+        Case(T=20, D=7, width=6, order="HLTD", gap=1),
+        Case(T=20, D=24, width=8, start=8),
     ],
 )
-def test_a_chunk_crosses_memory_once(order: str, shape: Shape, width: int, start: int, interleaved: bool) -> None:
+def test_keys_cross_memory_once(case: Case, interleaved: bool) -> None:
     # The sanitizer also sees that nothing else is touched, and that the alignment promised to the compiler is true.
     from lmcache.kernels.testing.sanitizer import sanitized
 
-    layout = Layout(order, shape, BF16)
-    plane = paged(layout, random_bytes(layout.nbytes))
-    tokens = 20
-    chunk = torch.zeros(2, tokens, shape.H, shape.C, dtype=BF16)
-    slots = torch.arange(tokens) * 2
-    table = RotaryTable.from_frequencies(plain(width), 100)
-    options = {"interleaved": interleaved, "rotary_start": start}
-    with sanitized(*plane.layers, chunk, slots, table.cos_sin) as watched:
-        scatter_shifted(plane, slots, chunk, torch.arange(tokens), torch.arange(tokens) + 50, table, **options)
-    payload = chunk.numel() * 2
+    keys, out = (case.rows(case.buffer(BF16, seed, torch.device("cpu"))) for seed in (1, None))
+    old, table = torch.arange(case.T), RotaryTable.from_frequencies(plain(case.width), 100)
+    new = old + 50
+    with sanitized(keys, out, old, new, table.cos_sin) as watched:
+        shift_rotary(keys, old, new, table, interleaved=interleaved, rotary_start=case.start, out=out)
+    payload = keys.numel() * 2
     assert watched.stores.bytes == payload
-    assert payload <= watched.loads.bytes <= payload + tokens * (3 * 8 + 4 * 4 * width // 2) + 8 * 2 * shape.H
+    assert payload <= watched.loads.bytes <= payload + case.T * (2 * 8 + 4 * 4 * case.width // 2)
 
 
 @pytest.mark.interpret
@@ -517,24 +337,6 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(keys[:, -1:], want)
     keys[:, -1:] = 0
     assert not keys.view(torch.uint8).any()
-
-
-@pytest.mark.gpu
-def test_paged_offsets_beyond_two_to_the_31_elements() -> None:
-    layout = Layout("LBHNC", Shape(L=1, B=(2**31 + 2**20) // 4096, H=2, N=16, C=128), BF16)
-    if torch.cuda.mem_get_info()[0] < layout.nbytes + 2**31:
-        pytest.skip("not enough GPU memory")
-    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cuda")
-    plane = paged(layout, buffer)
-    chunk = torch.ones(1, 2, 2, 128, dtype=BF16, device="cuda")
-    table = RotaryTable.from_frequencies(plain(128), 100, device="cuda")
-    old = torch.tensor([3, 5], device="cuda")
-    scatter_shifted(plane, torch.tensor([0, plane.token_units.count - 1], device="cuda"), chunk, old, old + 60, table)
-    shift_rotary(chunk, old, old + 60, table)
-    for i, place in enumerate((plane.layers[0][0, :, 0], plane.layers[0][-1, :, -1])):
-        assert torch.equal(place, chunk[0, i])
-        place.zero_()
-    assert not buffer.any()
 
 
 def test_the_oracle_sees_a_wrong_angle(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

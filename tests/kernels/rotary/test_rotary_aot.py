@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from paged_layouts import Layout, Shape, paged
 
 from lmcache.kernels.rotary import ops as rotary
 from lmcache.kernels.rotary.tables import RotaryTable
@@ -29,28 +29,28 @@ def table(width: int) -> RotaryTable:
     return RotaryTable.from_parameters({"rope_theta": 1e4}, 128, head_dim=width)
 
 
-def launch_keys(dtype: torch.dtype, interleaved: bool) -> None:
-    keys, positions = torch.zeros(4, TOKENS, 8, 128, dtype=dtype), torch.arange(TOKENS)
-    turn = rotary._Turn(*[table(128)] * 2, 0, interleaved)
-    rotary._launch(keys, keys, None, positions, positions, turn)
+def launch(
+    heads: int = 8,
+    content: int = 128,
+    *,
+    width: int = 128,
+    start: int = 0,
+    interleaved: bool = False,
+    dtype: torch.dtype = BF16,
+) -> None:
+    """In place where all elements turn."""
+    keys = torch.zeros(4, TOKENS, heads, content, dtype=dtype)
+    out, positions = keys if width == content else torch.zeros_like(keys), torch.arange(TOKENS)
+    rotary._launch(keys, out, positions, positions, rotary._Turn(table(width), start, interleaved))
 
 
-def launch_pages(shape: Shape, width: int, start: int, interleaved: bool, dtype: torch.dtype = BF16) -> None:
-    layout = Layout("LBNHC", shape, dtype)
-    plane = paged(layout, torch.zeros(layout.nbytes, dtype=torch.uint8))
-    slots = torch.arange(TOKENS)
-    chunk = torch.zeros(shape.L, TOKENS, shape.H, shape.C, dtype=dtype)
-    turn = rotary._Turn(*[table(width)] * 2, start, interleaved)
-    rotary._launch(chunk, plane.layers[0], (plane, slots, 0), slots, slots, turn)
-
-
-CASES = {
-    "keys_neox": lambda: launch_keys(BF16, False),
-    "keys_gptj": lambda: launch_keys(BF16, True),
-    "keys_fp32": lambda: launch_keys(torch.float32, False),
-    "pages": lambda: launch_pages(Shape(B=4, H=8, N=16, C=256), 128, 0, False),
-    "pages_mla": lambda: launch_pages(Shape(B=4, H=1, N=16, C=576), 64, 512, True),
-    "ragged": lambda: launch_pages(Shape(B=16, H=3, N=5, C=7), 6, 1, False),
+CASES: dict[str, dict[str, Any]] = {
+    "keys_neox": {},
+    "keys_gptj": {"interleaved": True},
+    "keys_fp32": {"dtype": torch.float32},
+    "partial": {"content": 256},
+    "partial_mla": {"heads": 1, "content": 576, "width": 64, "start": 512, "interleaved": True},
+    "ragged": {"heads": 3, "content": 7, "width": 6, "start": 1},
 }
 
 
@@ -62,7 +62,7 @@ def test_machine_code_keeps_its_budget(target: str, case: str, monkeypatch: pyte
     recorder = aot.Recorder(rotary._shift_rows.jitted)
     monkeypatch.setattr(rotary, "_shift_rows", recorder)
     monkeypatch.setattr(rotary, "_NUM_WARPS", 2 if target.startswith("gfx") else 4)
-    CASES[case]()
+    launch(**CASES[case])
     aligns = recorder.options["SOURCE_ALIGN"], recorder.options["TARGET_ALIGN"]
     assert aligns == ((2, 2) if case == "ragged" else (16, 16))
 

@@ -16,12 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from experiments.cases.replay import experiment as replay
 from experiments.cases.replay_matrix import experiment as replay_matrix
-from experiments.replaying import traces
+from experiments.replaying import traces, traces_more
 from lmcache.config import LMCacheConfig
 from lmcache.keys import ChunkKey
-from lmcache.storage.eviction import ghosts as eviction_ghosts
-from lmcache.storage.eviction import learned as eviction_learned
-from lmcache.storage.eviction import reuse as eviction_kv
+from lmcache.storage.eviction import ghosts, learned, reuse
 from lmcache.storage.eviction.base import EvictionPolicy, Place
 from lmcache.storage.manager import StorageManager
 from lmcache.storage.registry import EVICTION_POLICIES
@@ -94,13 +92,13 @@ TestSieve = machine("sieve").TestCase
 TestReuse = machine("reuse").TestCase
 
 
-def check(policy: eviction_kv.Reuse) -> None:
+def check(policy: reuse.Reuse) -> None:
     """What must hold between calls, beside what every policy promises."""
     segments, learned = policy._segments, policy._learned
     used = [number for number, keys in enumerate(segments.keys) if keys]
     for number in used:
         assert [segments.places[key] for key in segments.keys[number]] == [
-            number << eviction_ghosts.PLACE_BITS | index for index in range(segments.size[number])
+            number << ghosts.PLACE_BITS | index for index in range(segments.size[number])
         ]
         assert segments.held[number] >> segments.size[number] == 0
     assert sum(segments.size[number] for number in used) + segments_pending(policy) == len(segments.places)
@@ -121,8 +119,8 @@ def check(policy: eviction_kv.Reuse) -> None:
         assert set(policy._fell) == {number for number in used if segments.held[number] >> kept[number]}
 
 
-def segments_pending(policy: eviction_kv.Reuse) -> int:
-    return sum(place == eviction_ghosts.PENDING for place in policy._segments.places.values())
+def segments_pending(policy: reuse.Reuse) -> int:
+    return sum(place == ghosts.PENDING for place in policy._segments.places.values())
 
 
 class ReuseMachine(RuleBasedStateMachine):
@@ -130,7 +128,7 @@ class ReuseMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = eviction_kv.Reuse()
+        self.policy = reuse.Reuse()
         self.held: set[ChunkKey] = set()
 
     def use(self, number: int) -> None:
@@ -172,7 +170,7 @@ class ReuseMachine(RuleBasedStateMachine):
         self.policy.remove(make_key(number))
         self.held.discard(make_key(number))
 
-    @rule(index=st.integers(0, 3))
+    @rule(index=st.integers(0, 1))
     def follow(self, index: int) -> None:
         self.policy._follow(self.policy._ghosts[index])
 
@@ -301,8 +299,8 @@ def test_reuse_does_not_evict_a_chain_that_comes_in_from_its_beginning() -> None
 
 
 def test_reuse_remembers_a_bounded_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction_learned, "MOST_COUNTED", 100)
-    policy = eviction_kv.Reuse()
+    monkeypatch.setattr(learned, "MOST_COUNTED", 100)
+    policy = reuse.Reuse()
     for number in range(3000):
         chain(policy, range(10 * number, 10 * number + 10))
         for key in list(itertools.islice(policy.victims(), max(0, 10 * (number - 20)) and 10)):
@@ -339,32 +337,35 @@ def test_an_engines_order_and_batches_are_served(name: str) -> None:
     assert {replay.block_of(key) for key in policy.victims()} == held
 
 
-@pytest.mark.parametrize(("name", "size"), [("tools", 500), ("documents", 1000)])
+@pytest.mark.parametrize(("name", "size"), [("tools", 500), ("documents", 1000), ("service:3", 1000)])
 def test_who_follows_a_ghost_has_its_hits(name: str, size: int) -> None:
-    requests = traces.read(name)[:1000]
+    # The last one is long enough for the middle of chains to be forgotten while something hangs on them.
+    requests = traces_more.read(name)[: 6000 if name == "service:3" else 1000]
     blocks = sum(map(len, requests))
-    for index in range(4):
+    for index in range(2):
         policy = following(index)
         found = replay.replay(requests, size, policy)
         policy._close()
         ghost = policy._ghosts[index]
-        assert found > (ghost.hits + ghost._run) / blocks - 0.002
+        assert found > (ghost.hits + ghost._run) / blocks - 0.0005
 
 
-def following(ghost: str | int) -> eviction_kv.Reuse:
+def following(ghost: str | int) -> reuse.Reuse:
     """One that follows the same ghost for ever."""
-    policy = eviction_kv.Reuse()
+    policy = reuse.Reuse()
     policy._follow(policy._lru if ghost == "lru" else policy._ghosts[int(ghost)])
     policy._choose = lambda: None  # type: ignore[method-assign]
     return policy
 
 
-@pytest.mark.parametrize(("name", "size"), [("agents", 1000), ("documents", 1000), ("tools", 2000), ("scans", 2000)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("agents:0", 1000), ("documents:0", 1000), ("tools:0", 2000), ("scans:0", 2000), ("service:3", 2000)],
+)
 def test_reuse_is_not_below_the_best_stock_policy(name: str, size: int) -> None:
-    requests = traces.read(name)[:2000]
+    requests = traces_more.read(name)[:2500]
     best = max(replay.replay(requests, size, replay.make(other)) for other in ("lru", "s3fifo-paper"))
-    # Of short traces, learning is a large part.
-    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.003
+    assert replay.replay(requests, size, replay.make("reuse")) > best - 0.002
 
 
 @pytest.mark.parametrize("last_first", [True, False])
@@ -406,9 +407,10 @@ def test_calls_take_microseconds(name: str) -> None:
 
 def test_reuse_takes_a_few_times_the_time_of_lru_and_no_eviction_takes_long() -> None:
     requests = traces.read("mooncake")[:1500]
-    lru, reuse = (min(replay_matrix.cost_us(requests, 2000, name) for _ in range(2)) for name in ("lru", "reuse"))
-    assert reuse < 8 * lru  # some 4 on an idle machine; it was 10 to 12
-    assert replay_matrix.longest_ms(requests, 2000, "reuse")[0] < 10  # some 1 on an idle machine
+    times = [[replay_matrix.cost_us(requests, 2000, name) for name in ("lru", "reuse")] for _ in range(3)]
+    assert min(reuse / lru for lru, reuse in times) < 5  # some 3; a busy machine adds one
+    # Least of three: what a busy machine adds to processor time is not the policy's.
+    assert min(replay_matrix.longest_ms(requests, 2000, "reuse")[0] for _ in range(3)) < 2  # some 1
 
 
 def test_the_manager_tells_the_policy_where_a_chunk_stands() -> None:

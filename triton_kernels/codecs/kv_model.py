@@ -1,13 +1,15 @@
-"""A Hugging Face model as codec experiments see it: the KV of a text, and how far other KV moves its predictions."""
+"""A Hugging Face model as the fit of a profile sees it: the KV of a text, and how far other KV moves predictions."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lmcache.errors import KernelArgumentError
 
 # Keys and values of each layer, [H, T, D].
 KV = list[tuple[torch.Tensor, torch.Tensor]]
@@ -33,7 +35,10 @@ class Weights:
 
 
 class KVModel:
-    """`folder`: a Hugging Face folder of a model with rotary attention. One thread: the machine may be shared."""
+    """`folder`: a Hugging Face folder of a model with rotary attention. Needs transformers. Not thread-safe.
+
+    One thread by default, because the machine may be shared.
+    """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
@@ -60,13 +65,15 @@ class KVModel:
         ).eval()
 
     @torch.no_grad()
-    def samples(self, texts: dict[str, str], prefix: int, scored: int) -> list[Sample]:
+    def samples(self, texts: Mapping[str, str], prefix: int, scored: int) -> list[Sample]:
         """The first `prefix` tokens of each text as KV, predictions over the next `scored`."""
         from transformers import DynamicCache
 
         samples = []
         for name, text in texts.items():
             ids = self.tokenizer(text, return_tensors="pt").input_ids[:, : prefix + scored]
+            if ids.shape[1] <= prefix:
+                raise KernelArgumentError(f"{name} has {ids.shape[1]} tokens; more than {prefix} are needed")
             cache = DynamicCache()
             self.model.model(ids[:, :prefix], past_key_values=cache)
             kv = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]

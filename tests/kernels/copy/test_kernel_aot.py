@@ -1,4 +1,4 @@
-"""What the compiler makes of the paged copies: wide accesses, no spills, few registers."""
+"""What the compiler makes of the copies' kernel: wide accesses, no spills, few registers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from paged_layouts import Layout, Shape, paged
 
-from lmcache.kernels.copy import pages
+from lmcache.kernels.copy import kernel
 
 # The warning of triton 3.9 is about floating-point arithmetic, and a copy has none.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
@@ -27,28 +27,38 @@ CASES = {
     "tokens_fp8": Layout("LBNHC", Shape(B=4, H=8, N=16, C=128), torch.float8_e4m3fn),
     "ragged": Layout("LBHNC", Shape(B=4, H=3, N=5, C=7), torch.uint8),
 }
+WAYS: dict[str, dict[str, int]] = {
+    "gather": {"scatter": False},
+    "scatter": {"scatter": True},
+    "to_host": {"scatter": False, "zeros": True, "programs": 32},
+}
 # Narrower accesses than these read the ids and the pointer table only, at most one a thread and strip.
 WIDE = {
-    "sm": (r"LDG\.E\.128(\..*)?", r"STG\.E\.128(\..*)?", r"STG\.E(?!\.128).*"),
-    "gfx": (r"(global|buffer)_load_dwordx4", r"(global|buffer)_store_dwordx4", r"(global|buffer)_store_(?!dwordx4).*"),
+    "sm": (r"LDG\.E\.128(\..*)?", r"STG\.E\.128(\..*)?", r"STG?\.E(?!\.128).*"),
+    "gfx": (
+        r"(global|buffer|flat)_load_dwordx4",
+        r"(global|buffer|flat)_store_dwordx4",
+        r"(global|buffer|flat)_store_(?!dwordx4).*",
+    ),
 }
 
 
-@pytest.mark.parametrize("scatter", [False, True], ids=["gather", "scatter"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_machine_code_keeps_its_budget(target: str, case: str, scatter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_keeps_its_budget(target: str, case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcache.kernels.testing import aot
 
     layout, aligned = CASES[case], case != "ragged"
-    recorder = aot.Recorder(pages._copy_rows.jitted)
-    monkeypatch.setattr(pages, "_copy_rows", recorder)
+    recorder = aot.Recorder(kernel.copy_rows.jitted)
+    monkeypatch.setattr(kernel, "copy_rows", recorder)
     plane = paged(layout, torch.zeros(layout.nbytes, dtype=torch.uint8))
     units = plane.page_units if case == "pages" else plane.token_units
     n = 4 if case == "pages" else 64
     chunk = torch.zeros(2, n, units.unit_bytes, dtype=torch.uint8)
-    pages._copy_triton(plane, units, torch.arange(n), chunk, 0, scatter=scatter)
+    kernel.launch_copy(plane, units, torch.arange(n), chunk, 0, **WAYS[way])
     assert recorder.options["ALIGN"] == (16 if aligned else 1)
+    assert recorder.grid[0] <= WAYS[way].get("programs", recorder.grid[0])
 
     compiled = aot.compile_for(target, recorder)
     budget = BUDGETS["aligned" if aligned else "ragged"][target]

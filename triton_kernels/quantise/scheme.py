@@ -1,4 +1,7 @@
-"""How one side of a layer (its keys, or its values) is quantised, and where the bytes of the packed side lie."""
+"""A scheme: how one side of a layer (its keys, or its values) is quantised, and where its packed bytes lie.
+
+Nothing is quantised here: packing.py does that.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SLACK = 2.0**-10
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantiser:
+class Scheme:
     """How one side is quantised. bits: 2, 3, 4 or 8. group: tokens that share a channel's scale (a multiple of 8)."""
 
     bits: int
@@ -47,7 +50,7 @@ class Quantiser:
 class SideLayout:
     """Bytes of one packed side of one layer."""
 
-    quantiser: Quantiser
+    scheme: Scheme
     tokens: int
     heads: int
     width: int
@@ -60,19 +63,19 @@ class SideLayout:
     @property
     def scale_rows(self) -> int:
         """Scales a head: tokens, or groups times channels."""
-        quantiser = self.quantiser
-        if quantiser.axis == "token":
+        scheme = self.scheme
+        if scheme.axis == "token":
             return self.rows * 8
-        return -(-self.tokens // quantiser.group) * self.width
+        return -(-self.tokens // scheme.group) * self.width
 
     @property
     def scales_start(self) -> int:
-        codes = self.heads * self.rows * self.width * self.quantiser.bits
+        codes = self.heads * self.rows * self.width * self.scheme.bits
         return -(-codes // 16) * 16
 
     @property
     def num_scales(self) -> int:
-        return self.heads * self.scale_rows * (1 if self.quantiser.fp8 else 2)
+        return self.heads * self.scale_rows * (1 if self.scheme.fp8 else 2)
 
     @property
     def nbytes(self) -> int:
