@@ -1,9 +1,11 @@
 # Everything a person or CI runs. Each target sets .venv up first (instant when it is ready).
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo model lint test test-kernels test-rest clean
+.PHONY: help setup demo model lint test test-quick test-kernels test-rest clean
 PY := .venv/bin/python
 KERNEL_MODES := cpu interpret aot
+# Two tests at a time, as most wait or compute with one thread; a file's tests share what it has started.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE := 1
 
 help: ## show this list
@@ -26,12 +28,16 @@ lint: setup ## ruff, mypy --strict, import-linter
 
 test: setup lint test-kernels test-rest ## everything that CI runs
 
+test-quick: lint ## what to run while working, in three minutes: lint, no kernels, no real vLLM, no real servers
+	$(PY) -m pytest -q tests --ignore=tests/kernels $(TWO) -m "not (vllm or slow or serial)"
+
 test-kernels: setup ## the kernel tests: plain torch, Triton's interpreter, compiled ahead of time
 	set -e; for mode in $(KERNEL_MODES); do echo "== kernels: $$mode"; \
-		LMCACHE_KERNEL_MODE=$$mode $(PY) -m pytest -q tests/kernels; done
+		LMCACHE_KERNEL_MODE=$$mode $(PY) -m pytest -q tests/kernels -n 2; done
 
 test-rest: model ## every other test, real vLLM included
-	$(PY) -m pytest -q tests --ignore=tests/kernels
+	$(PY) -m pytest -q tests --ignore=tests/kernels $(TWO) -m "not serial"
+	$(PY) -m pytest -q tests --ignore=tests/kernels -m serial
 
 clean: ## remove .venv, caches and build outputs (results/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

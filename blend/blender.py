@@ -9,24 +9,25 @@ Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 
-from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, question_mass, use_one_core
+from lmcache.blend.forward import KV, LayerFeed, Rotation, Stopwatch, use_one_core
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
+from lmcache.blend.question import Question
 from lmcache.blend.reuse import ReusedKV, Segment
-from lmcache.blend.selection import TokenSelector, at_ratio, build_selector, check_layers, describe
+from lmcache.blend.selectors import TokenSelector, at_ratio, build_selector, check_layers, describe
 from lmcache.errors import BlendError, ConfigError
 from lmcache.kernels.attention.deviation import kv_deviation
 from lmcache.kernels.attention.sparse_prefill import PROVIDERS, PackedKV, sparse_prefill
+
+Done = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Blender:
         always: Sequence[Segment] = (),
         all_logits: bool = False,
         stop: int | None = None,
-        done: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        done: Done | None = None,
     ) -> Blended:
         """The KV of all `tokens` (`[T]`), and logits of the last one, or with all_logits of all computed ones.
 
@@ -108,7 +109,7 @@ class Blender:
         if stop is not None and (all_logits or not 0 < stop < len(ids)):
             raise BlendError(f"stop is {stop}; it must lie within the {len(ids)} tokens, and there are no logits then")
         with ThreadPoolExecutor(1, "lmcache-blend-load", use_one_core) as executor:
-            return _Blend(self, ids, reused, executor).run(always, all_logits, stop, done)
+            return _Fusion(self, ids, reused, executor, always, all_logits, stop, done).run()
 
     def at_ratio(self, ratio: float) -> Blender:
         """The same with another ratio. ConfigError where the selector has none that decides."""
@@ -126,168 +127,130 @@ class Blender:
         return self.model.cache([(keys[:count], values[:count]) for keys, values in blended.layers])
 
 
-class _Blend:
-    """One prompt on its way through the model."""
+class _Fusion:
+    """One prompt on its way through the model, layer by layer. rows, hidden: the tokens that are computed now.
 
-    def __init__(self, blender: Blender, tokens: torch.Tensor, reused: ReusedKV, executor: ThreadPoolExecutor) -> None:
-        self.model, self.selector, self.provider = blender.model, blender.selector, blender.provider
-        self.tokens, self.reused = tokens, reused
-        self.feed = LayerFeed(self.model, reused, len(tokens), executor)
-        self.rotation = Rotation(self.model, len(tokens))
-        self.watch = Stopwatch()
-        self.planned: torch.Tensor | None = None
-        self.plan: dict[object, Any] = {}
-        self.asked: dict[tuple[int, float, float], torch.Tensor] = {}
-        self.exact_last = bool(reused.exact[-1])
-        self.bounds = torch.tensor([0, len(tokens)], device=tokens.device)
+    always, all_logits, stop, done: as of Blender.blend.
+    """
 
-    def run(
+    def __init__(
         self,
+        blender: Blender,
+        tokens: torch.Tensor,
+        reused: ReusedKV,
+        executor: ThreadPoolExecutor,
         always: Sequence[Segment],
         all_logits: bool,
         stop: int | None,
-        done: Callable[[int, torch.Tensor, torch.Tensor], None] | None,
-    ) -> Blended:
-        model, end = self.model, len(self.tokens)
-        if stop is not None:
-            always = [*always, Segment(stop, end)]
-        self.prompt = prompt = describe(self.reused, always, self.selector.config, self._attention, self._truth)
+        done: Done | None,
+    ) -> None:
+        self.model, self.selector, self.provider = blender.model, blender.selector, blender.provider
+        self.all_logits, self.stop, self.done = all_logits, stop, done
+        self.end, self.exact_last = len(tokens), bool(reused.exact[-1])
+        self.feed = LayerFeed(self.model, reused, self.end, executor)
+        self.rotation = Rotation(self.model, self.end)
+        self.watch = Stopwatch()
+        self.planned: torch.Tensor | None = None
+        self.plan: dict[object, Any] = {}
+        self.bounds = torch.tensor([0, self.end], device=tokens.device)
+        self.layers: list[KV] = []
+        self.computed: list[int] = []
+        question = Question(self.model, tokens, reused, self.feed, self.rotation, self.watch)
+        always = always if stop is None else [*always, Segment(stop, self.end)]
+        self.prompt = question.prompt = describe(
+            reused, always, self.selector.config, question.attention, question.truth
+        )
         with self.watch("select"):
-            rows = self.selector.start(prompt)
-        choosing = max(self.selector.check_layers, default=-1)
-        if stop is not None and choosing < 0:
-            rows = rows[rows < stop]
-        hidden = model.embed(self.tokens[rows])
-        layers: list[KV] = []
-        computed: list[int] = []
+            self.rows = self.selector.start(self.prompt)
+        self.last_check = max(self.selector.check_layers, default=-1)
+        if stop is not None and self.last_check < 0:
+            self.rows = self.rows[self.rows < stop]
+        self.hidden = self.model.embed(tokens[self.rows])
 
-        def end_of(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-            if done is None:
-                layers.append((keys[:stop], values[:stop]))
-            else:
-                with self.watch("done"):
-                    done(index, keys[:stop], values[:stop])
-                self.feed.forget(index)
-
-        for index in range(model.num_layers):
+    def run(self) -> Blended:
+        for index in range(self.model.num_layers):
             with self.watch("load"):
                 keys, values = self.feed.layer(index)
-            if not len(rows):  # all is reused, and no logits are asked for
-                computed.append(0)
-                end_of(index, keys, values)
-                continue
-            with self.watch("project"):
-                x = model.norm(index, hidden)
-                k, v = model.key_value(index, x)
-                k = self.rotation(index, k, rows)
-            if index in self.selector.check_layers:
-                with self.watch("select"):
-                    k_dev, v_dev = kv_deviation(k, keys[rows], v, values[rows])
-                    kept = self.selector.narrow(prompt, index, rows, k_dev, v_dev)
-                    if stop is not None and index == choosing:
-                        kept = kept[rows[kept] < stop]
-                    rows, hidden, x, k, v = (t[kept] for t in (rows, hidden, x, k, v))
-            computed.append(len(rows))
-            # Rows ascend: an exact last token is the last row.
-            written = len(rows) - (self.exact_last and bool(rows[-1:] == end - 1))
-            with self.watch("write"):
-                keys[rows[:written]] = k[:written]
-                values[rows[:written]] = v[:written]
-            if index + 1 == model.num_layers and not all_logits:
-                rows, hidden, x = rows[-1:], hidden[-1:], x[-1:]
-            if stop is None or (index + 1 < model.num_layers and len(rows)):
-                hidden = self._finish(index, rows, hidden, x, keys, values)
-            end_of(index, keys, values)
+            if len(self.rows):
+                self._compute(index, keys, values)
+            else:  # all is reused, and no logits are asked for
+                self.computed.append(0)
+            self._hand_over(index, keys, values)
         logits = None
-        if stop is not None:
-            rows = rows[:0]
-        else:
+        if self.stop is None:
             with self.watch("logits"):
-                logits = model.logits(hidden)
-        report = BlendReport(len(self.tokens), prompt.num_candidates, computed, dict(self.watch.seconds))
-        return Blended(logits, rows, layers, report)
+                logits = self.model.logits(self.hidden)
+        positions = self.rows if self.stop is None else self.rows[:0]
+        report = BlendReport(self.end, self.prompt.num_candidates, self.computed, dict(self.watch.seconds))
+        return Blended(logits, positions, self.layers, report)
 
-    def _finish(
-        self,
-        index: int,
-        rows: torch.Tensor,
-        hidden: torch.Tensor,
-        x: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+    def _compute(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Recompute the rows' KV of a layer into `keys` and `values`, and take the rows through the layer."""
+        with self.watch("project"):
+            x = self.model.norm(index, self.hidden)
+            k, v = self.model.key_value(index, x)
+            k = self.rotation(index, k, self.rows)
+        if index in self.selector.check_layers:
+            with self.watch("select"):
+                kept = self._kept(index, k, v, keys, values)
+                self.rows, self.hidden, x, k, v = (t[kept] for t in (self.rows, self.hidden, x, k, v))
+        self.computed.append(len(self.rows))
+        # Rows ascend: an exact last token is the last row.
+        written = len(self.rows) - (self.exact_last and bool(self.rows[-1:] == self.end - 1))
+        with self.watch("write"):
+            keys[self.rows[:written]] = k[:written]
+            values[self.rows[:written]] = v[:written]
+        is_last = index + 1 == self.model.num_layers
+        if is_last and not self.all_logits:
+            self.rows, self.hidden, x = self.rows[-1:], self.hidden[-1:], x[-1:]
+        if self.stop is None or (not is_last and len(self.rows)):
+            self.hidden = self._finish(index, x, keys, values)
+
+    def _kept(
+        self, index: int, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
+        """Places in the rows of those that a check layer chooses, by how far their KV is from the reused."""
+        k_dev, v_dev = kv_deviation(k, keys[self.rows], v, values[self.rows])
+        kept = self.selector.narrow(self.prompt, index, self.rows, k_dev, v_dev)
+        if self.stop is not None and index == self.last_check:
+            kept = kept[self.rows[kept] < self.stop]
+        return kept
+
+    def _finish(self, index: int, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Queries, attention and the rest of the layer."""
         with self.watch("project"):
-            q = self.rotation(index, self.model.query(index, x), rows)
+            q = self.rotation(index, self.model.query(index, x), self.rows)
         attention = self.model.attention[index]
         with self.watch("attend"):
             attended = sparse_prefill(
                 q,
                 PackedKV(keys, values, self.bounds),
-                rows,
-                torch.tensor([0, len(rows)], device=rows.device),
+                self.rows,
+                torch.tensor([0, len(self.rows)], device=self.rows.device),
                 scale=attention.scale,
                 window=attention.window,
                 max_kv=len(keys),
-                plan=self._plan(rows),
+                plan=self._plan(),
                 provider=self.provider,
             )
         with self.watch("mlp"):
-            return self.model.finish(index, hidden, attended)
+            return self.model.finish(index, self.hidden, attended)
 
-    def _plan(self, rows: torch.Tensor) -> dict[object, Any]:
+    def _plan(self) -> dict[object, Any]:
         """That of attention, for as long as the rows are the same."""
-        if self.planned is not rows:
-            self.planned, self.plan = rows, {}
+        if self.planned is not self.rows:
+            self.planned, self.plan = self.rows, {}
         return self.plan
 
-    def _attention(self, question: int, start: float, stop: float) -> torch.Tensor:
-        """Prompt.attention."""
-        asked = (question, start, stop)
-        if asked not in self.asked:
-            layers = range(int(start * self.model.num_layers), math.ceil(stop * self.model.num_layers))
-            rows, asking = self._question(question)
-            known, first = self.reused.covered, layers.start
-            masses = question_mass(
-                self.model, self.rotation, self.feed.layer, self.tokens, rows, asking, known, self.exact_last, first
-            )
-            with self.watch("dry run"):
-                self.asked[asked] = torch.stack(list(islice(masses, len(layers)))).mean(0)
-        return self.asked[asked]
-
-    def _question(self, limit: int) -> tuple[torch.Tensor, int]:
-        """Rows of a dry run, and how many of them, the last, ask: the tail that is computed in any case.
-
-        The first tokens of the prompt, on which attention sinks, are computed too if there is no KV of them.
-        """
-        include = self.prompt.include
-        length = len(include)
-        start = int(torch.nonzero(~include).max()) + 1 if not bool(include.all()) else 0
-        asked = min(length - start, limit)
-        positions = torch.arange(length, device=include.device)
-        wanted = include & ((positions < _SINKS) | (positions >= length - asked))
-        return torch.nonzero(wanted).flatten(), asked
-
-    def _truth(self, question: int) -> torch.Tensor:
-        """Prompt.truth."""
-        true: list[KV] = []
-
-        def copied(index: int) -> KV:
-            keys, values = self.feed.layer(index)
-            true.append((keys.clone(), values.clone()))
-            return true[-1]
-
-        rows, asking = self.prompt.everything, self._question(question)[1]
-        known = self.reused.exact
-        score = torch.zeros(len(self.tokens), device=self.tokens.device)
-        passes = question_mass(self.model, self.rotation, copied, self.tokens, rows, asking, known, self.exact_last)
-        for index, mass in enumerate(passes):
-            old = self.feed.layer(index)
-            score += mass * kv_deviation(true[-1][0], old[0], true[-1][1], old[1])[1].sqrt()
-        return score / self.model.num_layers
-
-
-_SINKS = 4
+    def _hand_over(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The layer's KV is complete."""
+        keys, values = keys[: self.stop], values[: self.stop]
+        if self.done is None:
+            self.layers.append((keys, values))
+        else:
+            with self.watch("done"):
+                self.done(index, keys, values)
+            self.feed.forget(index)
 
 
 def _check(tokens: torch.Tensor, reused: ReusedKV) -> None:

@@ -3,9 +3,9 @@
     load      |0000|1111|2222|3333|             bytes of a layer / throughput
     compute        |000 |111 |222 |333|         a + b rows, of a layer
 
-Behind the first layer the two go on side by side, and the longer one is waited for. Whatever a slow tier leaves of
-compute's time is spent on quality: more tokens are computed again than quality asks for at least. The other way round,
-when the ratio is given, KV may lie in the slowest tier that is not waited for.
+After the first layer, loading and computing run side by side, and the prompt takes as long as the slower one. Where
+loading is slower, the controller raises the ratio: more tokens are recomputed, for better quality at no cost in time.
+Conversely, for a given ratio, `slowest_hidden` names the slowest tier that the model does not have to wait for.
 
 Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached Knowledge Fusion", section 5
 (arXiv:2405.16444). There both times are profiled beforehand; here they are measured as prompts come.

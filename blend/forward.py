@@ -1,4 +1,4 @@
-"""Some rows of a prompt through a model's layers, over a KV that holds all of it.
+"""What a pass of some rows of a prompt through a model's layers needs, over a KV that holds all of the prompt.
 
 hidden [N] --norm, projections, rope--> q, k, v [N]       keys, values [T]
                                            └─ k, v ------> rows .. are overwritten in place
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, nullcontext, suppress
 from time import perf_counter
@@ -19,10 +19,8 @@ import torch
 from lmcache.blend.models.base import BlendModel
 from lmcache.blend.reuse import ReusedKV
 from lmcache.errors import BlendError
-from lmcache.kernels.attention.sparse_prefill import visible
 
 KV = tuple[torch.Tensor, torch.Tensor]
-_SLAB_SCORES = 1 << 24  # attention scores held at once
 
 
 class Stopwatch:
@@ -120,84 +118,3 @@ class Rotation:
         torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
         torch.mul(high, cos, out=out_high).addcmul_(low, sin)
         return out
-
-
-def question_mass(
-    model: BlendModel,
-    rotation: Rotation,
-    layers: Callable[[int], KV],
-    tokens: torch.Tensor,
-    rows: torch.Tensor,
-    question: int,
-    known: torch.Tensor,
-    exact_last: bool,
-    first: int = 0,
-) -> Iterator[torch.Tensor]:
-    """Runs `rows` over the KV and yields, from layer `first` on, what their last `question` tokens attend to.
-
-    fp32 `[T]`: summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`. `known`:
-    bool `[T]`, tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax is needed.
-    """
-    key_positions = torch.arange(len(tokens), device=tokens.device)
-    seen = known.clone()
-    seen[rows] = True
-    key_positions = key_positions.where(seen, len(tokens))  # behind every query
-    masks: dict[int | None, torch.Tensor] = {}
-    hidden = model.embed(tokens[rows])
-    written = len(rows) - exact_last
-    for index in range(model.num_layers):
-        keys, values = layers(index)
-        x = model.norm(index, hidden)
-        k, v = model.key_value(index, x)
-        keys[rows[:written]] = rotation(index, k, rows)[:written]
-        values[rows[:written]] = v[:written]
-        attention = model.attention[index]
-        q = rotation(index, model.query(index, x), rows)
-        if attention.window not in masks:
-            unseen = ~visible(rows, key_positions, attention.window)
-            mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
-            masks[attention.window] = mask.masked_fill_(unseen, -torch.inf)
-        mask = masks[attention.window]
-        if index < first:
-            attended = _attend(q, (keys, values), mask, attention.scale)
-        else:
-            attended, mass = _attend_and_weigh(q, (keys, values), mask, question, attention.scale)
-            yield mass
-        if index + 1 < model.num_layers:
-            hidden = model.finish(index, hidden, attended)
-
-
-def _attend(q: torch.Tensor, kv: KV, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention's output `[N, H_q, D]`; mask: `[N, T]`, added to the logits."""
-    k, v = (side.transpose(0, 1)[None] for side in kv)  # [1, H_kv, T, D]
-    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
-    group = grouped.shape[2]  # whose heads are rows of one: each head's keys are packed once
-    out = torch.nn.functional.scaled_dot_product_attention(
-        grouped.transpose(0, 1).flatten(1, 2)[None], k, v, attn_mask=mask.repeat_interleave(group, 0), scale=scale
-    )
-    return out.view(k.shape[1], len(q), group, -1).transpose(0, 1).flatten(1, 2)
-
-
-def _attend_and_weigh(
-    q: torch.Tensor, kv: KV, mask: torch.Tensor, question: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention's output `[N, H_q, D]`, and the weights of the last `question` rows summed, `[T]`.
-
-    mask: `[N, T]`, added to the logits.
-    """
-    keys, values = kv
-    total, q_heads, size = q.shape
-    k, v = keys.permute(1, 2, 0), values.transpose(0, 1)  # [H_kv, D, T], [H_kv, T, D]
-    out = torch.empty_like(q)
-    mass = torch.zeros(len(keys), dtype=torch.float32, device=q.device)
-    slab = max(1, _SLAB_SCORES // (len(keys) * q_heads))
-    for first in range(0, total, slab):
-        part = q[first : first + slab]
-        grouped = (part * scale).view(len(part), len(k), -1, size).permute(1, 2, 0, 3)  # [H_kv, G, n, D]
-        logits = torch.matmul(grouped.flatten(1, 2), k).view(*grouped.shape[:3], -1)
-        weights = logits.add_(mask[first : first + slab]).softmax(-1)  # [H_kv, G, n, T]
-        asking = max(total - question - first, 0)
-        mass += weights[:, :, asking:].sum((0, 1, 2), dtype=torch.float32) / q_heads
-        attended = torch.matmul(weights.flatten(1, 2), v).view(grouped.shape)
-        out[first : first + slab] = attended.permute(2, 0, 1, 3).flatten(1, 2)
-    return out, mass

@@ -1,4 +1,4 @@
-"""KV of a prompt's tokens that need not be computed: what the blender takes, whoever has it."""
+"""The interface of reused KV that the blender takes, and an implementation over tensors."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""KV of segments in storage, and back at whatever positions a prompt has them.
+"""Stores the KV of segments, and retrieves it at the positions that a prompt has them at.
 
 Kept as the engine made it: keys turned at the positions stored_at, stored_at + 1, ... that the tokens had then, which
 is kept with them. Whoever asks gets keys turned by the difference on (lmcache.kernels.rotary.ops), values as they are.
 
-The key is of the tokens alone (and of what placeholders among them stand for), not of where they stood or behind what,
-in a namespace of its own: see ``SegmentStore``. What is read is used only if it is what was asked for: the tokens in
-the record are compared, and all chunks must come from one and the same run of the model.
+The key is of the tokens alone, not of where they stood or behind what, in a namespace of its own: see ``SegmentStore``.
+What is read is used only if it is what was asked for: the tokens in the record are compared, and all chunks must come
+from one and the same run of the model.
 Only raw KV is kept: codecs pack an engine's pages, and their chunks mean nothing without them.
 """
 
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from lmcache import metrics
-from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record, run_digest, write_record
+from lmcache.blend.chunks import Record, SegmentFormat, SegmentLayout, read_record, run_digest, write_record
 from lmcache.blend.reuse import Segment
 from lmcache.blend.segments import Match, Tokens, as_tokens, explicit_spans
 from lmcache.blend.stored import Part, PrefixKV, StoredKV, Wanted, release
 from lmcache.engine.engine import TokenIds
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels.codecs.base import RAW
-from lmcache.keys import ChunkKey, PlaceholderSpan, chunk_digest, namespace
+from lmcache.keys import ChunkKey, chunk_digest, namespace
 from lmcache.storage.eviction.base import Place
 from lmcache.storage.lease import Lease
 from lmcache.storage.manager import StorageManager
@@ -73,22 +73,13 @@ class SegmentStore:
         self._on_read = on_read
         self._fingerprint = format.kv_format().fingerprint()
 
-    def keys(
-        self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None, placeholders: Sequence[PlaceholderSpan] = ()
-    ) -> list[ChunkKey]:
-        """The keys of a segment's chunks. placeholders: counted from its first token."""
-        return self._keys(_packed(as_tokens(tokens)), 0, tags, placeholders)
+    def keys(self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None) -> list[ChunkKey]:
+        """The keys of a segment's chunks."""
+        return self._keys(_packed(as_tokens(tokens)), tags)
 
-    def holds(
-        self,
-        tokens: TokenIds,
-        *,
-        below: bool = True,
-        tags: Mapping[str, str] | None = None,
-        placeholders: Sequence[PlaceholderSpan] = (),
-    ) -> bool:
+    def holds(self, tokens: TokenIds, *, below: bool = True, tags: Mapping[str, str] | None = None) -> bool:
         """Whether tiers say that they have all of a segment. below: ask those below memory too, and wait for them."""
-        keys = self.keys(tokens, tags=tags, placeholders=placeholders)
+        keys = self.keys(tokens, tags=tags)
         return self._manager.contains(keys, below=below) == len(keys)
 
     def put(
@@ -98,18 +89,17 @@ class SegmentStore:
         layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
         *,
         tags: Mapping[str, str] | None = None,
-        placeholders: Sequence[PlaceholderSpan] = (),
     ) -> bool:
         """Store a segment's KV, unless memory has it; False when there is no room for it (a future miss, counted).
 
         tokens: of the segment alone. stored_at: the position that the first of them had when its keys were turned.
-        layers: keys (turned) and values of every layer, each ``[T, H, D]``. placeholders: counted from its first token.
+        layers: keys (turned) and values of every layer, each ``[T, H, D]``.
         Raises KernelArgumentError for tensors of another shape or dtype, and for positions that the ropes' tables lack.
         """
         array = as_tokens(tokens)
         self._check_put(len(array), stored_at, layers)
         packed = _packed(array)
-        keys = self._keys(packed, 0, tags, placeholders)
+        keys = self._keys(packed, tags)
         present = self._manager.contains(keys, below=False)
         if present == len(keys):
             return True
@@ -134,7 +124,6 @@ class SegmentStore:
         timeout_s: float | None = None,
         pipelined: bool = False,
         tags: Mapping[str, str] | None = None,
-        placeholders: Sequence[PlaceholderSpan] = (),
     ) -> StoredKV:
         """What storage has of a prompt's segments, in memory; the caller closes it.
 
@@ -144,7 +133,6 @@ class SegmentStore:
         pipelined: return when the first layers are there; ``layer`` waits for the others, which are read in order,
             until the same time. It raises when one does not come: what was computed with these is void
             then, and the caller retrieves again, without ``pipelined``, what can be had.
-        placeholders: of the prompt. A ``Match`` that one lies in is a miss, for a passage is known by its tokens alone.
         A segment that is missing, incomplete, late or not what it should be is not covered: a miss, counted in
         ``lmcache_segment_tokens``, with one warning for a prompt unless nothing was wrong but that it was not there.
         Raises ValueError for segments that overlap or lie outside the prompt, KernelArgumentError for a prompt with
@@ -152,7 +140,7 @@ class SegmentStore:
         """
         array = as_tokens(tokens)
         self._check_prompt(len(array), segments, prefix)
-        wanted = self._wanted(_packed(array), segments, prefix.tokens if prefix else 0, tags, placeholders)
+        wanted = self._wanted(_packed(array), segments, prefix.tokens if prefix else 0, tags)
         limit_s = self._manager.read_timeout_s if timeout_s is None else max(timeout_s, 1e-3)
         ends_at = time.monotonic() + limit_s
         with ExitStack() as held:
@@ -164,11 +152,9 @@ class SegmentStore:
         metrics.SEGMENT_TOKENS.labels("reused").inc(sum(part.stop - part.start for part in kv.segments))
         return kv
 
-    def remove(
-        self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None, placeholders: Sequence[PlaceholderSpan] = ()
-    ) -> bool:
+    def remove(self, tokens: TokenIds, *, tags: Mapping[str, str] | None = None) -> bool:
         """Forget a segment, in every tier; whether there was anything of it."""
-        return self._manager.remove(self.keys(tokens, tags=tags, placeholders=placeholders)) > 0
+        return self._manager.remove(self.keys(tokens, tags=tags)) > 0
 
     def _all_layers(self, wanted: Sequence[Wanted], held: ExitStack, ends_at: float) -> list[Part]:
         """Each segment under a lease of its own, so that one that is missing costs no other; what all came of."""
@@ -271,12 +257,7 @@ class SegmentStore:
         return None
 
     def _wanted(
-        self,
-        prompt: bytes,
-        segments: Sequence[Segment],
-        first: int,
-        tags: Mapping[str, str] | None,
-        placeholders: Sequence[PlaceholderSpan],
+        self, prompt: bytes, segments: Sequence[Segment], first: int, tags: Mapping[str, str] | None
     ) -> list[Wanted]:
         """What is looked for: segments without what lies in the prefix, which ends at token ``first``."""
         wanted = []
@@ -286,29 +267,24 @@ class SegmentStore:
                 continue
             own = prompt[4 * segment.start : 4 * stop]
             if not isinstance(segment, Match):
-                keys = self._keys(own, segment.start, tags, placeholders)
+                keys = self._keys(own, tags)
                 wanted.append(Wanted(start, stop, row, own, keys, self._layout(own)))
                 continue
             if segment.passage[4 * segment.offset :][: len(own)] != own or segment.offset < 0:
                 raise ValueError(f"tokens {segment.start} to {stop} are not those of the passage that they match")
-            if any(span.start < stop and span.stop > segment.start for span in placeholders):
-                metrics.SEGMENT_TOKENS.labels("missing").inc(stop - start)
-                continue
-            keys = self._keys(segment.passage, 0, tags, ())
+            keys = self._keys(segment.passage, tags)
             row += segment.offset
             wanted.append(Wanted(start, stop, row, segment.passage, keys, self._layout(segment.passage)))
         return wanted
 
-    def _keys(
-        self, tokens: bytes, start: int, tags: Mapping[str, str] | None, placeholders: Sequence[PlaceholderSpan]
-    ) -> list[ChunkKey]:
+    def _keys(self, tokens: bytes, tags: Mapping[str, str] | None) -> list[ChunkKey]:
         if not tokens:
             raise ValueError("a segment without tokens")
         if tags and KIND_TAG in tags:
             raise ValueError(f"the tag {KIND_TAG} is taken: segments have it, exact prefixes have not")
         space = namespace(self._fingerprint, {**(tags or {}), KIND_TAG: "segment"})
         parents = [_PARENT.pack(b"lmcache-segment", *group) for group in self._layout(tokens).groups]
-        return [ChunkKey(space, chunk_digest(space, parent, tokens, start, placeholders)) for parent in parents]
+        return [ChunkKey(space, chunk_digest(space, parent, tokens, 0, ())) for parent in parents]
 
     def _layout(self, tokens: bytes) -> SegmentLayout:
         return SegmentLayout(self.format, len(tokens) // 4, self._chunk_bytes)

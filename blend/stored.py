@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lmcache.blend.layout import Record, SegmentFormat, SegmentLayout, read_record
+from lmcache.blend.chunks import Record, SegmentFormat, SegmentLayout, read_record
 from lmcache.blend.reuse import Segment
 from lmcache.errors import ClosedError, CorruptChunkError, LeaseExpiredError
 from lmcache.kernels.rotary.shift import RotaryShift
@@ -71,10 +71,7 @@ class StoredKV:
         self.covered = covered.to(format.device)
         self.exact = torch.arange(tokens, device=format.device) < first
         old, new = old.to(format.device), torch.arange(tokens, device=format.device)
-        self._shifts = {
-            id(table): RotaryShift(old, new, table, interleaved=format.interleaved, rotary_start=format.rotary_start)
-            for table in format.ropes
-        }
+        self._shifts = {id(table): RotaryShift(old, new, table) for table in format.ropes}
 
     def behind(self, prefix: PrefixKV | None) -> StoredKV:
         """The same segments behind another prefix, which goes before those that it overlaps. Only one is closed."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "BlendEngine": "lmcache.blend.engine",
+    "BlendEngine": "lmcache.blend.standalone",
     "Blender": "lmcache.blend.blender",
     "CacheEngine": "lmcache.engine.engine",
     "ChunkKey": "lmcache.keys",
@@ -38,7 +38,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lmcache.blend.blender import Blender
-    from lmcache.blend.engine import BlendEngine
+    from lmcache.blend.standalone import BlendEngine
     from lmcache.config import LMCacheConfig, load_config
     from lmcache.engine.engine import CacheEngine
     from lmcache.engine.layout import PagedCache

@@ -27,7 +27,7 @@ SEGMENT_TOKENS = Counter(
     ["outcome"],
 )
 
-# What the wrappers of a backend see (storage/wrappers/decorators.py, compression.py, encryption.py).
+# What the wrappers of a backend see (storage/wrappers).
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _BYTES = tuple(4.0**n for n in range(5, 17))  # 1 KiB to 4 GiB
 BACKEND_SECONDS = Histogram(

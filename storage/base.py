@@ -43,7 +43,8 @@ class StorageBackend(ABC):
 
     Meaning: a map ChunkKey -> bytes. What ``get`` returns was put under that very key, bit for bit, or it is a miss.
     Threads: every method may be called from several threads at once.
-    Blocking: methods block; deadlines, retries and the circuit breaker live in the StorageManager.
+    Blocking: methods block; deadlines, retries and the circuit breaker live in the StorageManager. Where something has
+    to be done between two tries, as to ask who the master is now, the backend tries again itself, within a time limit.
     Buffers: the caller owns every buffer; a backend neither keeps nor releases one after it returns. It writes to the
     ``nbytes`` of those that it fills, and to nothing else.
     Batches: one entry after the other. An empty batch does nothing. A key may stand in it more than once: ``sizes``,

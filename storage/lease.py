@@ -1,4 +1,8 @@
-"""A hold on found chunks, and chunks on their way into memory."""
+"""A hold on found chunks, and chunks on their way into memory.
+
+Two sides use a Lease. Whoever acquired it waits, takes ``buffers`` and closes it. Whoever reads for it (flow/) gives it
+chunks with ``hold`` and ``hold_end``, and ends that with ``settle``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from types import TracebackType
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.memory.pool import PoolBuffer
-from lmcache.storage.run.deadlines import Deadline
 
 
 class Lease:
@@ -24,7 +27,9 @@ class Lease:
         keys: Sequence[ChunkKey],
         sizes: Sequence[int | range],
         timeout_s: float,
-        on_done: Callable[[Lease], None] | None,
+        on_done: Callable[[Lease], None] | None = None,
+        *,
+        on_closed: Callable[[Lease], None] | None = None,
     ) -> None:
         self.keys = keys
         self.sizes = sizes
@@ -32,9 +37,8 @@ class Lease:
         self._buffers: list[PoolBuffer] = []
         self._timeout_s = timeout_s
         self._on_done = on_done
-        self._on_closed: Callable[[Lease], None] | None = None
-        self._on_ended: Callable[[], None] | None = None  # of whoever reads for it, before on_done
-        self._expiry: Deadline | None = None
+        self._on_closed = on_closed
+        self._on_settled: Callable[[], None] | None = None
         self._changed = threading.Condition(threading.Lock())
         self._done = False
         self._closed = False
@@ -103,10 +107,6 @@ class Lease:
             self._changed.wait_for(lambda: self._done or len(self._buffers) >= count, timeout_s)
             return len(self._buffers) >= count
 
-    def settle(self) -> None:
-        """Be done with what is held now. Reads that still run end in memory, unheld."""
-        self._finish()
-
     def close(self) -> None:
         """Let go. Reads that still run end in memory, unheld. Idempotent."""
         if self._home.left:
@@ -116,7 +116,7 @@ class Lease:
             buffers, self._buffers = self._buffers, []
         if buffers:
             buffers[0]._pool.release_all(buffers)
-        self._finish()
+        self.settle()
         if first and self._on_closed is not None:
             self._on_closed(self)
 
@@ -126,8 +126,12 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _extend(self, buffers: Sequence[PoolBuffer]) -> bool:
-        """Hold more; False (and nothing held) when the lease is done or closed."""
+    def tell_reader(self, on_settled: Callable[[], None]) -> None:
+        """Have ``on_settled`` called once it is done, before ``on_done``. For whoever reads for it, beforehand."""
+        self._on_settled = on_settled
+
+    def hold(self, buffers: Sequence[PoolBuffer]) -> bool:
+        """Hold the payloads of the next keys. Takes the handles over; False, and releases them, when it is done."""
         with self._changed:
             if not self._closed and not self._done:
                 self._buffers.extend(buffers)
@@ -137,35 +141,40 @@ class Lease:
             buffers[0]._pool.release_all(buffers)
         return False
 
-    def _end_with(self, key: ChunkKey, size: int | range, buffers: Sequence[PoolBuffer]) -> None:
+    def hold_end(self, key: ChunkKey, size: int | range, buffers: Sequence[PoolBuffer]) -> None:
         """Take ``key`` instead of those that are not held."""
         with self._changed:
             if not self._done and buffers:
                 held = len(self._buffers)
                 self.keys, self.sizes = [*self.keys[:held], key], [*self.sizes[:held], size]
                 self.end = key
-        self._extend(buffers)
+        self.hold(buffers)
 
-    def _finish(self) -> None:
+    def settle(self) -> None:
+        """Be done with what is held now. Reads that still run end in memory, unheld. Idempotent."""
         with self._changed:
             if self._done:
                 return
             self.expires_at = time.monotonic() + self._timeout_s
             self._done = True
             self._changed.notify_all()
-        if self._on_ended is not None:
-            self._on_ended()
+        if self._on_settled is not None:
+            self._on_settled()
         if self._on_done is not None:
             self._on_done(self)
 
 
 class Prefetch:
-    """Chunks that are being brought from lower tiers into memory, where nothing holds them afterwards. Thread-safe."""
+    """Chunks that are being brought from lower tiers into memory, where nothing holds them afterwards. Thread-safe.
 
-    def __init__(self) -> None:
-        self._lease: Lease | None = None
+    acquire: a lease on them, given what is to be called when that is done.
+    """
+
+    def __init__(self, acquire: Callable[[Callable[[Lease], None]], Lease]) -> None:
         self._ended = threading.Event()
         self._found = 0
+        self._lease: Lease | None = None
+        self._lease = acquire(self._finished)
 
     @property
     def found(self) -> int:

@@ -21,16 +21,17 @@ from lmcache.forks import Home
 from lmcache.keys import ChunkKey, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.eviction.base import Place
+from lmcache.storage.flow.health import TierHealth
 from lmcache.storage.flow.joining import Ends, Joining
 from lmcache.storage.flow.owed_files import FOLDER, OwedFiles
 from lmcache.storage.flow.promotion import promotion
-from lmcache.storage.flow.tier import LowerTier, TierHealth
+from lmcache.storage.flow.tier import LowerTier
 from lmcache.storage.flow.transfers import Transfers
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.registry import EVICTION_POLICIES, build_tiers, check_policy, place_of
-from lmcache.storage.run.deadlines import Deadlines
+from lmcache.storage.run.deadlines import Deadline, Deadlines
 from lmcache.storage.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class StorageManager:
         check_policy(memory.eviction, "memory.eviction")
         policy = EVICTION_POLICIES.get(memory.eviction)
         backends = build_tiers(config.tiers) if tiers is None else tiers
-        self._write_back = config.demotion == "on_evict" and bool(backends)
+        self._demotes = config.demotion == "on_evict" and bool(backends)
         self.pool = PinnedPool(
             memory.capacity,
             pin=pin,
@@ -87,7 +88,7 @@ class StorageManager:
             low_watermark=memory.low_watermark,
             quotas=config.quotas,
             quota_policy=policy,
-            write_back=self._write_back,
+            demotes=self._demotes,
         )
         self._deadlines = Deadlines()
         # Queued chunks cannot be evicted, so they may not take more than half of memory.
@@ -105,7 +106,8 @@ class StorageManager:
             self._tiers, self._memory, self._deadlines, batch_bytes=config.read_batch, most=config.lookup_queue
         )
         self._promotes = promotion(config.promote)
-        self._leases: set[Lease] = set()
+        self._leases: dict[Lease, Deadline | None] = {}
+        """Each with when it is looked at next."""
         self._lock = threading.Lock()
         self._frozen = False
         self._closed = False
@@ -159,7 +161,7 @@ class StorageManager:
             return
         # What a quota may turn out at any time is written at once, also where other chunks wait for demotion.
         at_once = self._memory.has_quota(key)
-        if self._write_back and on_written is None and not at_once:
+        if self._demotes and on_written is None and not at_once:
             self._memory.insert(key, buffer, place=place)
             self._write_ahead()
             return
@@ -229,10 +231,8 @@ class StorageManager:
         timeout_s: float | None = None,
     ) -> Prefetch:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
-        prefetch = Prefetch()
         always = promotion("always")
-        prefetch._lease = self._acquire(keys, sizes, prefetch._finished, timeout_s, None, always, join=False)
-        return prefetch
+        return Prefetch(lambda on_done: self._acquire(keys, sizes, on_done, timeout_s, None, always, join=False))
 
     def remove(self, keys: Sequence[ChunkKey], *, tier: str | None = None, wait: bool = True) -> int:
         """Forget chunks, in every tier that answers in time, or in the one of that name.
@@ -330,7 +330,7 @@ class StorageManager:
                 return
             self._closed = self._frozen = True
         ends_at = time.monotonic() + self._config.close_timeout_s
-        if self._write_back:
+        if self._demotes:
             for key, buffer in self._memory.to_write():
                 self._tiers[0].writes.put(key, buffer, wait_until=ends_at)
         if not self.flush(max(0.0, ends_at - time.monotonic())):
@@ -382,11 +382,10 @@ class StorageManager:
         join: bool = True,
     ) -> Lease:
         self._home.check()
-        lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done)
-        lease._on_closed = self._forget
+        lease = Lease(keys, sizes, hold_s or self._config.lease_timeout_s, on_done, on_closed=self._forget)
         with self._lock:
             self._check_open()
-            self._leases.add(lease)
+            self._leases[lease] = None
         limit_s = timeout_s or self._config.read_timeout_s
         try:
             self._joining.read(lease, limit_s, keep=keep, ends=ends, join=join)
@@ -411,13 +410,18 @@ class StorageManager:
             lease.close()
             return
         due = time.monotonic() + min(left, self._config.read_timeout_s)
-        lease._expiry = self._deadlines.at(max(due, time.monotonic() + 1e-3), partial(self._watch, lease))
+        watch = self._deadlines.at(max(due, time.monotonic() + 1e-3), partial(self._watch, lease))
+        with self._lock:
+            if lease in self._leases:
+                self._leases[lease] = watch
+                return
+        watch.cancel()  # it was closed meanwhile
 
     def _forget(self, lease: Lease) -> None:
-        if lease._expiry is not None:
-            lease._expiry.cancel()
         with self._lock:
-            self._leases.discard(lease)
+            watch = self._leases.pop(lease, None)
+        if watch is not None:
+            watch.cancel()
 
     def _close_expired(self) -> bool:
         """Close leases that ran out and have not been seen to; returns whether there were any."""

@@ -64,6 +64,7 @@ def test_the_folders_do_not_import_under_their_own_names(name: str) -> None:
     assert "ModuleNotFoundError: import lmcache." in done.stderr
 
 
+@pytest.mark.serial
 def test_import_is_light_and_fast() -> None:
     code = "import sys, lmcache; assert not {'torch', 'vllm', 'triton', 'numpy', 'pydantic'} & set(sys.modules)"
     best = min(_seconds(code) for _ in range(3))
@@ -71,6 +72,7 @@ def test_import_is_light_and_fast() -> None:
     assert best - floor < 0.3, f"import lmcache took {best - floor:.2f} s"
 
 
+@pytest.mark.serial
 def test_help_is_fast() -> None:
     code = "import sys; sys.argv = ['lmcache', '--help']; from lmcache.cli import main; main()"
     best = min(_seconds(code) for _ in range(3))

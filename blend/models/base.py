@@ -1,4 +1,4 @@
-"""What the blender needs of a model: its layers, cut where attention over the blended KV goes in.
+"""The interface of a model that can be blended: its layers in pieces, so that attention runs over the blended KV.
 
     tokens --embed--> hidden --norm--> x --key_value--> k, v --rope--> into the KV
                         |              └---query------> q ------rope--> attention over the KV

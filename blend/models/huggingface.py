@@ -1,4 +1,4 @@
-"""Decoders of Hugging Face transformers, whose own modules do the work; only attention is ours.
+"""Decoders of Hugging Face transformers: their own modules are called for everything but attention.
 
 To add one: subclass the nearest, say where it differs, and name it in BLEND_MODELS.
 """

@@ -1,4 +1,4 @@
-"""Decoders as vLLM has loaded them, whose own modules do the work; only attention is ours.
+"""Decoders as vLLM has loaded them: their own modules are called for everything but attention.
 
 vLLM computes queries, keys and values in one projection: `norm` gives its result, which the others take apart. Modules
 are called, their weights never touched, which vLLM may have packed for the processor. To add a model: subclass the

@@ -44,7 +44,7 @@ def main() -> None:
     from vllm.inputs import TokensPrompt
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from lmcache.connector.identity.ages import BlockAges
+    from lmcache.connector.scheduler.blocks import BlockAges
     from lmcache.connector.worker import WorkerHalf
 
     steps, looks, ages = list[float](), list[float](), list[float]()

@@ -17,9 +17,9 @@ from experiments.blending.prompts import Prompt, bind
 from experiments.blending.session import BlendSession, open_session
 from experiments.framework.config import ROOT, EngineConfig, ExperimentConfig
 from experiments.framework.plots import FADED, INK, SELECTORS
-from lmcache.blend.engine import BlendEngine
-from lmcache.blend.selection import Prompt as Blending
-from lmcache.blend.selection import TokenSelector, build_selector
+from lmcache.blend.selectors import Prompt as Blending
+from lmcache.blend.selectors import TokenSelector, build_selector
+from lmcache.blend.standalone import BlendEngine
 
 IMAGES = ROOT / "docs" / "images"
 EXACT, REUSED, MISSING, ASKING = "#2a9d8f", "#b9cbe4", "#d5dae0", "#e0a458"

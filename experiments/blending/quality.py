@@ -15,7 +15,7 @@ from experiments.blending.session import BlendSession
 from experiments.framework import paired
 from experiments.framework.paired import Interval
 from lmcache.blend.blender import Blended, Blender
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
 

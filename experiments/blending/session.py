@@ -14,9 +14,9 @@ from experiments.blending.prompts import PREFIX, TASK, Encode, Prompt
 from experiments.framework.config import ROOT, ExperimentConfig
 from experiments.framework.engine_process import hardware
 from experiments.framework.model import PACKAGES, folder_of
-from lmcache.blend.engine import BlendEngine
 from lmcache.blend.models import adapt
 from lmcache.blend.models.base import BlendModel
+from lmcache.blend.standalone import BlendEngine
 from lmcache.config import load_config
 from lmcache.errors import BlendError, ConfigError
 from lmcache.storage.manager import StorageManager

@@ -1,63 +1,42 @@
-"""CacheBlend in vLLM's worker: a prompt's passages found, fused over its pages, and learned from what vLLM computes.
+"""CacheBlend over vLLM's pages: finds a prompt's passages, fuses them into its pages, learns new ones.
 
     lookup   prompt ── passages in memory, leased ──> tokens that need not be computed by vLLM, and how many are exact
     load     exact chunks ─> pages ─┐
              passages ──────────────┴─ fusion ─> pages; vLLM goes on behind the last passage
     step     what vLLM computed in full ── passages ──> storage
 
-Blended KV is in pages of its own request only: it is neither stored, nor learned from, nor found by vLLM's own prefix
-cache (the scheduler half sees to that).
+The steps themselves are those of lmcache.blend.pipeline. Blended KV stays in the pages of its own request: the
+scheduler half sees to it that it is not stored, not learned from and not shared by vLLM's own prefix cache.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from lmcache.blend.blender import Blender
+from lmcache.blend.blender import Blended, Blender
+from lmcache.blend.chunks import SegmentFormat
 from lmcache.blend.forward import KV
-from lmcache.blend.layout import SegmentFormat
 from lmcache.blend.models.base import BlendModel
+from lmcache.blend.pipeline import BlendPipeline, FoundPassages
 from lmcache.blend.reuse import Segment
-from lmcache.blend.segments import ContentIndex, Match, Tokens, as_tokens
+from lmcache.blend.segments import Match, Tokens, as_tokens
 from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.config import BlendConfig
 from lmcache.connector.identity.cpu_isa import write_cpu_tokens
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine
-from lmcache.engine.gpu_connector import BlockTables
 from lmcache.engine.layout import Plane
+from lmcache.engine.mover import BlockTables
 from lmcache.engine.token_pages import TokenPages
-from lmcache.errors import BlendError, CorruptChunkError, LeaseExpiredError
+from lmcache.errors import BlendError
 from lmcache.kernels import PagedLayers, scatter_tokens
 
-logger = logging.getLogger(__name__)
-
-_AGAIN_S = 0.05  # for passages that memory has, when it should lose them now: the step that computes waits
-_INDEXES = 64  # tenants, adapters, ... whose passages are known by content
-
-
-@dataclass(frozen=True)
-class Found:
-    """Passages of a prompt that are held in memory. reach: where the last ends, with a token of the prompt behind."""
-
-    tokens: Tokens
-    segments: Sequence[Segment]
-    kv: StoredKV
-    tags: Mapping[str, str]
-
-    @property
-    def reach(self) -> int:
-        return min(max((each.stop for each in self.kv.segments), default=0), len(self.tokens) - 1)
-
-    def close(self) -> None:
-        self.kv.close()
+_AGAIN_S = 0.05  # to get passages that memory says it has: the step that computes waits for them
 
 
 class Blending:
@@ -87,66 +66,53 @@ class Blending:
             extras=engine.format.extras,
         )
         self.store = SegmentStore(engine.storage, format, codec=engine.config.codec)
-        self._indexes: OrderedDict[tuple[tuple[str, str], ...], ContentIndex] = OrderedDict()
-        self._lock = threading.Lock()
+        self._pipeline = BlendPipeline(config.min_tokens)
 
     def rename(self, model: str) -> None:
         """The model computes with other weights from now on: nothing that was learned before is found again."""
         format = replace(self.store.format, model=model)
-        with self._lock:
-            self.store = SegmentStore(self._engine.storage, format, codec=self._engine.config.codec)
-            self._indexes.clear()
+        self.store = SegmentStore(self._engine.storage, format, codec=self._engine.config.codec)
+        self._pipeline.forget()
 
     def find(
         self, tokens: bytes, passages: Passages, exact: int, tags: Mapping[str, str], timeout_s: float
-    ) -> Found | None:
+    ) -> FoundPassages | None:
         """The passages of a prompt behind its first ``exact`` tokens, in memory; None where it is not worth it."""
         array = as_tokens(tokens)
-        index = self._index(tags)
+        index = self._pipeline.index(tags)
         segments = index.find(array) if passages.by_content else passages.segments(array)
         # A match is of a known passage, any part of it; what a request names is one as a whole.
         wanted = [each for each in segments if each.stop > exact and each.stop - each.start >= self.config.min_tokens]
         if not wanted:
             return None
-        kv = self.store.retrieve(array, wanted, timeout_s=timeout_s, tags=tags)
-        there = {segment.start for segment in kv.segments}
-        for each in wanted:
-            if isinstance(each, Match) and each.start not in there:
-                index.discard(each.passage)  # to be learned again
-        found = Found(array, wanted, kv, tags)
-        reused = sum(each.stop - max(each.start, exact) for each in kv.segments)
+        found = self._pipeline.find(self.store, array, wanted, timeout_s=timeout_s, tags=tags)
+        for each in found.missing:
+            index.discard(each.passage)  # to be learned again
+        reused = sum(each.stop - max(each.start, exact) for each in found.kv.segments)
         # Where most would be computed anyway, vLLM does it as fast, and exactly.
         if reused < max(self.config.min_tokens, (found.reach - exact) / 2):
-            kv.close()
+            found.close()
             return None
         return found
 
-    def fill(self, found: Found, tables: BlockTables, exact: int, stop: int) -> list[int]:
+    def fill(self, found: FoundPassages, tables: BlockTables, exact: int, stop: int) -> list[int]:
         """Fuse ``[exact, stop)`` of the prompt into pages; ``exact`` (whole blocks) tokens are in them already.
 
         Returns how many tokens each layer computed. Passages that are lost on the way are computed.
         """
         prefix = self._prefix(tables, exact)
         ids = torch.as_tensor(found.tokens.astype("int64"), device=self._engine.cache.device)
-        for attempt in (found.segments, found.segments, ()):
-            held = found.kv if attempt is found.segments and not found.kv.closed else None
-            kv = held or self._again(found, attempt)
-            try:
-                blended = self.blender.blend(
-                    ids,
-                    kv.behind(prefix),
-                    stop=stop,
-                    done=lambda layer, keys, values: self._write(tables, layer, keys, values, exact),
-                )
-                return blended.report.computed
-            except (LeaseExpiredError, CorruptChunkError) as error:
-                logger.warning("lmcache: a passage was lost while a prompt was blended, which begins again: %s", error)
-            finally:
-                kv.close()
-        raise BlendError("the prompt cannot be blended even without passages")
 
-    def _again(self, found: Found, segments: Sequence[Segment]) -> StoredKV:
-        """What memory has of passages; the model's thread asks no tier below."""
+        def write(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            self._write(tables, layer, keys, values, exact)
+
+        def blend(kv: StoredKV) -> Blended:
+            return self.blender.blend(ids, kv.behind(prefix), stop=stop, done=write)
+
+        return self._pipeline.fuse(found, blend, functools.partial(self._again, found)).report.computed
+
+    def _again(self, found: FoundPassages, segments: Sequence[Segment]) -> StoredKV:
+        """What memory has of passages. Lower tiers are not asked: this runs on the thread that computes the step."""
         own = [s.passage if isinstance(s, Match) else found.tokens[s.start : s.stop] for s in segments]
         there = [
             segment
@@ -160,23 +126,12 @@ class Blending:
     ) -> None:
         """Keep the passages of a prompt that end behind ``start``; the pages hold its tokens as a prefill made them."""
         array = as_tokens(tokens)
-        index = self._index(tags)
-        segments = self._pieces(array, index) if passages.by_content else passages.segments(array)
+        segments = self._pieces(array, tags) if passages.by_content else passages.segments(array)
         for segment in segments:
             own = array[segment.start : segment.stop]
-            if segment.stop <= start or len(own) < self.config.min_tokens:
-                continue
-            held = self.store.holds(own, below=False, tags=tags)
-            if not held and (layers := self._read(tables, segment)):
-                held = self.store.put(own, segment.start, layers, tags=tags)
-            if held:
-                index.add(own)
-
-    def clear(self) -> int:
-        """Forget all passages, at once; how many chunks memory had of them."""
-        with self._lock:
-            self._indexes.clear()
-        return self._engine.storage.clear(self.store.format.kv_format().fingerprint(), wait=False)
+            if segment.stop > start and len(own) >= self.config.min_tokens:
+                read = functools.partial(self._read, tables, segment)
+                self._pipeline.keep(self.store, own, segment.start, read, below=False, tags=tags)
 
     def _plane(self, name: str) -> Plane:
         """That layer alone, as a plane."""
@@ -188,19 +143,9 @@ class Blending:
                 return replace(plane, names=(name,), pages=PagedLayers([layer]))
         raise BlendError(f"layer {name} has no KV of its own in this engine")
 
-    def _index(self, tags: Mapping[str, str]) -> ContentIndex:
-        """Of what was read with the same tags: nobody finds another's passages."""
-        key = tuple(sorted(tags.items()))
-        with self._lock:
-            index = self._indexes.setdefault(key, ContentIndex(self.config.min_tokens))
-            self._indexes.move_to_end(key)
-            if len(self._indexes) > _INDEXES:
-                self._indexes.popitem(last=False)
-        return index
-
-    def _pieces(self, tokens: Tokens, index: ContentIndex) -> list[Segment]:
+    def _pieces(self, tokens: Tokens, tags: Mapping[str, str]) -> list[Segment]:
         """What is not known yet, in pieces."""
-        known = index.find(tokens)
+        known = self._pipeline.index(tags).find(tokens)
         edges = [0, *(edge for match in known for edge in (match.start, match.stop)), len(tokens)]
         size = self.config.piece_tokens
         return [

@@ -1,4 +1,4 @@
-"""Engines whose KV nobody could use again: the connector starts with them, says why once, and does nothing."""
+"""Engines whose KV cannot be reused: the connector starts with them, logs the reason once, and does nothing."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def why_inert(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | 
 class Inert:
     """The scheduler half that promises and plans nothing."""
 
-    hash_tokens = 0
-
     def __init__(self, reason: str) -> None:
         logger.warning("lmcache: nothing is cached: %s", reason)
+
+    def bind_block_pool(self, hash_tokens: int) -> None:
+        """No block is filled."""
 
     def on_new_request(self, request: Request) -> None:
         """Nothing is looked up."""

@@ -26,14 +26,14 @@ from lmcache.config import LMCacheConfig, load_config
 from lmcache.connector.identity import format as vllm_format
 from lmcache.connector.identity.adapters import LoadedAdapters, Stamps, watch_loads
 from lmcache.connector.identity.surroundings import why_no_multimodal
-from lmcache.connector.identity.watch import Identity
 from lmcache.connector.identity.weights import Weights
+from lmcache.connector.identity.weights_in_use import WeightsInUse
 from lmcache.connector.inert import Inert, why_inert
 from lmcache.connector.logs import show_logs
-from lmcache.connector.lookup import LookupClient
+from lmcache.connector.lookup.client import LookupClient
+from lmcache.connector.lookup.sockets import meeting_name, socket_path
 from lmcache.connector.metadata import StepMetadata
-from lmcache.connector.scheduler import SchedulerHalf
-from lmcache.connector.sockets import meeting_name, socket_path
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.connector.worker import WorkerHalf, describe, registered
 from lmcache.engine.engine import codec_of
 from lmcache.engine.layout import chunk_tokens as chunk_size
@@ -172,8 +172,8 @@ def make_worker(
     if vllm_config.lora_config is not None:
         watch_loads()
         adapters = LoadedAdapters(vllm_config.lora_config, several_workers=ranks > 1)
-    identity = Identity(weights, rank, ranks)
-    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended, identity, adapters)
+    in_use = WeightsInUse(weights, rank, ranks)
+    worker = WorkerHalf(config, socket_path(name, rank), format, cache, blended, in_use, adapters)
     tiers = [str(tier.get("type")) for tier in config.tiers]
     logger.info("%s", describe(format, config, tiers, worker.engine.memory_tokens))
     return worker
@@ -205,7 +205,7 @@ class LMCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
-        self._planner.hash_tokens = gpu_block_pool.hash_block_size
+        self._planner.bind_block_pool(gpu_block_pool.hash_block_size)
 
     def on_new_request(self, request: Request) -> None:
         self._planner.on_new_request(request)

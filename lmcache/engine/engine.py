@@ -1,8 +1,8 @@
 """CacheEngine: lookup, store and retrieve the KV of token sequences.
 
-lookup    tokens -> keys -> a lease on the longest cached prefix, whose bytes are in memory and verified
-retrieve  leased chunks -> pages
-store     pages -> chunks that are not in memory -> every tier; what a lower one holds already, it does not write again
+lookup    tokens -> chunk keys (token_database.py) -> a lease on the longest cached prefix, in memory and verified
+retrieve  the leased chunks -> the engine's pages (mover.py, or packed.py where a codec is configured)
+store     pages -> chunks -> memory, and from there every tier that does not hold them yet
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from lmcache import metrics
 from lmcache.config import LMCacheConfig
-from lmcache.engine.gpu_connector import BlockTables, PageMover
 from lmcache.engine.layout import PagedCache, chunk_tokens
+from lmcache.engine.mover import BlockTables, PageMover
 from lmcache.engine.packed import PackedMover
 from lmcache.engine.token_database import PromptKeys, Span, TokenDatabase
 from lmcache.errors import (
@@ -351,7 +351,7 @@ class CacheEngine:
                 mover.write(chunk, buffer)
 
     def _remove(self, span: Span) -> None:
-        """Forget a damaged chunk: left where it is, it would be found, and fail, again and again."""
+        """Remove a damaged chunk from every tier; otherwise each later lookup would find it and fail again."""
         metrics.CORRUPT_CHUNKS.labels("memory").inc()
         self.storage.remove([span.key], wait=False)
 

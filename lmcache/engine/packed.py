@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from lmcache.engine.gpu_connector import BlockTables
 from lmcache.engine.layout import PagedCache, Plane
+from lmcache.engine.mover import BlockTables
 from lmcache.engine.token_pages import TokenPages, is_plain
 from lmcache.errors import ConfigError, CorruptChunkError, KernelArgumentError
 from lmcache.kernels import gather_tokens, scatter_tokens

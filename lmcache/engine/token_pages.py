@@ -1,4 +1,8 @@
-"""An engine's pages, token by token: also where the engine's own order of bytes in a page is another one."""
+"""Reads and writes single tokens of an engine's pages.
+
+On a GPU a token is a row of its page. vLLM's CPU attention keeps the tokens of a page in an order of its own: those
+pages are unpacked into plain memory, and packed again to be written.
+"""
 
 from __future__ import annotations
 

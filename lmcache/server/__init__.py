@@ -1,1 +1,1 @@
-"""The standalone store that several engines share: its protocol, its server and its client."""
+"""The standalone store that several engines share: ``lmcache server``."""

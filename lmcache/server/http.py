@@ -1,139 +1,106 @@
-"""/metrics for Prometheus and /health for probes, over HTTP."""
+"""/metrics for Prometheus and /health for probes: a uvicorn server on a thread of its own.
+
+uvicorn has no deadline for a request's head or for an answer that is not read, and its ``limit_concurrency`` refuses
+newcomers, so that 32 silent clients would keep every probe out. ``_Connection`` adds both limits.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import http.server
+import asyncio
 import json
-import logging
-import math
-import socket
 import threading
-import time
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lmcache.errors import ConfigError
-from lmcache.server.server import Server
+from lmcache.server.server import Server, listen
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveCallable, ASGISendCallable, Scope
 
 CONNECTIONS: Final = 32
 REQUEST_S: Final = 5.0
-POLL_S: Final = 0.25
 
 
-class StatusPages(http.server.ThreadingHTTPServer):
-    """Serves until ``close``. A connection has ``REQUEST_S`` for everything, request and answer.
+class StatusPages:
+    """Serves until ``close``; ConfigError when the address is taken.
 
-    At most ``CONNECTIONS`` at a time: one more takes the place of the oldest, so that clients that say or read little
-    keep nobody out. Each serves one request.
+    A connection has ``REQUEST_S`` for everything, request and answer, and serves one request. Of more than
+    ``CONNECTIONS`` the oldest is cut.
     """
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
     def __init__(self, server: Server, host: str, port: int) -> None:
-        self.chunk_server = server
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._lock = threading.Lock()
-        self._open: dict[socket.socket, float] = {}  # since when, the oldest first
-        try:
-            super().__init__((host, port), _Handler)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_S,), name="lmcache-http", daemon=True)
+        self._server = server
+        self._open: dict[_Connection, asyncio.TimerHandle] = {}  # with what cuts it, the oldest first
+        sock = listen(host, port)
+        self.port = int(sock.getsockname()[1])
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self._answer,
+                http=type("_Connection", (_Connection,), {"open": self._open}),
+                interface="asgi3",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="error",  # what clients send is no concern of our log
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(target=self._uvicorn.run, args=([sock],), name="lmcache-http", daemon=True)
         self._thread.start()
 
-    @property
-    def port(self) -> int:
-        return int(self.server_address[1])
-
     def close(self) -> None:
-        self.shutdown()
+        """Cut what is open, and let go of the port. Idempotent."""
+        self._uvicorn.should_exit = True
         self._thread.join()
-        self.server_close()
-        self._cut(before=math.inf, most=0)
 
-    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
-        assert isinstance(request, socket.socket)
-        self._cut(before=time.monotonic() - REQUEST_S, most=CONNECTIONS - 1)
-        with self._lock:
-            self._open[request] = time.monotonic()
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no thread can be had; the caller closes the connection
-            self._forget(request)
-            raise
+    async def _answer(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        assert scope["type"] == "http"
+        status, kind, body = await asyncio.to_thread(self._page, scope["path"])
+        headers = {b"content-type": kind.encode(), b"content-length": str(len(body)).encode(), b"connection": b"close"}
+        await send({"type": "http.response.start", "status": status, "headers": headers.items()})
+        await send({"type": "http.response.body", "body": body})
 
-    def process_request_thread(self, request: object, client_address: object) -> None:
-        try:
-            super().process_request_thread(request, client_address)  # type: ignore[arg-type]
-        finally:
-            self._forget(request)
-
-    def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
-        self._forget(request)  # before it is closed, when another socket may get its number
-        super().shutdown_request(request)
-
-    def service_actions(self) -> None:
-        """Every ``POLL_S``."""
-        self._cut(before=time.monotonic() - REQUEST_S, most=CONNECTIONS)
-
-    def _forget(self, request: object) -> None:
-        with self._lock:
-            self._open.pop(request, None)  # type: ignore[call-overload]
-
-    def _cut(self, before: float, most: int) -> None:
-        """End connections that are older than ``before``, and the oldest of more than ``most``; their threads end."""
-        with self._lock:
-            too_many = len(self._open) - most
-            for number, (request, since) in enumerate(list(self._open.items())):
-                if number >= too_many and since > before:
-                    break
-                del self._open[request]
-                with contextlib.suppress(OSError):  # it has gone
-                    request.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Whoever asks for a page and goes away is nobody's concern."""
-        logger.debug("a page could not be served", exc_info=True)
+    def _page(self, path: str) -> tuple[int, str, bytes]:
+        if path == "/metrics":
+            self._server.stats()
+            return 200, CONTENT_TYPE_LATEST, generate_latest()
+        if path == "/health":
+            healthy = self._server.healthy
+            body = {"status": "ok" if healthy else "stopping", **self._server.stats()}
+            return 200 if healthy else 503, "application/json", json.dumps(body).encode()
+        return 404, "text/plain", b"try /metrics or /health\n"
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: StatusPages
-    server_version = "lmcache"
-    sys_version = ""
-    timeout = REQUEST_S  # of each wait, should the deadline of the whole come late
+class _Connection(H11Protocol):
+    """uvicorn's HTTP connection, with a deadline of its whole life. Runs on the event loop."""
 
-    def do_GET(self) -> None:
-        self.wfile.write(self._page())
+    open: dict[_Connection, asyncio.TimerHandle]  # those of the same StatusPages
 
-    def do_HEAD(self) -> None:
-        self._page()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.open) >= CONNECTIONS:
+            next(iter(self.open)).cut()
+        self.open[self] = self.loop.call_later(REQUEST_S, self.cut)
 
-    def _page(self) -> bytes:
-        """Sends the head of the answer, returns its body."""
-        pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {"/metrics": self._metrics, "/health": self._health}
-        page = pages.get(self.path.partition("?")[0])
-        status, kind, body = page() if page else (404, "text/plain", b"try /metrics or /health\n")
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        return body
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Probes come every few seconds: not a line each."""
+    def shutdown(self) -> None:
+        """uvicorn stops."""
+        self.cut()
 
-    def _metrics(self) -> tuple[int, str, bytes]:
-        self.server.chunk_server.stats()
-        return 200, CONTENT_TYPE_LATEST, generate_latest()
+    def cut(self) -> None:
+        self._forget()
+        self.transport.abort()
 
-    def _health(self) -> tuple[int, str, bytes]:
-        healthy = self.server.chunk_server.healthy
-        body = {"status": "ok" if healthy else "stopping", **self.server.chunk_server.stats()}
-        return 200 if healthy else 503, "application/json", json.dumps(body).encode()
+    def _forget(self) -> None:
+        if (timer := self.open.pop(self, None)) is not None:
+            timer.cancel()

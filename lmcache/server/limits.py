@@ -12,11 +12,9 @@ from lmcache import metrics
 
 logger = logging.getLogger(__name__)
 
-QUIET_S = 60.0
-
-
-PATIENCE_S = 0.1  # before those that crawl are cut off
-SHARE = 4  # what one holder may have of a budget that is half used, as a fraction
+QUIET_S = 60.0  # between two log lines of one kind
+PATIENCE_S = 0.1  # how long a request waits before holders that crawl are cut off
+SHARE = 4  # once half of a budget is used, a holder may have a quarter of it
 
 
 class Holder(Protocol):
@@ -24,7 +22,7 @@ class Holder(Protocol):
 
     @property
     def crawls(self) -> bool:
-        """Whether it hardly makes use of what it holds, for the fault of its client."""
+        """Whether its client takes, or gives, so little that what it holds lies idle."""
         ...
 
     def cut_off(self) -> None:
@@ -39,7 +37,11 @@ class _Waiting:
 
 
 class Budget:
-    """So many bytes that may be held at a time, the second half of them by nobody beyond its share. Thread-safe."""
+    """So many bytes of memory that all requests together may hold. Thread-safe.
+
+    The first half goes to whoever asks. Once it is used, a holder may take more only up to a ``SHARE``-th of the whole,
+    so that one client cannot keep the others out; a holder that has nothing yet may take whatever is left.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -55,8 +57,8 @@ class Budget:
     def take(self, nbytes: int, timeout_s: float, holder: Holder | None = None) -> bool:
         """Wait for room; False when there is none after ``timeout_s``.
 
-        Who has nothing may have as much as there is. While somebody waits, holders that crawl are cut off. Who came
-        last is served first: behind a crowd that is stuck nobody would be served in time.
+        While somebody waits, holders that crawl are cut off. The newest request is served first: if the oldest were,
+        a crowd of stuck clients at the head of the queue would make everybody behind them time out.
         """
         with self._changed:
             if not self._fits(nbytes, holder) and not self._wait(nbytes, timeout_s, holder):

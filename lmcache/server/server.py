@@ -15,8 +15,8 @@ from typing import Final
 from lmcache import metrics
 from lmcache.errors import ConfigError
 from lmcache.server.config import ServerConfig, TlsConfig
+from lmcache.server.connection import Connection, Shared
 from lmcache.server.limits import Budget, Complaints
-from lmcache.server.session import Session, Shared
 from lmcache.storage.backends.lm import protocol
 from lmcache.storage.backends.lm.channel import Channel, TlsChannel
 from lmcache.storage.backends.lm.client import naming, read_token
@@ -35,7 +35,7 @@ class Server:
         self.config = config
         token = read_token(config.token_file)
         self._tls = None if config.tls is None else _tls_context(config.tls)
-        self._listener = _listen(config.host, config.port)
+        self._listener = listen(config.host, config.port)
         self.port = int(self._listener.getsockname()[1])
         try:
             store = StorageManager(config.storage)
@@ -44,7 +44,7 @@ class Server:
             raise
         budget = Budget(min(config.in_flight, store.pool.capacity // 4))
         self._shared = Shared(config, token, store, budget, Complaints())
-        self._sessions: dict[Session, threading.Thread] = {}
+        self._connections: dict[Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._accepting = threading.Thread(target=self._accept, name="lmcache-accept", daemon=True)
@@ -55,9 +55,9 @@ class Server:
         return self._accepting.is_alive() and not self._stopping.is_set()
 
     def stats(self) -> dict[str, int]:
-        """What is where, now."""
+        """Connections, bytes in flight, and what the StorageManager holds; sets the gauges of the metrics, too."""
         with self._lock:
-            connections = len(self._sessions)
+            connections = len(self._connections)
         metrics.SERVER_CONNECTIONS.set(connections)
         metrics.SERVER_IN_FLIGHT_BYTES.set(self._shared.budget.used)
         own = {"connections": connections, "in_flight_bytes": self._shared.budget.used}
@@ -82,16 +82,16 @@ class Server:
             self._accepting.join()
         self._listener.close()
         with self._lock:
-            sessions = dict(self._sessions)
-        for session in sessions:
-            session.drain()
-        _join(sessions, self.config.drain_timeout_s)
-        unfinished = [session for session, thread in sessions.items() if thread.is_alive()]
+            connections = dict(self._connections)
+        for connection in connections:
+            connection.drain()
+        _join(connections, self.config.drain_timeout_s)
+        unfinished = [connection for connection, thread in connections.items() if thread.is_alive()]
         if unfinished:
             logger.warning("%d clients were not done within %s s", len(unfinished), self.config.drain_timeout_s)
-        for session in unfinished:
-            session.abort()
-        _join(sessions, 1.0)
+        for connection in unfinished:
+            connection.abort()
+        _join(connections, 1.0)
         self._shared.store.close()
         return not unfinished
 
@@ -113,24 +113,24 @@ class Server:
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
         with self._lock:
-            full = len(self._sessions) >= self.config.max_connections
+            full = len(self._connections) >= self.config.max_connections
         if full:
             self._shared.complaints.add("full", peer, f"{self.config.max_connections} connections are open")
             if self._tls is None:
-                # A new socket has room for these few bytes; whoever connects need not be waited for.
+                # The send buffer of a new socket has room for these few bytes, so this does not wait for the client.
                 sock.setblocking(False)
                 sock.send(protocol.encode_frame(protocol.Failed("busy", "too many connections")))
             sock.close()
             return
-        session = Session(self._shared, peer, lambda: self._open(sock))
-        thread = threading.Thread(target=self._run, args=(session,), name=f"lmcache-client-{peer}", daemon=True)
+        connection = Connection(self._shared, peer, lambda: self._open(sock))
+        thread = threading.Thread(target=self._run, args=(connection,), name=f"lmcache-client-{peer}", daemon=True)
         with self._lock:
-            self._sessions[session] = thread
+            self._connections[connection] = thread
         try:
             thread.start()
         except RuntimeError:
             with self._lock:
-                del self._sessions[session]
+                del self._connections[connection]
             raise
 
     def _open(self, sock: socket.socket) -> Channel:
@@ -143,15 +143,16 @@ class Server:
             sock.close()
             raise
 
-    def _run(self, session: Session) -> None:
+    def _run(self, connection: Connection) -> None:
         try:
-            session.run()
+            connection.run()
         finally:
             with self._lock:
-                del self._sessions[session]
+                del self._connections[connection]
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0: any that is free. ConfigError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -171,7 +172,7 @@ def _tls_context(config: TlsConfig) -> ssl.SSLContext:
     return context
 
 
-def _join(sessions: dict[Session, threading.Thread], timeout_s: float) -> None:
+def _join(connections: dict[Connection, threading.Thread], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    for thread in sessions.values():
+    for thread in connections.values():
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -15,8 +15,8 @@ from pydantic import ByteSize, Field
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
-from lmcache.storage.backends.placed.backend import IndexedBackend
-from lmcache.storage.backends.placed.files import FilePlace, Item, Operation
+from lmcache.storage.backends.indexed.backend import IndexedBackend
+from lmcache.storage.backends.indexed.files import FileMedium, Item, Operation
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.files.chunk_files import temporary_name
@@ -54,7 +54,7 @@ class GdsBackend(IndexedBackend):
         super().__init__(GdsFiles(config.path, config.threads), config.capacity, config.eviction)
 
 
-class GdsFiles(FilePlace):
+class GdsFiles(FileMedium):
     """Headers and payloads of a batch move at the same time; what has begun is waited for."""
 
     def __init__(self, path: Path, threads: int) -> None:

@@ -22,11 +22,11 @@ from lmcache.config import Config
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, StorageError
 from lmcache.forks import Home
 from lmcache.keys import FINGERPRINT_BYTES, ChunkKey
-from lmcache.storage.backends.placed.registrations import Registrations
-from lmcache.storage.backends.placed.staging import Staging
+from lmcache.storage.backends.indexed.registrations import Registrations
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
-from lmcache.storage.run.bounded import BoundedCaller
+from lmcache.storage.memory.staging import Staging
+from lmcache.storage.run.threads import Threads
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore
@@ -80,7 +80,7 @@ class MooncakeBackend(StorageBackend):
         self._config = config
         self._home = Home("this Mooncake tier")
         self._new = _import_store()
-        self._caller = BoundedCaller(config.threads, "lmcache-mooncake")
+        self._caller = Threads("mooncake", config.threads)
         self._headers = Staging(config.threads * BATCH * HEADER_BYTES)
         self._registrations: Registrations[int] = Registrations(self._register, self._unregister)
         self._client: MooncakeDistributedStore | None = None
@@ -160,7 +160,7 @@ class MooncakeBackend(StorageBackend):
         if not self._caller.close(CLOSE_TIMEOUT_S):
             logger.warning("Mooncake's client is not closed, as calls of it still run")
         elif self._client is not None:
-            closer = BoundedCaller(1, "lmcache-mooncake-close")
+            closer = Threads("mooncake-close", 1)
             try:
                 closer.call(self._client.close, self._config.timeout_s, "Mooncake's close")
             except StorageError as error:

@@ -37,7 +37,7 @@ class Flight:
         self.ends_at = ends_at
         self.cancelled = False
         self.searches: list[Search] = []
-        self.carrier = Lease(keys, sizes, 0.0, None)
+        self.carrier = Lease(keys, sizes, 0.0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Joining:
                 flight.cancelled = True
                 self._drop(flight)
         for flight in gone:
-            flight.carrier._finish()
+            flight.carrier.settle()
 
     def join(self, search: Search) -> bool:
         """Have the search wait for its next key, in the flight that reads it or a new one; False: there are too many.
@@ -125,7 +125,7 @@ class Joining:
         return True
 
     def _start(self, flight: Flight, search: Search, parent: ChunkKey | None) -> None:
-        flight.carrier._on_ended = lambda: self._ended(flight)
+        flight.carrier.tell_reader(lambda: self._ended(flight))
         reading = Reading(
             flight.carrier,
             self.tiers,
@@ -139,7 +139,7 @@ class Joining:
         try:
             reading.start(max(1e-3, flight.ends_at - time.monotonic()), self.deadlines)
         except BaseException:
-            flight.carrier._finish()
+            flight.carrier.settle()
             raise
 
     def leave(self, flight: Flight, search: Search) -> None:
@@ -192,12 +192,12 @@ class Search:
 
     def start(self) -> None:
         lease = self.lease
-        lease._extend(self._joining.memory.pin(lease.keys))
+        lease.hold(self._joining.memory.pin(lease.keys))
         if lease.ready == len(lease.keys) and self._ends is None:
-            lease._finish()
+            lease.settle()
             return
         # After that of its own flight, which tells the tier that it hangs.
-        deadline = self._joining.deadlines.at(self.ends_at + 2e-3, self.lease._finish)
+        deadline = self._joining.deadlines.at(self.ends_at + 2e-3, self.lease.settle)
 
         def ended() -> None:
             deadline.cancel()
@@ -208,7 +208,7 @@ class Search:
             if self._probe is not None:
                 self._probe.settle()
 
-        self.lease._on_ended = ended
+        self.lease.tell_reader(ended)
         self._go_on()
 
     def sit(self, seat: _Seat) -> None:
@@ -239,7 +239,7 @@ class Search:
         ready = self.lease.ready
         asked = ready < seat.offset + seat.stop and ready == seat.offset + flight.carrier.ready
         if flight.cancelled:
-            self.lease._finish()
+            self.lease.settle()
         elif asked and time.monotonic() < flight.ends_at:
             self._end()  # no tier has the next one
         else:
@@ -249,19 +249,19 @@ class Search:
         """Wait for the next key that is not held."""
         lease, joining = self.lease, self._joining
         if not lease.done:
-            lease._extend(joining.memory.pin(lease.keys[lease.ready :]))
+            lease.hold(joining.memory.pin(lease.keys[lease.ready :]))
         if lease.done or time.monotonic() >= self.ends_at:
-            lease._finish()
+            lease.settle()
         elif lease.ready == len(lease.keys) or not joining.available:
             self._end()
         elif not joining.join(self):
-            lease._finish()
+            lease.settle()
 
     def _take(self, seat: _Seat) -> None:
         """Hold what has come of the keys that both want."""
         first = self.lease.ready - seat.offset
         if first >= 0 and not self.lease.done:
-            self.lease._extend(seat.flight.carrier.share(first, seat.stop))
+            self.lease.hold(seat.flight.carrier.share(first, seat.stop))
 
     def _end(self) -> None:
         """No more of the keys can be had: take the first that may stand there instead, and be done."""
@@ -276,10 +276,10 @@ class Search:
 
             def probed(probe: Lease) -> None:
                 if found := probe.share():
-                    lease._end_with(key, size, found)
+                    lease.hold_end(key, size, found)
                 probe.close()
                 if found:
-                    lease._finish()
+                    lease.settle()
                 else:
                     self._end_with(rest, questions - 1)
 
@@ -287,8 +287,8 @@ class Search:
             Search(joining, self._probe, self.ends_at, self.keep, self.joins, None).start()
             return
         if here < len(ends):
-            lease._end_with(*ends[here], joining.memory.pin([ends[here][0]]))
-        lease._finish()
+            lease.hold_end(*ends[here], joining.memory.pin([ends[here][0]]))
+        lease.settle()
 
 
 def _common(one: Sequence[ChunkKey], other: Sequence[ChunkKey]) -> int:

@@ -23,7 +23,7 @@ from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.memory.tier import MemoryTier
 from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.pace import SHARE
-from lmcache.storage.run.workers import Job
+from lmcache.storage.run.threads import Job
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Run:
         self.asked = 0  # sizes that batches were made of
         self.held = 0  # sizes whose batch has come in, in order
         self.landed: dict[int, tuple[list[PoolBuffer], int]] = {}  # batches that came in before an earlier one
-        self.jobs: list[Job] = []
+        self.jobs: list[Job[None]] = []
         self.flying = 0
         self.cut = False  # a batch came in short: what lies behind it is no prefix
         self.full = False  # no memory
@@ -103,7 +103,7 @@ class Reading:
                 return
             index += 1
         self._deadline.cancel()
-        self._lease._finish()
+        self._lease.settle()
 
     def _submit(self, run: _Run, work: Callable[[_Run, float], None]) -> bool:
         with self._lock:
@@ -117,7 +117,8 @@ class Reading:
         return True
 
     def _work(self, run: _Run, work: Callable[[_Run, float], None]) -> None:
-        ends_at = time.monotonic() + run.limit_s
+        # The tier answers for the time that it works; but what comes after the lease is done does not speak for it.
+        ends_at = min(time.monotonic() + run.limit_s, self._ends_at)
         try:
             if not self._lease.done and not run.abandoned and self._wanted():
                 work(run, ends_at)
@@ -203,7 +204,7 @@ class Reading:
                 if run.cut:
                     self._memory.pool.release_all(handles)
                 else:
-                    self._lease._extend(handles)
+                    self._lease.hold(handles)
                 run.held += wanted
                 run.cut = run.cut or len(handles) < wanted
             if run.abandoned:
@@ -212,7 +213,7 @@ class Reading:
     def _end(self, run: _Run) -> None:
         if run.cut:
             self._lacks[run.index] = self._lease.ready  # it had not, or could not give, the next one
-        self._lease._extend(self._memory.pin(self._lease.keys[self._lease.ready :]))
+        self._lease.hold(self._memory.pin(self._lease.keys[self._lease.ready :]))
         self._on_progress()
         if run.full or self._lease.ready == len(self._lease.keys):
             self._go_on(len(self._tiers))
@@ -244,4 +245,4 @@ class Reading:
                 # A tier answers for the time that it works, not for the time that its queue is long.
                 if job.started_at is not None and now - job.started_at > run.limit_s / 2:
                     self._tiers[run.index].overdue(job)
-        self._lease._finish()
+        self._lease.settle()

@@ -1,88 +1,32 @@
-"""A lower tier as the manager runs it: a backend, its threads, its breakers and its health."""
+"""A lower tier as the manager sees it: a backend, without what it was told to forget; its write queue; its health."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
-from lmcache import metrics
 from lmcache.config import LMCacheConfig
-from lmcache.errors import CorruptChunkError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.flow.calls import TierCalls
+from lmcache.storage.flow.health import TierHealth
 from lmcache.storage.flow.owed import OwedRemovals
 from lmcache.storage.flow.owed_files import OwedFiles
 from lmcache.storage.flow.writing import WriteQueue
-from lmcache.storage.run.breaker import Side, SideHealth
 from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.pace import Pace
-from lmcache.storage.run.workers import Job, Workers
 from lmcache.storage.selection import Selection, clear_backend
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-# What trying again does not mend.
-FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 CLOSE_S = 1.0  # for a write under way, and for the backend
-LATENCY_WEIGHT = 0.1  # of the newest call in the average
 
 
-@dataclass(frozen=True)
-class TierHealth:
-    """How a lower tier fares."""
-
-    name: str
-    reads: SideHealth
-    writes: SideHealth
-    """Also removals."""
-    latency_s: float | None
-    """Exponentially weighted mean of the calls that moved bytes."""
-    read_bytes_per_s: float | None
-    write_bytes_per_s: float | None
-    """Means of one call, which say how large the next batches are; None before the first."""
-    queue_bytes: int
-    """Bytes that wait to be written, or are being written."""
-    hung_threads: int
-    """Calls that ran out of time and have not come back."""
-    owes_clear: bool
-    """Whether it is not cleared yet, as it was told: what should be gone counts as not there until it is."""
-    owed_removals: int
-    """Chunks (or selections of them) that count as not there, and are not known to be gone for good."""
-
-    @property
-    def breaker(self) -> str:
-        """The worse of both: ``open``, ``half_open`` or ``closed``."""
-        return max(self.reads.breaker, self.writes.breaker, key=["closed", "half_open", "open"].index)
-
-    @property
-    def failures(self) -> int:
-        """Failures in a row, of the side that has more of them."""
-        return max(self.reads.failures, self.writes.failures)
-
-    @property
-    def last_error(self) -> str | None:
-        return self._latest.last_error
-
-    @property
-    def last_error_age_s(self) -> float | None:
-        return self._latest.last_error_age_s
-
-    @property
-    def _latest(self) -> SideHealth:
-        sides = [side for side in (self.reads, self.writes) if side.last_error_age_s is not None]
-        return min(sides, key=lambda side: side.last_error_age_s or 0.0, default=self.reads)
-
-
-class LowerTier:
-    """Runs a backend's blocking calls on threads of its own, so that one that hangs holds up nobody else."""
+class LowerTier(TierCalls):
+    """A backend, what is queued for it (writing.py), and what it was told to forget (owed.py). Thread-safe."""
 
     def __init__(
         self,
@@ -93,22 +37,16 @@ class LowerTier:
         name: str | None = None,
         files: OwedFiles | None = None,
     ) -> None:
+        super().__init__(name or backend.name, config, deadlines)
         self.backend = backend
-        self.name = name or backend.name
-        self.read_side = Side(self.name, "read", config.breaker)
-        self.write_side = Side(self.name, "write", config.breaker)
-        self._retry = config.retry
-        self._timeout_s = config.read_timeout_s
         self._lock = threading.Lock()
         self._clearing: set[Selection] = set()  # in the background
-        self._stopping = threading.Event()
-        self._latency_s: float | None = None
         self.read_pace, self.write_pace = Pace(), Pace()
-        threads = config.read_threads
-        self._reads = Workers(f"{self.name}-read", threads, threads, deadlines)
-        self._asks = Workers(f"{self.name}-ask", 1, 1, deadlines)
         self.writes = WriteQueue(self, queue_bytes, config.read_timeout_s, deadlines)
         self.owed = OwedRemovals(self.name, self.remove_now, self.writes.returning, self._timeout_s, files)
+
+    def doubt(self) -> None:
+        self.owed.doubt()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         """The backend's, without what counts as removed."""
@@ -145,91 +83,6 @@ class LowerTier:
         if count:
             self.write_pace.moved(nbytes, time.monotonic() - began_at)
         return count
-
-    @property
-    def available(self) -> bool:
-        """Whether a read may be tried now."""
-        return self.read_side.breaker.ready and self._reads.working
-
-    def guarded(
-        self,
-        call: Callable[[], T],
-        otherwise: T,
-        *,
-        side: Side | None = None,
-        transfers: bool = True,
-        always: bool = False,
-        ends_at: float | None = None,
-    ) -> T:
-        """``call()``, or ``otherwise`` when it raises: a failing tier is a miss, counted and logged.
-
-        side: whose breaker is asked and told: that of reads unless given.
-        transfers: whether it moves bytes. Such a call is tried again. A quick look into an index says little about
-        reads that come late, so its success closes an open breaker, but does not make up for failures.
-        always: do not ask the breaker. ends_at: when an answer is late, by default ``read_timeout_s`` from now.
-        """
-        side = side or self.read_side
-        if not always and not side.breaker.allows():
-            return otherwise
-        started = time.monotonic()
-        ends_at = started + self._timeout_s if ends_at is None else ends_at
-        attempt = 1
-        while True:
-            try:
-                result = call()
-                break
-            # Whatever a backend raises, also one that is not ours, is this tier's failure and nobody else's.
-            except Exception as error:
-                if side is self.write_side and transfers and not _final(error):
-                    self.owed.doubt()
-                if not transfers or attempt >= self._retry.attempts or not self._pause(error, attempt, ends_at):
-                    side.failed(str(error) or type(error).__name__)
-                    return otherwise
-            attempt += 1
-        took = time.monotonic() - started
-        if side is self.write_side and transfers and took > self._timeout_s / 2:
-            self.owed.doubt()  # inside of it the backend may have given an attempt up, which may land late
-        if transfers:
-            known = took if self._latency_s is None else self._latency_s
-            self._latency_s = known + LATENCY_WEIGHT * (took - known)
-        # An answer after the deadline came too late for whoever asked: it does not speak for the tier.
-        if time.monotonic() <= ends_at and (transfers or side.breaker.is_open):
-            side.succeeded()
-        else:
-            side.breaker.undecided()
-        return result
-
-    def hung(self, side: Side, limit_s: float) -> None:
-        """A call did not end in time: a failure, and its thread is replaced."""
-        metrics.TIER_HUNG_CALLS.labels(self.name).inc()
-        side.failed(f"a call did not end within {limit_s:.3g} s")
-
-    def read(self, call: Callable[[], None], limit_s: float, on_late: Callable[[], None] | None = None) -> Job | None:
-        """Run ``call`` on a reading thread; None when there is none. A call that takes longer is a failure."""
-
-        def late() -> None:
-            self.hung(self.read_side, limit_s)
-            if on_late is not None:
-                on_late()
-
-        return self._reads.submit(call, limit_s, late)
-
-    def overdue(self, job: Job) -> None:
-        """A running read will not be waited for."""
-        self._reads.overdue(job)
-
-    def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float, side: Side | None = None) -> T:
-        """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
-        side = side or self.read_side
-        if not side.breaker.ready:
-            return otherwise
-        return self._wait(self._asks, call, otherwise, timeout_s, side=side, transfers=False)
-
-    def transfer(self, call: Callable[[], T], otherwise: T, timeout_s: float, unwanted: Callable[[T], None]) -> T:
-        """The same for a call that moves bytes. unwanted: takes the result when nobody waits for it any more."""
-        if not self.read_side.breaker.ready:
-            return otherwise
-        return self._wait(self._reads, call, otherwise, timeout_s, unwanted=unwanted)
 
     def remove(self, keys: Sequence[ChunkKey], timeout_s: float) -> int:
         """Forget chunks, also queued ones and those that are being written.
@@ -328,8 +181,8 @@ class LowerTier:
             logger.error("tier %s: closed while %d removals are owed: chunks may come back", self.name, len(self.owed))
         if ended:
             self._wait(self._asks, self.backend.close, None, CLOSE_S, transfers=False, always=True)
-        for workers in (self._reads, self._asks):
-            workers.close()
+        for threads in (self._reads, self._asks):
+            threads.close()
 
     def health(self) -> TierHealth:
         return TierHealth(
@@ -344,74 +197,3 @@ class LowerTier:
             owes_clear=bool(self.owed.selections),
             owed_removals=len(self.owed),
         )
-
-    def _wait(
-        self,
-        workers: Workers,
-        call: Callable[[], T],
-        otherwise: T,
-        timeout_s: float,
-        *,
-        side: Side | None = None,
-        transfers: bool = True,
-        always: bool = False,
-        unwanted: Callable[[T], None] | None = None,
-    ) -> T:
-        side = side or self.read_side
-        answer = _Answer[T](unwanted)
-        ends_at = time.monotonic() + timeout_s
-
-        def job() -> None:
-            answer.give(self.guarded(call, otherwise, side=side, transfers=transfers, always=always, ends_at=ends_at))
-
-        running = workers.submit(job, timeout_s, lambda: self.hung(side, timeout_s))
-        if running is None:
-            return otherwise
-        if answer.wait(timeout_s):
-            return answer.take()
-        workers.withdraw(running)
-        return otherwise
-
-    def _pause(self, error: Exception, attempt: int, ends_at: float) -> bool:
-        """Wait before the next attempt; False when there should be none."""
-        if isinstance(error, CorruptChunkError) or _final(error):
-            return False
-        pause = self._retry.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-        if time.monotonic() + pause >= ends_at or self._stopping.wait(pause):
-            return False
-        metrics.TIER_RETRIES.labels(self.name).inc()
-        return True
-
-
-def _final(error: Exception) -> bool:
-    """Whether trying again does not mend it. A write that failed so will not land late either."""
-    causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
-    return any(getattr(cause, "errno", None) in FINAL for cause in causes)
-
-
-class _Answer(Generic[T]):
-    """Hands a result from a tier's thread to the one that waits, or to ``unwanted`` when that one has gone."""
-
-    def __init__(self, unwanted: Callable[[T], None] | None) -> None:
-        self._unwanted = unwanted
-        self._results: list[T] = []
-        self._changed = threading.Condition()
-        self._gone = False
-
-    def give(self, result: T) -> None:
-        with self._changed:
-            if not self._gone:
-                self._results.append(result)
-                self._changed.notify()
-                return
-        if self._unwanted is not None:
-            self._unwanted(result)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether there is a result after ``timeout_s``; if not, none is wanted any more."""
-        with self._changed:
-            self._gone = not self._changed.wait_for(lambda: bool(self._results), timeout_s)
-            return not self._gone
-
-    def take(self) -> T:
-        return self._results[0]

@@ -24,7 +24,7 @@ from lmcache.storage.memory.pool import PoolBuffer
 from lmcache.storage.run.breaker import Side
 from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.pace import SHARE, Pace
-from lmcache.storage.run.workers import Workers
+from lmcache.storage.run.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,11 @@ class WriteQueue:
         self.pending_bytes = 0
         self._refused = False
         self._too_large = False
-        self._workers = Workers(f"{tier.name}-write", 1, SPARE_THREADS, deadlines, self._resume)
+        self._threads = Threads(f"{tier.name}-write", 1, spare=SPARE_THREADS, deadlines=deadlines, on_back=self._resume)
 
     @property
     def hung_threads(self) -> int:
-        return self._workers.lost
+        return self._threads.lost
 
     def returning(self) -> set[ChunkKey]:
         """Keys of writes under way that were dropped, and are undone when they end."""
@@ -201,7 +201,7 @@ class WriteQueue:
         with self._changed:
             self._closed = True
         self.drop(lambda key: True)
-        self._workers.close()
+        self._threads.close()
         with self._changed:
             return self._changed.wait_for(lambda: not self._under_way, timeout_s)
 
@@ -229,7 +229,7 @@ class WriteQueue:
                 self._pumping = False
                 self._pump()
 
-        return self._workers.submit(lambda: self._write_next(batches), self._timeout_s, late) is not None
+        return self._threads.submit(lambda: self._write_next(batches), self._timeout_s, late) is not None
 
     def _write_next(self, batches: list[_Batch]) -> None:
         batch = self._next()

@@ -29,7 +29,7 @@ class MemoryTier:
     low_watermark: share of the pool that one eviction frees at least.
     quotas: bytes that a tenant's chunks may take up, by its name; a tenant that is not named may take all.
     quota_policy: makes the order of such a tenant's own chunks, so that those of others are not gone through for it.
-    write_back: chunks come in dirty; those that were not ``settled`` (written below, or tried) go last.
+    demotes: chunks come in dirty; those that were not ``settled`` (written below, or tried) go last.
     """
 
     name = "memory"
@@ -42,7 +42,7 @@ class MemoryTier:
         low_watermark: float = LOW_WATERMARK,
         quotas: Mapping[str, int] | None = None,
         quota_policy: Callable[[], EvictionPolicy] = LRU,
-        write_back: bool = False,
+        demotes: bool = False,
     ) -> None:
         self.pool = pool
         self._policy = policy
@@ -51,7 +51,7 @@ class MemoryTier:
         self._quotas = {
             tenant_id(name): _Quota(name, nbytes, quota_policy()) for name, nbytes in (quotas or {}).items()
         }
-        self._write_back = write_back
+        self._demotes = demotes
         self._dirty: set[ChunkKey] = set()
         self._clean_bytes = 0
         self._buffers: dict[ChunkKey, PoolBuffer] = {}
@@ -145,7 +145,7 @@ class MemoryTier:
                 if quota is not None:
                     quota.policy.add(key, buffer.nbytes, place)
                     quota.count(buffer.nbytes)
-                if self._write_back and not settled:
+                if self._demotes and not settled:
                     self._dirty.add(key)
                 else:
                     self._clean_bytes += buffer.nbytes

@@ -21,10 +21,11 @@ from lmcache import metrics
 from lmcache.errors import ConfigError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer
+from lmcache.storage.index import RecentSizes
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.registry import build_backend
-from lmcache.storage.run.requests import RecentSizes
-from lmcache.storage.wrappers.decorators import WrapperConfig
-from lmcache.storage.wrappers.recoding import Fill, Recoding, Scratch
+from lmcache.storage.wrappers.base import WrapperConfig
+from lmcache.storage.wrappers.recoding import Fill, Recoding
 
 try:
     import zstandard
@@ -62,7 +63,7 @@ class Zstd(Recoding):
         self._of_format: dict[bytes, int] = {}
         self._local = threading.local()  # zstandard's objects are for one thread each
         self.inner = build_backend(config.inner, "zstd.inner")
-        self._scratch = Scratch(config.scratch)
+        self._scratch = Staging(config.scratch)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
         stored = self.inner.sizes(keys)

@@ -29,10 +29,11 @@ from lmcache import metrics
 from lmcache.errors import ConfigError
 from lmcache.keys import DIGEST_BYTES, FINGERPRINT_BYTES, TAGS_BYTES, TENANT_BYTES, ChunkKey, tenant_id
 from lmcache.storage.base import Buffer, StorageBackend
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.registry import build_backend
-from lmcache.storage.wrappers.decorators import WrapperConfig
+from lmcache.storage.wrappers.base import WrapperConfig
 from lmcache.storage.wrappers.key_files import KEY_BYTES, read_key
-from lmcache.storage.wrappers.recoding import Fill, Recoding, Scratch
+from lmcache.storage.wrappers.recoding import Fill, Recoding
 
 try:
     from cryptography.exceptions import InvalidTag
@@ -105,7 +106,7 @@ class _Generation(Recoding):
     name: ClassVar[str] = "encrypted"
 
     def __init__(
-        self, inner: StorageBackend, scratch: Scratch, secret_of: Callable[[ChunkKey], _Secret | None]
+        self, inner: StorageBackend, scratch: Staging, secret_of: Callable[[ChunkKey], _Secret | None]
     ) -> None:
         self.inner = inner
         self._scratch = scratch
@@ -179,7 +180,7 @@ class Encrypted(StorageBackend):
         every = (self._default, *self._rings.values())
         self._secrets = list(dict.fromkeys(secret for ring in every for secret in ring))
         self.inner = build_backend(config.inner, "encrypted.inner")
-        self._scratch = Scratch(config.scratch)
+        self._scratch = Staging(config.scratch)
         self._generations = [
             _Generation(self.inner, self._scratch, functools.partial(self._secret_of, age))
             for age in range(max(len(ring) for ring in every))

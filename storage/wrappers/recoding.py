@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -13,7 +11,8 @@ from lmcache import metrics
 from lmcache.errors import StorageError
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
-from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
+from lmcache.storage.memory.pool import PoolBuffer
+from lmcache.storage.memory.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -21,43 +20,12 @@ WAIT_S = 30.0
 Fill = Callable[[memoryview], None]
 
 
-class Scratch:
-    """Memory for what is stored, allocated once: at most ``capacity`` bytes are in use, whoever wants more waits."""
-
-    def __init__(self, capacity: int) -> None:
-        self._pool = PinnedPool(capacity)
-        self._changed = threading.Condition()
-
-    def take(self, nbytes: int, *, wait: bool) -> PoolBuffer | None:
-        """A buffer; None when there is no room, or will never be.
-
-        wait: until others have given theirs back. Only for one who holds none, or two could wait for each other.
-        StorageError when that takes WAIT_S.
-        """
-        if nbytes > self._pool.capacity:
-            return None
-        deadline = time.monotonic() + WAIT_S
-        with self._changed:
-            while (buffer := self._pool.allocate(nbytes)) is None and wait:
-                if not self._changed.wait(deadline - time.monotonic()):
-                    raise StorageError(f"no scratch memory came free within {WAIT_S} s")
-        return buffer
-
-    def give(self, buffers: Sequence[PoolBuffer]) -> None:
-        with self._changed:
-            for buffer in buffers:
-                buffer.release()
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        self._pool.close()
-
-
 class Recoding(StorageBackend):
     """Keeps ``_encode(payload)`` inside, and gives ``_decode`` of that back. Batches are as long as scratch allows."""
 
     inner: StorageBackend
-    _scratch: Scratch
+    _scratch: Staging
+    """For what is stored."""
 
     def _name(self, key: ChunkKey) -> ChunkKey | None:
         """The key under which a chunk is kept inside; None for one that is not kept."""
@@ -92,10 +60,10 @@ class Recoding(StorageBackend):
                 if name is None:
                     continue
                 nbytes, fill = self._encode(key, buffer.view)
-                room = self._scratch.take(nbytes, wait=not batch)
+                room = self._room(nbytes, wait=not batch)
                 if room is None and batch:
                     held += self._flush(batch)
-                    room = self._scratch.take(nbytes, wait=True)
+                    room = self._room(nbytes, wait=True)
                 if room is None:
                     logger.warning("%s: a chunk of %d bytes is larger than the scratch memory", self.name, nbytes)
                     continue
@@ -103,7 +71,7 @@ class Recoding(StorageBackend):
                 fill(room.view)
             return held + self._flush(batch)
         finally:
-            self._scratch.give([room for _, room in batch])
+            self._scratch.give(*[room for _, room in batch])
 
     def remove(self, keys: Sequence[ChunkKey]) -> int:
         return self.inner.remove([name for key in keys if (name := self._name(key)) is not None])
@@ -130,6 +98,15 @@ class Recoding(StorageBackend):
             names.append(name)
         return names
 
+    def _room(self, nbytes: int, *, wait: bool) -> PoolBuffer | None:
+        """Scratch memory; None when there is none now, or can never be so much.
+
+        wait: until others have given theirs back. Only for a call that holds none, or two could wait for each other.
+        """
+        if nbytes > self._scratch.capacity:
+            return None
+        return self._scratch.take(nbytes, WAIT_S) if wait else self._scratch.take_now(nbytes)
+
     def _flush(self, batch: list[tuple[ChunkKey, PoolBuffer]]) -> int:
         """Put the batch inside and empty it."""
         try:
@@ -137,7 +114,7 @@ class Recoding(StorageBackend):
         finally:
             rooms = [room for _, room in batch]
             batch.clear()
-            self._scratch.give(rooms)
+            self._scratch.give(*rooms)
 
     def _read(self, names: Sequence[ChunkKey], sizes: Sequence[int], use: Callable[[int, memoryview], bool]) -> int:
         """Call ``use`` with each stored form in turn, until one is missing or of no use. Returns how many."""
@@ -146,7 +123,7 @@ class Recoding(StorageBackend):
             rooms: list[PoolBuffer] = []
             try:
                 for size in sizes[done:]:
-                    room = self._scratch.take(size, wait=not rooms)
+                    room = self._room(size, wait=not rooms)
                     if room is None:
                         break
                     rooms.append(room)
@@ -158,7 +135,7 @@ class Recoding(StorageBackend):
                 if not rooms or got < len(rooms):
                     break
             finally:
-                self._scratch.give(rooms)
+                self._scratch.give(*rooms)
         return done
 
     def _damaged(self, key: ChunkKey, why: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lmcache.blend.blender import Blender
 from lmcache.blend.controller import LoadingController, slowest_hidden
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.config import load_config
 from lmcache.errors import ConfigError
 from lmcache.storage.manager import StorageManager

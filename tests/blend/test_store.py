@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ByteSize
 
 from lmcache import metrics
-from lmcache.blend import layout
-from lmcache.blend.layout import SegmentFormat
+from lmcache.blend.chunks import LayerGroup, SegmentFormat, SegmentLayout
 from lmcache.blend.reuse import ReusedKV, Segment
 from lmcache.blend.segments import ContentIndex, Match
 from lmcache.blend.store import KIND_TAG, SegmentStore
@@ -30,7 +29,7 @@ from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
 from lmcache.kernels.rotary.tables import RotaryTable
-from lmcache.keys import ChunkKey, PlaceholderSpan, namespace
+from lmcache.keys import ChunkKey, namespace
 from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.manager import StorageManager
@@ -339,8 +338,6 @@ def test_keys_are_of_the_tokens_and_not_of_where_they_stand(manager: StorageMana
         store.keys([*A[:-1], 0]),
         store.keys(A, tags={"lora": "x"}),
         store.keys(A, tags={"lora": "y"}),
-        store.keys(A, placeholders=[PlaceholderSpan(0, 3, b"picture")]),
-        store.keys(A, placeholders=[PlaceholderSpan(1, 4, b"picture")]),
         SegmentStore(manager, make_format(), chunk_bytes=4 << 20).keys(A),
     ]
     changes: list[dict[str, Any]] = [
@@ -351,9 +348,6 @@ def test_keys_are_of_the_tokens_and_not_of_where_they_stand(manager: StorageMana
         {"tables": (TABLE, None, TABLE)},
         {"tables": (TABLE, LOCAL)},
         {"tables": (rope("llama3"), LOCAL, rope("llama3"))},
-        {"interleaved": True},
-        {"tp_size": 2},
-        {"tp_rank": 1, "tp_size": 2},
         {"extras": (("a", "b"),)},
     ]
     others += [SegmentStore(manager, make_format(**change), chunk_bytes=1).keys(A) for change in changes]
@@ -386,22 +380,6 @@ def test_a_segment_never_shares_a_key_with_an_exact_chunk(tokens: list[int], tag
         assert segment[0].namespace != namespace(segment[0].fingerprint, {})
     with pytest.raises(ValueError, match="is taken"):
         store.keys(tokens, tags={KIND_TAG: "x"})
-
-
-def test_segments_with_pictures_are_those_of_that_picture(manager: StorageManager) -> None:
-    store = SegmentStore(manager, make_format())
-    span = PlaceholderSpan(2, 6, b"a picture")
-    store.put(A, 0, kv(A, 0, store.format), placeholders=[span])
-    there = PlaceholderSpan(7, 11, b"a picture")
-    prompt, segments = [1] * 5 + A, [Segment(5, 25)]
-    for placeholders, covered in (([there], True), ([], False), ([PlaceholderSpan(7, 11, b"another")], False)):
-        with store.retrieve(prompt, segments, placeholders=placeholders) as found:
-            assert bool(found.covered.any()) == covered
-    store.put(A, 0, kv(A, 0, store.format))
-    match = Match(5, 25, pack_tokens(A), 0)
-    for placeholders, covered in (([], True), ([there], False)):
-        with store.retrieve(prompt, [match], placeholders=placeholders) as found:
-            assert bool(found.covered.any()) == covered
 
 
 # ---- what is refused
@@ -445,7 +423,6 @@ def test_prompts_that_cannot_be_are_refused(manager: StorageManager) -> None:
         ({"tables": ()}, "0 layers"),
         ({"heads": 0}, "0 heads"),
         ({"head_dim": 8}, "turns 16 elements from 0; a head has 8"),
-        ({"rotary_start": 1}, "from 1"),
         ({"device": torch.device("meta")}, "meta"),
     ],
 )
@@ -497,14 +474,14 @@ def test_when_copying_fails_nothing_is_held(manager: StorageManager, monkeypatch
     layers = kv(A, 0, store.format)
     written: list[int] = []
 
-    def third_fails(self: layout.SegmentLayout, chunk: Any, within: int) -> torch.Tensor:
+    def third_fails(self: SegmentLayout, chunk: Any, within: int) -> torch.Tensor:
         written.append(within)
         if len(written) == 3:
             raise RuntimeError("a fault")
         return whole(self, chunk, within)
 
-    whole = layout.SegmentLayout.layer
-    monkeypatch.setattr(layout.SegmentLayout, "layer", third_fails)
+    whole = SegmentLayout.layer
+    monkeypatch.setattr(SegmentLayout, "layer", third_fails)
     with pytest.raises(RuntimeError, match="a fault"):
         store.put(A, 0, layers)
     assert manager.pool.used_bytes == 0
@@ -694,7 +671,7 @@ def test_what_is_in_memory_comes_although_the_rest_is_late(open_manager: Open, t
     manager = open_manager({"type": "latency", "fixed_s": 60, "inner": disk(tmp_path)}, write_queue=1)
     store = SegmentStore(manager, make_format())
     keys = store.keys(A)
-    buffer = manager.allocate(layout.SegmentLayout(store.format, 20, 4 << 20).chunk_bytes(layout.LayerGroup(0, 3)))
+    buffer = manager.allocate(SegmentLayout(store.format, 20, 4 << 20).chunk_bytes(LayerGroup(0, 3)))
     assert buffer is not None
     store_buffers = store._filled(pack_tokens(A), 9, kv(A, 9, store.format))
     assert store_buffers is not None

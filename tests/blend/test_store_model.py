@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmcache.blend.layout import SegmentFormat
+from lmcache.blend.chunks import SegmentFormat
 from lmcache.blend.reuse import Segment
 from lmcache.blend.store import SegmentStore
 from lmcache.config import load_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_families as tiny
 import torch
+from harness import drive
 
 from lmcache.blend.models.vllm import find_model
 from lmcache.errors import BlendError
@@ -65,17 +65,7 @@ def vllm_prefill(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict
         folder = tmp_path_factory.mktemp("model")
         tiny.build(config).save_pretrained(folder)
         scenario = {"model": str(folder), "prompt": PROMPT, "options": options, "changes": changes}
-        done = subprocess.run(
-            [sys.executable, str(HERE / "vllm_prefill.py")],
-            input=json.dumps(scenario),
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1][2:])
+        result: dict[str, Any] = drive(HERE / "vllm_prefill.py", scenario, ENVIRONMENT, folder / "log")
         return result
 
     return run

@@ -161,4 +161,4 @@ def unpacked(layer: Any, slots: Any) -> tuple[Any, Any]:
 
 if __name__ == "__main__":
     result = main(json.load(sys.stdin))
-    print("@@" + json.dumps(result), flush=True)
+    print("@@" + json.dumps({"results": result}), flush=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 
 import pytest
 import tiny_models
-from harness import DRIVE, DRIVE_MANY, Failed, environment
+from harness import DRIVE, DRIVE_MANY, drive, environment
+from preloaded import Script
 
 
 @pytest.fixture(scope="session")
@@ -24,87 +23,54 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """Run a scenario in a fresh vLLM; returns the results of its steps. Failed with the log when it ends badly."""
+    """Run a scenario in a new vLLM; returns the results of its steps. Failed with the log when it ends badly.
 
-    def run(model: Path, kv: dict[str, Any] | None, steps: list[Any], processes: bool = False, **options: Any) -> Any:
+    In a fork of a process that has imported vLLM, or, on request, in a fresh interpreter (see preloaded.py).
+    """
+
+    def run(
+        model: Path,
+        kv: dict[str, Any] | None,
+        steps: list[Any],
+        processes: bool = False,
+        fresh: bool = False,
+        **options: Any,
+    ) -> Any:
         scenario = {"model": str(model), "connector": kv, "steps": steps, "options": options}
         log = tmp_path_factory.mktemp("vllm") / "log"
-        with log.open("w") as err:
-            done = subprocess.run(
-                DRIVE,
-                input=json.dumps(scenario),
-                env=environment(processes=processes),
-                stdout=subprocess.PIPE,
-                stderr=err,
-                text=True,
-                timeout=300,
-                check=False,
-            )
-        last = [line for line in done.stdout.splitlines() if line.startswith('@@{"results"')]
-        if done.returncode or not last:
-            raise Failed(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{log.read_text()[-6000:]}")
+        results = drive(DRIVE, scenario, environment(processes=processes), log, fresh=fresh or processes)
         run.log = log.read_text()  # type: ignore[attr-defined]
-        return json.loads(last[-1][2:])["results"]
+        return results
 
     return run
 
 
 @pytest.fixture(scope="session")
 def vllm_many(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Any]], list[Any]]:
-    """Run engines one after the other in one fresh process (see drive_many.py); returns what each had to say."""
+    """Run engines one after the other in one new process (see drive_many.py); returns what each had to say."""
 
     def run(engines: list[Any]) -> list[Any]:
         log = tmp_path_factory.mktemp("vllm") / "log"
-        with log.open("w") as err:
-            done = subprocess.run(
-                DRIVE_MANY,
-                input=json.dumps(engines),
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=err,
-                text=True,
-                timeout=600,
-                check=False,
-            )
-        last = [line for line in done.stdout.splitlines() if line.startswith('@@{"results"')]
-        if done.returncode or not last:
-            raise Failed(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{log.read_text()[-6000:]}")
+        results: list[Any] = drive(DRIVE_MANY, engines, environment(), log)
         run.log = log.read_text()  # type: ignore[attr-defined]
-        results: list[Any] = json.loads(last[-1][2:])["results"]
         return results
 
     return run
 
 
 @pytest.fixture
-def vllm_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def vllm_process(tmp_path: Path) -> Iterator[Callable[..., Script]]:
     """Start a scenario without waiting for it; whatever still runs at the end of the test is killed."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Script] = []
 
-    def start(model: Path, kv: dict[str, Any], steps: list[Any], **options: Any) -> subprocess.Popen[str]:
+    def start(model: Path, kv: dict[str, Any], steps: list[Any], **options: Any) -> Script:
         scenario = {"model": str(model), "connector": kv, "steps": steps, "options": options}
-        process = subprocess.Popen(
-            DRIVE,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(scenario))
-        process.stdin.close()
-        return process
+        started.append(Script(DRIVE, json.dumps(scenario), environment(), tmp_path / "log"))
+        return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+        process.kill()
 
 
 @pytest.fixture

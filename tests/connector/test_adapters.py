@@ -341,7 +341,7 @@ def test_the_worker_loads_and_stores_only_for_the_adapter_that_is_loaded(manager
     import torch
 
     import lmcache
-    from lmcache.connector.lookup import LookupClient
+    from lmcache.connector.lookup.client import LookupClient
     from lmcache.connector.metadata import Load, StepMetadata, Store
     from lmcache.connector.worker import WorkerHalf
     from lmcache.engine.engine import pack_tokens

@@ -86,6 +86,12 @@ class Rig:
         rows = self.pages.rows(self.engine.cache.planes[0], torch.tensor(TABLE[0][: -(-stop // BLOCK)]))
         return rows[:, start:stop]
 
+    def forget(self) -> None:
+        """All passages, in storage too."""
+        store = self.blending.store
+        self.blending.rename(store.format.model)
+        self.engine.storage.clear(store.format.kv_format().fingerprint(), wait=False)
+
     def learn(self, *passages: torch.Tensor) -> tiny.KV:
         """Each behind the system prompt, as requests of their own; the KV of the last."""
         kv: tiny.KV = []
@@ -176,7 +182,7 @@ def test_a_window_that_gave_its_pages_back_is_computed_once_more(rig: Any) -> No
     oracle = Blender(made.model, "none").blend(PROMPT, reused(made.model), stop=98)
     assert tiny.distance(made.read(16, 98), both(oracle.layers, 98)[:, 16:]) < 1e-4
     # And what has no pages cannot be learned.
-    made.blending.clear()
+    made.forget()
     made.blending.learn(pack_tokens(PROMPT), Passages(spans=((0, 31), (31, 98))), made.engine.tables(table), 0, TAGS)
     found = made.find(Passages(spans=((0, 31), (31, 98))))
     assert [(s.start, s.stop) for s in found.kv.segments] == [(31, 98)]
@@ -192,7 +198,7 @@ def test_passages_that_are_lost_midway_are_computed(rig: Any) -> None:
     assert made.fill(found) == [16 + 37] * 4
     other = made.find()
     other.close()
-    made.blending.clear()
+    made.forget()
     assert other.reach == 61
     assert made.fill(other) == [61] * 4
     truth = both(tiny.prefill(made.model, PROMPT)[1], 61)

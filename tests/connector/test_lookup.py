@@ -19,7 +19,9 @@ import zmq
 import lmcache
 from lmcache.connector.blending import Blending
 from lmcache.connector.identity.adapters import Adapter
-from lmcache.connector.lookup import LookupClient, LookupServer, Reply
+from lmcache.connector.lookup.client import LookupClient
+from lmcache.connector.lookup.messages import Reply
+from lmcache.connector.lookup.server import LookupServer
 from lmcache.connector.passages import Passages
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache

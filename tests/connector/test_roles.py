@@ -11,7 +11,7 @@ from test_scheduler import request, step
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.connector.vllm import LMCacheConnector
 from lmcache.errors import ConfigError
 from lmcache.integration.vllm.vllm_v1_adapter import LMCacheConnectorV1Impl

@@ -13,9 +13,9 @@ import pytest
 
 import lmcache
 from lmcache.connector.identity.adapters import Adapter, Stamps
-from lmcache.connector.lookup import Answer
+from lmcache.connector.lookup.client import Answer
 from lmcache.connector.passages import Passages
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.keys import PlaceholderSpan, tenant_of
 
 CHUNK = 32
@@ -321,7 +321,7 @@ def test_after_a_failed_load_the_request_is_computed(client: Client) -> None:
 
 def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     client.held = 64
     scheduler = half(client, lease_timeout_s=120)
     scheduler.on_new_request(request())
@@ -340,7 +340,7 @@ def test_an_answer_that_was_read_late_is_not_believed(client: Client, monkeypatc
 
 def test_a_slow_miss_is_asked_for_once_more_and_not_for_ever(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     scheduler = half(client)
     scheduler.on_new_request(request())
     now[0] += 5
@@ -462,7 +462,7 @@ def test_a_long_queue_does_not_ask_all_at_once(client: Client) -> None:
 
 def test_workers_that_never_answer_are_left_alone(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("lmcache.connector.scheduler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     client.held = None
     scheduler = half(client)
     for n in range(3):
@@ -480,7 +480,7 @@ def test_workers_that_never_answer_are_left_alone(client: Client, monkeypatch: p
 
 def blending(client: Client, **options: Any) -> SchedulerHalf:
     scheduler = half(client, blend=options)
-    scheduler.hash_tokens = BLOCK
+    scheduler.bind_block_pool(BLOCK)
     return scheduler
 
 
@@ -581,7 +581,7 @@ def test_a_request_that_names_its_passages_wrongly_goes_on_without_the_cache(cli
 @pytest.mark.parametrize("kind", ["adapter", "image"])
 def test_adapters_and_images_are_reused_exactly_only(client: Client, kind: str, adapted: Any, stamps: Any) -> None:
     scheduler = blending(client)
-    scheduler._adapters = stamps
+    scheduler._requests._adapters = stamps
     live = request(mm_features=[IMAGE]) if kind == "image" else adapted
     if kind == "adapter":
         stamped(scheduler, live)
@@ -714,7 +714,7 @@ def test_what_was_found_is_not_stored_again(client: Client) -> None:
 
 
 def test_the_pace_is_that_of_steps_that_compute_prompts(clock: list[float]) -> None:
-    from lmcache.connector.pace import UNKNOWN_RATE, Pace
+    from lmcache.connector.scheduler.pace import UNKNOWN_RATE, Pace
 
     pace = Pace()
     assert pace.rate == UNKNOWN_RATE
@@ -753,7 +753,7 @@ def test_the_pace_is_that_of_steps_that_compute_prompts(clock: list[float]) -> N
 
 def stamped(scheduler: SchedulerHalf, live: Any) -> Any:
     """The request as the scheduler tracks it, once its adapter's files have been read."""
-    tracked = scheduler._track(live)
+    tracked = scheduler._requests.track(live)
     assert tracked.stamping is not None
     tracked.stamping.result(10)
     return tracked
@@ -792,14 +792,14 @@ def test_a_request_waits_while_its_adapters_files_are_read_and_not_for_ever(
     client.held = 64
     scheduler = half(client, adapters=stamps, read_timeout_s=1000.0)
     slow: Future[Any] = Future()
-    scheduler._track(adapted).stamping = slow
+    scheduler._requests.track(adapted).stamping = slow
     assert scheduler.get_num_new_matched_tokens(adapted, 0) == (None, False)
     assert scheduler.build_connector_meta(step({"r": 0})).stores == []
     slow.set_result(None)  # a folder that is not there
     assert uncached(scheduler, adapted)
 
     late = half(client, adapters=stamps, read_timeout_s=0.001)
-    tracked = late._track(adapted)
+    tracked = late._requests.track(adapted)
     tracked.stamping, tracked.tracked_at = Future(), tracked.tracked_at - 1
     assert uncached(late, adapted)
     assert client.asked == []

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import zmq
 
-from lmcache.connector import sockets
-from lmcache.connector.sockets import bind, meeting_name, socket_path
+from lmcache.connector.lookup import sockets
+from lmcache.connector.lookup.sockets import bind, meeting_name, socket_path
 from lmcache.errors import ConfigError
 
 

@@ -17,14 +17,16 @@ from redis_places import VALKEY, needs_valkey
 from scripted import WAIT_S, Gate, ScriptedBackend
 
 import lmcache
-from lmcache.connector.lookup import LookupClient, LookupServer
-from lmcache.connector.scheduler import SchedulerHalf
+from lmcache.connector.lookup.client import LookupClient
+from lmcache.connector.lookup.server import LookupServer
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 from lmcache.storage.manager import StorageManager
 from lmcache.testing.redis import RedisServer
 
 CHUNK, BLOCK = 32, 16
+pytestmark = pytest.mark.serial
 TOKENS = list(range(100))
 OPERATIONS = ("sizes", "contains", "get", "put", "remove", "clear")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lmcache.connector.identity import calls, packed_weights
-from lmcache.connector.identity.watch import Identity
 from lmcache.connector.identity.weights import TURNS, Weights, models_of, tensor_digest
+from lmcache.connector.identity.weights_in_use import WeightsInUse
 
 
 class Attention(torch.nn.Module):
@@ -151,18 +151,18 @@ def test_what_cannot_be_read_has_no_name(monkeypatch: pytest.MonkeyPatch, caplog
 
     _, weights = watched()
     monkeypatch.setattr("lmcache.connector.identity.weights.tensor_digest", broken)
-    identity = Identity(weights)
+    in_use = WeightsInUse(weights)
     renamed: list[str | None] = []
     weights.doubt()
-    identity.settle(5, renamed.append)
+    in_use.settle(5, renamed.append)
     assert renamed == [None]
-    assert identity.tags(()) is None
+    assert in_use.tags(()) is None
     assert "nothing is cached" in caplog.text
     monkeypatch.undo()
     weights.doubt()
-    identity.settle(6, renamed.append)
-    assert identity.tags(()) == {}
-    identity.close()
+    in_use.settle(6, renamed.append)
+    assert in_use.tags(()) == {}
+    in_use.close()
 
 
 def test_a_layer_of_no_model_is_an_error_and_a_draft_model_counts() -> None:
@@ -254,61 +254,61 @@ def test_packed_weights_are_found_behind_a_layer() -> None:
 # ---- what vLLM calls
 
 
-def called(identity: Identity, *methods: str) -> None:
+def called(in_use: WeightsInUse, *methods: str) -> None:
     for method in methods:
         calls._tell(method)
 
 
 def test_calls_that_are_no_steps_are_doubted_and_the_next_step_settles() -> None:
     model, weights = watched()
-    identity, renamed = Identity(weights), list[str | None]()
-    assert not identity.in_doubt()
+    in_use, renamed = WeightsInUse(weights), list[str | None]()
+    assert not in_use.in_doubt()
     for method in ("apply_model", "reload_weights", "wake_up", "anything", ""):
-        called(identity, method)
-        assert identity.in_doubt(), method
-        identity.settle(1, renamed.append)
-        assert not identity.in_doubt()
-    called(identity, *calls.HARMLESS)
-    assert not identity.in_doubt()
+        called(in_use, method)
+        assert in_use.in_doubt(), method
+        in_use.settle(1, renamed.append)
+        assert not in_use.in_doubt()
+    called(in_use, *calls.HARMLESS)
+    assert not in_use.in_doubt()
     assert not renamed
-    called(identity, "apply_model")
+    called(in_use, "apply_model")
     model.up.weight.data.zero_()
-    identity.settle(7, renamed.append)
-    assert renamed == [identity.name]
-    identity.close()
-    called(identity, "apply_model")
-    assert not identity.in_doubt()
+    in_use.settle(7, renamed.append)
+    assert renamed == [in_use.name]
+    in_use.close()
+    called(in_use, "apply_model")
+    assert not in_use.in_doubt()
 
 
 def test_what_was_begun_before_a_change_is_not_of_these_weights() -> None:
     model, weights = watched()
-    identity = Identity(weights)
+    in_use = WeightsInUse(weights)
     model.up.weight.data.zero_()
-    identity.settle(7, lambda name: None)
-    assert not identity.computed(6, images=False)
-    assert identity.computed(7, images=False)
-    identity.close()
+    in_use.settle(7, lambda name: None)
+    assert not in_use.computed(6, images=False)
+    assert in_use.computed(7, images=False)
+    in_use.close()
 
 
 def test_images_are_of_the_old_encoder_until_vllm_has_forgotten_them() -> None:
     model, weights = watched()
-    identity = Identity(weights)
-    called(identity, "apply_model")
+    in_use = WeightsInUse(weights)
+    called(in_use, "apply_model")
     model.up.weight.data.zero_()
-    identity.settle(7, lambda name: None)
-    assert not identity.computed(8, images=True)
-    called(identity, "reset_encoder_cache")
-    assert identity.computed(8, images=True)
-    called(identity, "reload_weights")  # forgets them itself
+    in_use.settle(7, lambda name: None)
+    assert not in_use.computed(8, images=True)
+    called(in_use, "reset_encoder_cache")
+    assert in_use.computed(8, images=True)
+    called(in_use, "reload_weights")  # forgets them itself
     model.up.weight.data.add_(1)
-    identity.settle(9, lambda name: None)
-    assert identity.computed(9, images=True)
-    identity.close()
+    in_use.settle(9, lambda name: None)
+    assert in_use.computed(9, images=True)
+    in_use.close()
 
 
 def test_several_workers_name_their_weights_together() -> None:
-    made = [Identity(watched(seed)[1], rank, 2) for rank, seed in enumerate((0, 1))]
-    tokens = [identity.token for identity in made]
+    made = [WeightsInUse(watched(seed)[1], rank, 2) for rank, seed in enumerate((0, 1))]
+    tokens = [in_use.token for in_use in made]
     first = made[0].tags(tokens)
     assert first == made[1].tags(tokens)
     assert first is not None
@@ -317,8 +317,8 @@ def test_several_workers_name_their_weights_together() -> None:
     other = [tokens[0], "x#1"]
     assert made[0].tags(other) != first
     assert made[1].tags(other) is None  # that is not what this worker has
-    for identity in made:
-        identity.close()
+    for in_use in made:
+        in_use.close()
 
 
 def test_every_dispatcher_of_vllm_tells() -> None:
@@ -359,21 +359,21 @@ def test_a_step_whose_weights_cannot_be_named_leaves_them_in_doubt() -> None:
     from lmcache.connector.worker import WorkerHalf
 
     model, weights = watched()
-    identity = Identity(weights)
+    in_use = WeightsInUse(weights)
 
     def broken(name: str | None) -> None:
         raise RuntimeError("no store")
 
     resumed: list[bool] = []
     half: Any = SimpleNamespace(
-        _identity=identity,
+        _weights=in_use,
         _renamed=broken,
         _adapters=SimpleNamespace(begin_step=lambda *args: None),
         _server=SimpleNamespace(resume=lambda: resumed.append(True)),
     )
     model.up.weight.data.zero_()
     WorkerHalf.begin_step(half, StepMetadata(step=3))  # vLLM's step goes on
-    assert identity.in_doubt()
-    assert not identity.holds()
+    assert in_use.in_doubt()
+    assert not in_use.holds()
     assert resumed == [True]
-    identity.close()
+    in_use.close()

@@ -21,10 +21,10 @@ class QuantisedCodec(Codec):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__(config)
-        self._key, self._value = self._schemes(config)
+        self._key, self._value = self.schemes(config)
 
     @abstractmethod
-    def _schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
+    def schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
         """(of keys, of values). Raises KernelArgumentError for options that none can have."""
 
     def bind(self, sides: Sequence[Side], layers: Sequence[int], first_head: int, device: torch.device) -> PlaneCodec:
@@ -41,7 +41,7 @@ class Fp8Codec(QuantisedCodec):
     name = "fp8"
     Config = EightBitConfig
 
-    def _schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
+    def schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
         return Scheme(8, fp8=True), Scheme(8, fp8=True)
 
 
@@ -49,7 +49,7 @@ class Int8Codec(QuantisedCodec):
     name = "int8"
     Config = EightBitConfig
 
-    def _schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
+    def schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
         return Scheme(8), Scheme(8)
 
 
@@ -62,7 +62,7 @@ class Int4Codec(QuantisedCodec):
     Config = Int4Config
     bits: ClassVar[int] = 4
 
-    def _schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
+    def schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
         assert isinstance(config, Int4Config)
         return Scheme(self.bits, "channel", group=config.group), Scheme(self.bits)
 
@@ -87,7 +87,7 @@ class RotatedCodec(QuantisedCodec):
     name = "rotated"
     Config = RotatedConfig
 
-    def _schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
+    def schemes(self, config: CodecConfig) -> tuple[Scheme, Scheme]:
         assert isinstance(config, RotatedConfig)
         key, value = (Scheme(n, rotate=True, seed=config.seed) for n in (config.key_bits, config.value_bits))
         return key, value

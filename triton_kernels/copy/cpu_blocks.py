@@ -2,7 +2,7 @@
 
 A block of vLLM's `[B, H, N, 2 * D]` (0.32) is not what its shape says: of each head the first N * D elements are the
 keys, the rest the values, in the order that the attention of this processor reads them. Found by writing known tokens
-with vLLM's own operator (tests/connector/test_cpu_blocks.py does it again):
+with vLLM's own operator (tests/connector/engines/test_cpu_blocks.py does it again):
 
     isa           keys                       values                     chosen for
     vec, vec16    [D, N]                     [N, D]                     what is not below

@@ -24,7 +24,7 @@ from experiments.blending.session import BlendSession, open_session
 from experiments.framework import paired
 from experiments.framework.config import ExperimentConfig, scale_of
 from experiments.framework.report import Outcome, Results
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.errors import BlendError, ConfigError
 
 Learned = Literal["prefix", "alone", "reordered", "prompt"]

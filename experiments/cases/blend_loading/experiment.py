@@ -33,7 +33,7 @@ from experiments.framework.config import ExperimentConfig, scale_of
 from experiments.framework.report import Outcome, Results
 from lmcache.blend.blender import Blended
 from lmcache.blend.controller import LoadingController
-from lmcache.blend.engine import BlendEngine
+from lmcache.blend.standalone import BlendEngine
 from lmcache.blend.store import SegmentStore
 from lmcache.config import Config as Model
 from lmcache.config import load_config

@@ -1,4 +1,4 @@
-"""Weights that vLLM's CPU build hands to oneDNN, which keeps them in a form and a place that nobody can read.
+"""Weights that vLLM's CPU build hands to oneDNN, which repacks them where they cannot be read back.
 
 vLLM removes the parameter and keeps a handler. So what a weight held is noted on its handler while the handler is made,
 which this module sees when it was loaded before the model: vLLM's plugin entry point does that in every process.

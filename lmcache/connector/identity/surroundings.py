@@ -214,20 +214,6 @@ def engine_surroundings(vllm_config: VllmConfig) -> str:
     return f"{surroundings(vllm_config)}/{processor_files(vllm_config.model_config)}"
 
 
-def markdown() -> str:
-    """The tables of docs/identity.md."""
-    lines = ["| class | in the key |", "|---|---|"]
-    lines += [f"| `{name}` | {_quoted(fields)} |" for name, fields in NAMED.items()]
-    lines += ["", "| class | cannot change KV, because | fields |", "|---|---|---|"]
-    for name, reasons in HARMLESS.items():
-        lines += [f"| `{name}` | {REASONS[reason]} | {_quoted(fields)} |" for reason, fields in reasons.items()]
-    return "\n".join(lines)
-
-
-def _quoted(names: str) -> str:
-    return " ".join(f"`{name}`" for name in names.split())
-
-
 def _model_folder(model: ModelConfig) -> pathlib.Path | None:
     local = pathlib.Path(model.model)
     if local.exists():

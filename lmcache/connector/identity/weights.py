@@ -64,7 +64,7 @@ class Weights:
         self._places: list[tuple[torch.Tensor, int, int | None]] = []
         self._probes: list[WordProbe] = []
         self.name: str | None = None
-        """Hexadecimal; None where it cannot be known: then nothing is read and nothing stored."""
+        """A hexadecimal digest; None where the weights cannot be read: then nothing is loaded and nothing stored."""
         self.settle()
 
     @property

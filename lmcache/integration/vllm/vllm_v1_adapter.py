@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache.connector.inert import Inert
+from lmcache.connector.lookup.sockets import meeting_name
 from lmcache.connector.metadata import StepMetadata
-from lmcache.connector.scheduler import SchedulerHalf
-from lmcache.connector.sockets import meeting_name
+from lmcache.connector.scheduler.half import SchedulerHalf
 from lmcache.connector.vllm import make_scheduler, make_worker
 from lmcache.connector.worker import WorkerHalf
 from lmcache.errors import UnsupportedLayoutError

@@ -1,11 +1,11 @@
-"""L3: one file a chunk, in one folder or striped over several (see disk_folder.py for their layout).
+"""L3: one file a chunk, in one folder or striped over several (folder.py has their layout).
 
 A file is written under a temporary name and renamed, so it is there whole or not at all, whatever is killed when. The
 index is rebuilt at start from names and sizes. Without ``fsync`` a power cut may lose chunks, and the checksum turns
 what it leaves into misses; with it a chunk counts as held when file and folder are on the medium.
 
 Several processes may share folders: one's files are found by the others, a file that went away is a miss, the bytes are
-counted together (disk_account.py), and what another has used lately is not evicted for being old news here.
+counted together (account.py), and what another has used lately is not evicted for being old news here.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from lmcache.errors import ConfigError, CorruptChunkError, OddFileError, Storage
 from lmcache.forks import Home
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk.folder import NO_ROOM, Folder, Spare
-from lmcache.storage.backends.disk.index import DiskIndex, Entry
 from lmcache.storage.backends.disk.space import DiskSpace
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.files.regular_files import NO_DESCRIPTORS
+from lmcache.storage.index import ChunkIndex, Entry
 from lmcache.storage.registry import EVICTION_POLICIES, PolicyName
-from lmcache.storage.run.io_threads import IOThreads, Outcome
+from lmcache.storage.run.budget import ByteBudget
+from lmcache.storage.run.threads import Threads
 
 CLOSE_TIMEOUT_S = 1.0
 MOST_OWED = 10_000
+Outcome = bool | OSError | None
+"""Of one chunk: whether it was read or written, or what went wrong; None when it was left out."""
 
 
 class DiskConfig(Config):
@@ -83,9 +86,10 @@ class DiskBackend(StorageBackend):
             for number, path in enumerate(config.folders)
         ]
         self._alone = len(self._folders) == 1
-        self._index = DiskIndex(policy, len(self._folders))
+        self._index = ChunkIndex(policy, len(self._folders))
         self._space = DiskSpace(self._index, len(self._folders), config.capacity // len(self._folders), self.name)
-        self._io = IOThreads(config.threads, config.in_flight, "lmcache-disk")
+        self._io = Threads("disk", config.threads)
+        self._in_flight = ByteBudget(config.in_flight)
         self._open()
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
@@ -102,11 +106,11 @@ class DiskBackend(StorageBackend):
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         now = time.time_ns()
         # The head of a prefix, without which the rest is worth nothing, counts as used last.
-        jobs = [
-            (HEADER_BYTES + buffer.nbytes, functools.partial(self._get, key, buffer, now - index))
+        calls = [
+            functools.partial(self._get, key, buffer, now - index)
             for index, (key, buffer) in enumerate(zip(keys, into, strict=True))
         ]
-        outcomes = self._io.run(jobs, until_miss=True)
+        outcomes = self._io.run(calls, ends=lambda outcome: outcome is not True)
         self._raise_if_all_fail(outcomes)
         count = next((index for index, outcome in enumerate(outcomes) if outcome is not True), len(keys))
         self._index.touch(reversed(keys[:count]), now)
@@ -115,12 +119,8 @@ class DiskBackend(StorageBackend):
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         written: dict[ChunkKey, Entry] = {}
         wanted = distinct(keys, buffers)
-        jobs = [
-            (HEADER_BYTES + buffer.nbytes, functools.partial(self._put, key, buffer, written))
-            for key, buffer in wanted.items()
-        ]
         try:
-            outcomes = self._io.run(jobs)
+            outcomes = self._io.run([functools.partial(self._put, *chunk, written) for chunk in wanted.items()])
         finally:
             for key in reversed(wanted):
                 if (entry := written.pop(key, None)) is not None:
@@ -217,6 +217,10 @@ class DiskBackend(StorageBackend):
         return None
 
     def _get(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
+        with self._in_flight.of(HEADER_BYTES + buffer.nbytes):
+            return self._read(key, buffer, used_ns)
+
+    def _read(self, key: ChunkKey, buffer: Buffer, used_ns: int) -> bool:
         entry = self._locate(key)
         if entry is None:
             return False
@@ -243,6 +247,10 @@ class DiskBackend(StorageBackend):
         folder.odd.found(folder.file_of(key), why, removed=removed)
 
     def _put(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
+        with self._in_flight.of(HEADER_BYTES + buffer.nbytes):
+            return self._write(key, buffer, written)
+
+    def _write(self, key: ChunkKey, buffer: Buffer, written: dict[ChunkKey, Entry]) -> bool:
         entry = self._locate(key)
         if entry is not None:
             if self._folders[entry.folder].find(key) is not None:

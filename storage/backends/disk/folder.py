@@ -1,6 +1,6 @@
 """One folder of the disk tier: the files of chunk_files.py as we read and write them, its account and its health.
 
-<path>/.account                                                             see disk_account.py
+<path>/.account                                                             see account.py
 """
 
 from __future__ import annotations

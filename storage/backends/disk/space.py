@@ -11,7 +11,7 @@ from lmcache import metrics
 from lmcache.errors import OddFileError
 from lmcache.keys import ChunkKey
 from lmcache.storage.backends.disk.folder import Folder, Spare
-from lmcache.storage.backends.disk.index import DiskIndex, Entry
+from lmcache.storage.index import ChunkIndex, Entry
 
 ROUNDS, SPARING_ROUNDS = 16, 3
 # A folder is scanned again when other processes have written this share of it that we don't know, but not so often that
@@ -29,7 +29,7 @@ class DiskSpace:
     share: bytes that the files of one folder may have, over all processes.
     """
 
-    def __init__(self, index: DiskIndex, folders: int, share: int, tier: str) -> None:
+    def __init__(self, index: ChunkIndex, folders: int, share: int, tier: str) -> None:
         self._index, self._share, self._tier = index, share, tier
         self._lock = threading.Lock()
         self._pending = [0] * folders

@@ -1,6 +1,6 @@
 """L4: the standalone server (``lmcache server``) as a tier; ``lm://host:port``, ``lms://`` over TLS.
 
-Connections, deadlines, retries and the check of every chunk are the client's (storage/backends/lm/client.py).
+Connections, deadlines and the check of every chunk are the client's (storage/backends/lm/client.py).
 """
 
 from __future__ import annotations

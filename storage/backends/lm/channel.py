@@ -25,12 +25,12 @@ T = TypeVar("T")
 _HEAD_PIECE_BYTES = 64 << 10
 _DISCARD_BYTES = 64 << 10
 _LINGER_S, _LINGER_BYTES = 0.5, 1 << 20
-# The longest wait in the kernel, so that it is seen how much has moved; a large transfer takes a call for each.
+# The longest wait in the kernel: in between it is looked at how many bytes have moved.
 _SLICE_S = 0.5
-# Whoever takes longer than that for so many bytes crawls.
+# A peer that takes longer than CRAWL_S for CRAWL_BYTES crawls.
 CRAWL_S, CRAWL_BYTES = 1.0, 64 << 10
-# Of a connection within a host: what is underway stays in the cores' caches, which is worth up to a third of the time.
-# Between hosts the kernel chooses, by what the way holds.
+# Socket buffers of a connection within a host: small ones keep the data in the cores' caches, which saves up to a third
+# of the time. Between hosts the kernel chooses their size.
 _LOCAL_BUFFER_BYTES = 256 << 10
 
 
@@ -95,7 +95,7 @@ class Channel:
         self._receive([memoryview(prefix)])
         head_bytes, payload_bytes = decode_prefix(bytes(prefix), max_head_bytes)
         head = bytearray()
-        # It grows as it comes: a length that is only claimed takes no memory.
+        # Memory is taken as bytes arrive, so that a peer cannot make us allocate by announcing a large head.
         while len(head) < head_bytes:
             piece = bytearray(min(_HEAD_PIECE_BYTES, head_bytes - len(head)))
             self._receive([memoryview(piece)])
@@ -115,13 +115,15 @@ class Channel:
             nbytes -= view.nbytes
 
     def shutdown(self) -> None:
-        """End it from whatever thread: whoever waits on it is told that the other side closed it."""
+        """End it, from any thread: a thread that waits on it gets ConnectionResetError."""
         with contextlib.suppress(OSError):
-            # The method of the base class: that of a TLS socket takes its state away under a thread that uses it.
+            # Not the TLS socket's own method: that drops the TLS state, which another thread may be using.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def linger(self) -> None:
-        """Let the other side read what was sent last before ``close``, which would take it back if data is unread."""
+        """Before ``close``: wait until the other side has read what was sent. Closing with unread data resets the
+        connection, which would drop it.
+        """
         with contextlib.suppress(OSError):
             self.start(_LINGER_S)
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
@@ -135,7 +137,7 @@ class Channel:
 
     def _arm(self, timeout_s: float) -> None:
         self._armed_s = timeout_s
-        # Zero would be for ever.
+        # A timeout of zero means none.
         value = struct.pack("ll", int(timeout_s), max(1000, int(timeout_s % 1 * 1e6)))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
@@ -154,7 +156,7 @@ class Channel:
             try:
                 done = self._send_some(views)
             except BlockingIOError:
-                continue  # the kernel's timeout; what is left of ours is seen above
+                continue  # the kernel's timeout; our deadline is checked above
             self._moved(done)
             views = _rest(views, done)
         self._slow_since = None
@@ -189,7 +191,7 @@ class TlsChannel(Channel):
     """A Channel over TLS. Here deadlines are Python's, and records come 16 KiB at a time."""
 
     _sock: ssl.SSLSocket
-    _slice_s = math.inf  # a wait that ends early could not go on
+    _slice_s = math.inf  # after a timeout a TLS operation cannot be resumed
 
     def readable(self, timeout_s: float) -> bool:
         return self._sock.pending() > 0 or super().readable(timeout_s)

@@ -1,11 +1,14 @@
-"""The client of the server: a bounded pool of connections, deadlines, and retries of what broke."""
+"""The client of the server: a bounded pool of connections, and a deadline for every call.
+
+A call that fails is not tried again here: that is the manager's (``retry:``). A connection that the server has closed
+meanwhile is noticed before anything is sent over it, and another one is opened.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hmac
 import logging
-import random
 import secrets
 import socket
 import ssl
@@ -59,10 +62,7 @@ class ClientConfig(Config):
     durable: bool = Field(False, description="a put is done when a tier below the server's memory has the chunk")
     connections: int = Field(4, ge=1, le=256, description="connections at most; further calls wait for one")
     connect_timeout_s: float = Field(2.0, gt=0, description="deadline of a connection, handshake included")
-    timeout_s: float = Field(10.0, gt=0, description="deadline of one call, waiting and retries included")
-    attempts: int = Field(3, ge=1, description="how often a call is tried when the connection breaks or nobody answers")
-    backoff_s: float = Field(0.05, gt=0, description="a retry waits a random time up to this, twice as much each time")
-    backoff_cap_s: float = Field(1.0, gt=0, description="longest wait between two tries")
+    timeout_s: float = Field(10.0, gt=0, description="deadline of one call, waiting for a connection included")
 
     @field_validator("url")
     @classmethod
@@ -83,7 +83,6 @@ class Refused(StorageError):
 
     def __init__(self, failed: Failed) -> None:
         super().__init__(f"{failed.message} ({failed.code})")
-        self.final = failed.code in ("auth", "protocol")
         self.in_step = failed.code in ("busy", "failed")
         """Whether the connection can go on after it."""
 
@@ -186,28 +185,19 @@ class Client:
             self.remove([key])
 
     def _call(self, exchange: Callable[[Channel], T]) -> T:
-        """``exchange`` on a connection, again on another one when that breaks."""
+        """``exchange`` on a connection of its own."""
         self._home.check()
         deadline = time.monotonic() + self._config.timeout_s
         if not self._slots.acquire(timeout=self._config.timeout_s):
             raise StorageError(f"{self._config.url}: all {self._config.connections} connections are in use")
         try:
-            for attempt in range(1, self._config.attempts + 1):
-                try:
-                    return self._try(exchange, deadline)
-                except OSError as error:
-                    if isinstance(error, Refused) and error.final:
-                        raise StorageError(f"{self._config.url}: {error}") from error
-                    most = min(self._config.backoff_cap_s, self._config.backoff_s * 2 ** (attempt - 1))
-                    wait_s = random.uniform(0, most)
-                    if attempt == self._config.attempts or time.monotonic() + wait_s >= deadline:
-                        raise StorageError(f"{self._config.url}: {error}") from error
-                    self._closed.wait(wait_s)
+            return self._exchange(exchange, deadline)
+        except OSError as error:
+            raise StorageError(f"{self._config.url}: {error}") from error
         finally:
             self._slots.release()
-        raise AssertionError("the last attempt returns or raises")
 
-    def _try(self, exchange: Callable[[Channel], T], deadline: float) -> T:
+    def _exchange(self, exchange: Callable[[Channel], T], deadline: float) -> T:
         channel = self._take(deadline)
         in_step = False
         try:
@@ -228,7 +218,7 @@ class Client:
                 channel.close()
 
     def _take(self, deadline: float) -> Channel:
-        """A connection that nothing came over unasked, which would be the server's farewell."""
+        """An idle connection, or a new one. An idle one that can be read was closed by the server: it is dropped."""
         while True:
             with self._lock:
                 if self._closed.is_set():
@@ -376,12 +366,10 @@ def _put(
 def _get(
     channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], whole: list[bool], piece_bytes: int
 ) -> None:
-    """Go on behind what came in a try before; ``whole`` grows by whether each that comes bears its seal."""
-    more = len(whole) < len(keys)
-    if more:
-        channel.send_frame(protocol.Get(join_keys(keys[len(whole) :]), [view.nbytes for view in into[len(whole) :]]))
-    while more:
-        more = _receive_found(channel, keys, into, whole, piece_bytes)
+    """``whole`` grows by whether each value that comes bears its seal; it tells what had come when this raises."""
+    channel.send_frame(protocol.Get(join_keys(keys), [view.nbytes for view in into]))
+    while _receive_found(channel, keys, into, whole, piece_bytes):
+        pass
 
 
 def _receive_found(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmcache.errors import ConfigError, StorageError
-from lmcache.storage.backends.placed.registrations import Registrations
+from lmcache.storage.backends.indexed.registrations import Registrations
 
 if TYPE_CHECKING:
     from nixl import nixl_agent, nixl_xfer_handle

@@ -1,7 +1,7 @@
 """L3/L4 through NIXL's storage plugins: chunks as files (POSIX, GDS, GDS_MT, HF3FS) or as objects (OBJ).
 
-nixl_files.py moves files straight between disk and the buffers it is given; nixl_objects.py goes through memory of its
-own; nixl_agent.py is what both need of NIXL.
+files.py moves files straight between disk and the buffers it is given; objects.py goes through memory of its own;
+agent.py is what both need of NIXL.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from lmcache.config import Config
-from lmcache.storage.backends.placed.backend import IndexedBackend, Place
+from lmcache.storage.backends.indexed.backend import IndexedBackend, Medium
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.registry import PolicyName
 
@@ -58,16 +58,18 @@ class NixlBackend(IndexedBackend):
     Config = NixlConfig
 
     def __init__(self, config: NixlConfig) -> None:
-        place: Place
+        medium: Medium
         if config.plugin in FILE_PLUGINS:
             from lmcache.storage.backends.nixl.files import NixlFiles
 
-            place = NixlFiles(config.plugin, config.path, _file_parameters(config), config.timeout_s, config.direct)
+            medium = NixlFiles(config.plugin, config.path, _file_parameters(config), config.timeout_s, config.direct)
         else:
             from lmcache.storage.backends.nixl.objects import NixlObjects
 
-            place = NixlObjects(config.path, config.prefix, object_parameters(config), config.timeout_s, config.staging)
-        super().__init__(place, config.capacity, config.eviction)
+            medium = NixlObjects(
+                config.path, config.prefix, object_parameters(config), config.timeout_s, config.staging
+            )
+        super().__init__(medium, config.capacity, config.eviction)
 
 
 def _file_parameters(config: NixlConfig) -> dict[str, str]:

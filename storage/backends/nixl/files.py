@@ -6,15 +6,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from lmcache.storage.backends.indexed.files import FileMedium, Item, Operation
 from lmcache.storage.backends.nixl.agent import Agent, NixlError
-from lmcache.storage.backends.placed.files import FilePlace, Item, Operation
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PoolBuffer
 
 logger = logging.getLogger(__name__)
 
 
-class NixlFiles(FilePlace):
+class NixlFiles(FileMedium):
     """The kernel does not give back a transfer that it has begun, so one that is slower than ``timeout_s`` is reported
     and waited for, as any other read of a disk is; the deadline of a request is the manager's.
     """

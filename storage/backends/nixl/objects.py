@@ -17,15 +17,15 @@ from pathlib import Path
 
 from lmcache.errors import ClosedError, CorruptChunkError, StorageError
 from lmcache.keys import ChunkKey
+from lmcache.storage.backends.indexed.backend import Medium
 from lmcache.storage.backends.nixl.agent import Agent, NixlError, Transfer
-from lmcache.storage.backends.placed.backend import Place
-from lmcache.storage.backends.placed.staging import Staging
 from lmcache.storage.base import Buffer
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
 from lmcache.storage.files.journal import Journal
 from lmcache.storage.memory.pool import PoolBuffer
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.naming import chunk_path
-from lmcache.storage.run.bounded import BoundedCaller
+from lmcache.storage.run.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,18 @@ _hanging: set[NixlObjects] = set()
 @atexit.register
 def _leave_to_nixl() -> None:
     """To destroy an agent that has transfers under way would crash the process as it ends."""
-    for place in _hanging:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(place))
+    for medium in _hanging:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(medium))
 
 
-class NixlObjects(Place):
+class NixlObjects(Medium):
     """One object a chunk: ``<prefix><format fingerprint>/<tenant and tags>/<digest>.kv``."""
 
     def __init__(self, journal: Path, prefix: str, parameters: dict[str, str], timeout_s: float, staging: int) -> None:
         self._agent = Agent("OBJ", parameters)
         self._journal = Journal(journal)
         self._staging = Staging(staging)
-        self._queries = BoundedCaller(QUERIES, "lmcache-nixl")
+        self._queries = Threads("nixl", QUERIES)
         self._prefix, self._timeout_s = prefix, timeout_s
         self._numbers = itertools.count(1)
         self._late: list[tuple[Transfer, list[PoolBuffer]]] = []

@@ -10,8 +10,10 @@ its asynchronous ones.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,8 +32,10 @@ from lmcache.keys import ChunkKey
 from lmcache.storage.backends.objects.listing import Search
 from lmcache.storage.base import Buffer, StorageBackend, distinct
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
+from lmcache.storage.index import RecentSizes
 from lmcache.storage.naming import chunk_key, chunk_path
-from lmcache.storage.run.requests import ByteBudget, Crew, RecentSizes
+from lmcache.storage.run.budget import ByteBudget
+from lmcache.storage.run.threads import Threads
 
 try:
     import obstore
@@ -111,9 +115,11 @@ class ObjectStoreBackend(StorageBackend):
         self._store = _open(config)
         self._index = RecentSizes(config.index_entries, config.index_ttl_s)
         self._budget = ByteBudget(config.in_flight)
-        self._transfers = Crew(config.concurrency, "lmcache-object")
+        self._transfers = Threads("object", config.concurrency, owner=config.url)
         # Questions do not wait behind transfers: the manager asks them where something waits.
-        self._questions = Crew(config.lookups, "lmcache-object-ask")
+        self._questions = Threads("object-ask", config.lookups, owner=config.url)
+        # Also as the process ends: a thread that came back from obstore then could end inside of it, and abort.
+        self._end = weakref.finalize(self, _close, self._transfers, self._questions)
         self._lookups = config.lookups
         self._mode: PutMode = "create"
         self._closed = False
@@ -137,23 +143,13 @@ class ObjectStoreBackend(StorageBackend):
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
         self._check_open()
-        misses = [len(keys)]
-        came: set[int] = set()
-
-        def fetch(item: tuple[int, ChunkKey, Buffer]) -> None:
-            number, key, buffer = item
-            if number < min(misses) and self._fetch(key, buffer.view):
-                came.add(number)
-            else:
-                misses.append(number)
-
-        numbered = list(zip(range(len(keys)), keys, into, strict=True))
-        try:
-            self._transfers.map(fetch, numbered)
-        except StorageError:
-            if 0 not in came:
-                raise
-        return next((number for number in range(len(keys)) if number not in came), len(keys))
+        calls = [functools.partial(self._fetch, key, buffer.view) for key, buffer in zip(keys, into, strict=True)]
+        outcomes = self._transfers.run(calls, ends=lambda outcome: outcome is not True)
+        count = next((number for number, outcome in enumerate(outcomes) if outcome is not True), len(keys))
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, OSError)), None)
+        if failure is not None and not count:
+            raise failure
+        return count
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
         self._check_open()
@@ -189,8 +185,7 @@ class ObjectStoreBackend(StorageBackend):
 
     def close(self) -> None:
         self._closed = True
-        self._transfers.close()
-        self._questions.close()
+        self._end()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -343,6 +338,12 @@ class ObjectStoreBackend(StorageBackend):
             raise
         except _FAILURES as error:
             raise StorageError(f"{self._url}: cannot {what}: {_short(error)}") from error
+
+
+def _close(*threads: Threads) -> None:
+    """Begin nothing more, and wait for what runs, which has timeouts."""
+    for each in threads:
+        each.close(None)
 
 
 def _open(config: ObjectStoreConfig) -> ObjectStore:

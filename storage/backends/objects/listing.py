@@ -17,7 +17,7 @@ import obstore
 
 from lmcache.keys import ChunkKey
 from lmcache.storage.naming import SUFFIX, chunk_path, namespace_path
-from lmcache.storage.run.requests import Crew
+from lmcache.storage.run.threads import Threads
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -57,7 +57,7 @@ class Search:
         self._unlisted[namespace] = [] if last is None else [name for name in names if name > last]
         self._per_page[namespace] = len(names) - len(self._unlisted[namespace])
 
-    def rest(self, crew: Crew) -> tuple[list[ChunkKey], dict[ChunkKey, int]]:
+    def rest(self, threads: Threads) -> tuple[list[ChunkKey], dict[ChunkKey, int]]:
         """Read the other pages. Returns the keys to ask for singly, and the objects' bytes of those found."""
         alone: set[ChunkKey] = set() if self._wanted else set(self._keys)
         slices = []
@@ -67,7 +67,7 @@ class Search:
                 alone.update(self._wanted[namespace][name] for name in names)
             else:
                 slices += [(namespace, names[i : i + length]) for i in range(0, len(names), length)]
-        crew.map(lambda item: self._slice(*item), slices)
+        threads.map(lambda item: self._slice(*item), slices)
         return [key for key in self._keys if key in alone], self._sizes
 
     def _slice(self, namespace: bytes, names: list[str]) -> None:

@@ -18,9 +18,9 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisClust
 
 from lmcache.errors import ClosedError, LMCacheError, StorageError
 from lmcache.forks import Home
+from lmcache.storage.backends.redis.retry import retrying
 from lmcache.storage.backends.redis.servers import RedisConfig, open_servers, parse_url
 from lmcache.storage.backends.redis.wire import ErrorReply, Part, Wire
-from lmcache.storage.run.retry import retrying
 
 T = TypeVar("T")
 Outcome: TypeAlias = Literal[True, False] | ErrorReply

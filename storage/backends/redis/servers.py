@@ -26,7 +26,7 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 
 from lmcache.config import Config
 from lmcache.errors import ConfigError
-from lmcache.storage.run.retry import RetryConfig
+from lmcache.storage.backends.redis.retry import RetryConfig
 
 TLS_SCHEMES = ("rediss", "valkeys")
 SENTINEL, CLUSTER = "redis+sentinel", "redis+cluster"

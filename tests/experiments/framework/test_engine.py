@@ -20,6 +20,7 @@ def job(**changes: str) -> Job:
     return Job(model_path(config), options, kv_transfer=None, max_tokens=4, seed=0)
 
 
+@pytest.mark.vllm
 def test_steps_come_back_as_rows_and_resets_empty_the_cache(tmp_path: Path) -> None:
     asked = [Request("lighthouse", 0, TEXT), Request("lighthouse", 0, TEXT)]
     with Engine(job(), tmp_path / "log") as engine:
@@ -36,6 +37,7 @@ def test_steps_come_back_as_rows_and_resets_empty_the_cache(tmp_path: Path) -> N
         os.kill(child, 0)
 
 
+@pytest.mark.vllm
 def test_wrong_engine_options_are_reported_with_vllms_own_words(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="float31"):
         Engine(job(dtype="float31"), tmp_path / "log")

@@ -206,6 +206,7 @@ def test_all_queries_of_any_layout(layout: str, window: int | None, device: torc
     check(World(**LAYOUTS[layout], prompts=((130, 130), (7, 7))), device, window=window)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("prompts", [((130, 130), (7, 7)), ((40, 90), (2, 21))])
 def test_a_plan_serves_layers_with_other_options(prompts: tuple[tuple[int, int], ...], device: torch.device) -> None:
     batch = World(prompts=prompts).build(device)
@@ -229,6 +230,7 @@ def test_nothing_to_do(device: torch.device) -> None:
     assert sparse_prefill(batch.q, no_requests, batch.positions, nothing).shape == (0, 4, 64)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_provider_torch(layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_prefill_host, "_SLAB_SCORES", 1)  # several slabs
@@ -240,6 +242,7 @@ def test_provider_torch(layout: str, device: torch.device, monkeypatch: pytest.M
         result.check(batch.expected(window=50))
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("shared", [1, 60, 1 << 30])
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_plan_serves_one_layer_after_the_other(
@@ -339,6 +342,7 @@ class Paged(DocumentedFlashInfer):
         return keys, values
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("layout", ["packed", "pages with holes"])
 def test_what_flashinfer_is_told(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, BatchPrefillWithPagedKVCacheWrapper=Paged)
@@ -367,6 +371,7 @@ def paged(**changes: Any) -> dict[str, Any]:
     return {"q": batch.q, "q_positions": batch.positions, "cu_q": batch.cu_q, "kv": kv}
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

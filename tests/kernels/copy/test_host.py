@@ -317,6 +317,7 @@ def traffic(transfer: HostTransfer, streams: FakeStreams) -> tuple[list[torch.Te
     return found, wanted
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("seed", range(12))
 def test_no_order_of_the_streams_mixes_the_bytes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = FakeStreams()
@@ -327,6 +328,7 @@ def test_no_order_of_the_streams_mixes_the_bytes(seed: int, monkeypatch: pytest.
         assert torch.equal(got, want)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     "forget",
     [
@@ -408,6 +410,7 @@ def two_streams_at_work(
     return found, wanted
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("seed", range(12))
 def test_several_streams_do_not_take_each_others_waits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = FakeStreams()
@@ -418,6 +421,7 @@ def test_several_streams_do_not_take_each_others_waits(seed: int, monkeypatch: p
         assert torch.equal(got, want)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("seed", range(6))
 @BOTH
 def test_staging_waits_for_whoever_had_its_memory_before(

@@ -158,6 +158,7 @@ def test_large_copies(what: str, pattern: str, device: torch.device) -> None:
     check(what, layout, some_ids(limit - 20, limit, pattern), device)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("what", TOKENS + PAGES)
 def test_torch_definitions(what: str, order: str, device: torch.device) -> None:

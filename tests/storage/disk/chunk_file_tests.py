@@ -27,8 +27,8 @@ from tier_faults import CHUNK, check_manager_goes_on, work_until_closed
 
 from lmcache import metrics
 from lmcache.errors import ClosedError, ConfigError, StorageError
-from lmcache.storage.backends.placed.backend import IndexedBackend
-from lmcache.storage.backends.placed.files import FilePlace
+from lmcache.storage.backends.indexed.backend import IndexedBackend
+from lmcache.storage.backends.indexed.files import FileMedium
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PinnedPool
@@ -68,7 +68,7 @@ def io_error(*_: object) -> OSError:
 
 
 def nothing_moves(_: str, items: Sequence[object], __: object) -> list[OSError]:
-    """Instead of ``FilePlace.move``."""
+    """Instead of ``FileMedium.move``."""
     return [io_error() for _ in items]
 
 
@@ -133,11 +133,11 @@ class ChunkFileTests(InFiles):
     @pytest.fixture
     def broken(self, backend: StorageBackend) -> Callable[[], AbstractContextManager[None]]:
         assert isinstance(backend, IndexedBackend)
-        place = backend._place
+        medium = backend._medium
 
         @contextlib.contextmanager
         def failing() -> Iterator[None]:
-            with unittest.mock.patch.object(place, "move", nothing_moves):
+            with unittest.mock.patch.object(medium, "move", nothing_moves):
                 yield
 
         return failing
@@ -189,15 +189,15 @@ class ChunkFileTests(InFiles):
         backend = self.open(tmp_path)
         good = [put(backend, pool, make_key(n), CHUNK, seed=n) for n in range(2)]
         (file,) = tmp_path.rglob(f"{make_key(1).digest.hex()}.kv")
-        place = backend._place
-        assert isinstance(place, FilePlace)
-        real, before = place.move, self.corrupt()
+        medium = backend._medium
+        assert isinstance(medium, FileMedium)
+        real, before = medium.move, self.corrupt()
 
         def late(*arguments: Any) -> list[Exception | None]:
             os.truncate(file, HEADER_BYTES + 4096)
             return real(*arguments)
 
-        monkeypatch.setattr(place, "move", late)
+        monkeypatch.setattr(medium, "move", late)
         buffers = [take(pool, CHUNK) for _ in range(2)]
         assert backend.get([make_key(n) for n in range(2)], buffers) == 1
         assert bytes(buffers[0].view) == good[0]
@@ -227,14 +227,14 @@ class ChunkFileTests(InFiles):
         self, tmp_path: Path, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = self.open(tmp_path), self.open(tmp_path)
-        place, real = two._place, two._place.move
+        medium, real = two._medium, two._medium.move
 
         def late(*arguments: Any) -> list[Exception | None]:
-            monkeypatch.setattr(place, "move", real)
+            monkeypatch.setattr(medium, "move", real)
             put(one, pool, make_key(1), CHUNK, seed=1)
             return list(real(*arguments))
 
-        monkeypatch.setattr(place, "move", late)
+        monkeypatch.setattr(medium, "move", late)
         put(two, pool, make_key(1), CHUNK, seed=2)
         assert get(two, pool, make_key(1), CHUNK) == random.Random(1).randbytes(CHUNK)
         assert not list(tmp_path.rglob(".tmp-*"))
@@ -312,7 +312,7 @@ class ChunkFileTests(InFiles):
         data = put(backend, pool, make_key(1), CHUNK, seed=1)
         buffer = take(pool, CHUNK)
         with monkeypatch.context() as patch:
-            patch.setattr(backend._place, "move", nothing_moves)
+            patch.setattr(backend._medium, "move", nothing_moves)
             with pytest.raises(StorageError, match=rf"cannot {operation} .*Input/output error"):
                 (backend.get if operation == "read" else backend.put)([make_key(1 + (operation == "write"))], [buffer])
         buffer.release()
@@ -375,16 +375,16 @@ class ChunkFileTests(InFiles):
         self, tmp_path: Path, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         backend, go, begun = self.open(tmp_path), threading.Event(), threading.Event()
-        place = backend._place
-        assert isinstance(place, FilePlace)
-        real = place.move
+        medium = backend._medium
+        assert isinstance(medium, FileMedium)
+        real = medium.move
 
         def hang(*arguments: Any) -> list[Exception | None]:
             begun.set()
             assert go.wait(20)
             return real(*arguments)
 
-        monkeypatch.setattr(place, "move", hang)
+        monkeypatch.setattr(medium, "move", hang)
         writer = threading.Thread(target=lambda: put(backend, pool, make_key(1), CHUNK, seed=1))
         writer.start()
         assert begun.wait(10)
@@ -403,7 +403,7 @@ class ChunkFileTests(InFiles):
         backend = self.open(tmp_path, capacity=64 * (HEADER_BYTES + NBYTES))
         with monkeypatch.context() as patch:
             check_manager_goes_on(
-                open_manager, backend, lambda: patch.setattr(backend._place, "move", nothing_moves), patch.undo
+                open_manager, backend, lambda: patch.setattr(backend._medium, "move", nothing_moves), patch.undo
             )
 
 
@@ -418,8 +418,8 @@ def files_machine(tests: type[ChunkFileTests]) -> type[RuleBasedStateMachine]:
         def break_place(self) -> None:
             self.mend_place()
             self.faults = ExitStack()
-            place = type(self.backend._place)
-            self.faults.enter_context(unittest.mock.patch.object(place, "move", staticmethod(nothing_moves)))
+            medium = type(self.backend._medium)
+            self.faults.enter_context(unittest.mock.patch.object(medium, "move", staticmethod(nothing_moves)))
 
         def mend_place(self) -> None:
             if self.faults is not None:

@@ -20,7 +20,6 @@ from lmcache.storage.backends.disk import folder as disk_folder
 from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.chunk import HEADER_BYTES
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
-from lmcache.storage.run.io_threads import IOThreads
 from lmcache.storage.testing import BackendTests, fill, make_key, take
 
 CHUNK = 20_000
@@ -371,42 +370,6 @@ def test_where_files_cannot_be_locked_each_process_counts_alone(
 
 
 # Threads
-
-
-def test_bytes_in_flight_are_bounded_but_one_job_may_have_more() -> None:
-    threads, running, most, lock = IOThreads(4, 10, "test"), 0, 0, threading.Lock()
-    two = threading.Barrier(2)
-
-    def job() -> bool:
-        nonlocal running, most
-        with lock:
-            running += 4
-            most = max(most, running)
-        two.wait(10)  # passes only when two run at once
-        with lock:
-            running -= 4
-        return True
-
-    assert threads.run([(4, job)] * 8) == [True] * 8
-    assert most == 8
-    assert threads.run([(100, lambda: True)] * 3) == [True] * 3
-    assert threads.close(1.0)
-
-
-def test_jobs_behind_a_miss_are_left_out_and_other_errors_are_raised() -> None:
-    threads = IOThreads(1, 1 << 20, "test")
-    assert threads.run([(1, lambda: True), (1, lambda: False), (1, lambda: True)], until_miss=True) == [
-        True,
-        False,
-        None,
-    ]
-
-    def bug() -> bool:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        threads.run([(1, bug), (1, lambda: True)])
-    threads.close(1.0)
 
 
 def test_closing_during_transfers_ends_them_whole_and_refuses_new_ones(tmp_path: Path, pool: PinnedPool) -> None:

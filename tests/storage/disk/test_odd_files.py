@@ -251,14 +251,14 @@ class TestGds(OddFileTests):
     ) -> None:
         backend: Any = self.open(tmp_path / "kv")
         data = put(backend, pool, make_key(1), CHUNK, seed=1)
-        real = backend._place.move
+        real = backend._medium.move
 
         def swap(operation: str, items: Any, headers: Any) -> Any:
             for item in items:
                 plant("link", Path(item.path), outside)
             return real(operation, items, headers)
 
-        monkeypatch.setattr(backend._place, "move", swap)
+        monkeypatch.setattr(backend._medium, "move", swap)
         if operation == "READ":
             assert get(backend, pool, make_key(1), CHUNK) == data
         else:

@@ -29,6 +29,7 @@ from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["seaweed", "valkey"]
 CHUNK = 64 << 10
+pytestmark = pytest.mark.serial
 
 
 class Link:
@@ -68,7 +69,7 @@ def link(request: pytest.FixtureRequest) -> Iterator[Link]:
             chunks = Server(build(ServerConfig, {"port": 0, "drain_timeout_s": 0.2, "storage": storage}, "test"))
             stack.callback(chunks.stop)
             chunks.start()
-            quick = {"timeout_s": 1.0, "attempts": 1}
+            quick = {"timeout_s": 1.0}
             link = Link(chunks.port, lambda port: {"type": "remote", "url": f"lm://127.0.0.1:{port}", **quick})
         stack.callback(link.proxy.close)
         yield link

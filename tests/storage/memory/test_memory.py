@@ -148,7 +148,7 @@ def test_what_was_read_before_a_removal_does_not_come_back(pool: PinnedPool) -> 
 
 
 def test_written_chunks_are_evicted_before_unwritten_ones(pool: PinnedPool) -> None:
-    tier = MemoryTier(pool, LRU(), low_watermark=1 / 64, write_back=True)
+    tier = MemoryTier(pool, LRU(), low_watermark=1 / 64, demotes=True)
     insert(tier, *range(60))
     insert(tier, *range(60, 64), settled=True)
     lost = metrics.EVICTED_UNWRITTEN_CHUNKS._value.get()
@@ -161,7 +161,7 @@ def test_written_chunks_are_evicted_before_unwritten_ones(pool: PinnedPool) -> N
 
 
 def test_what_should_be_written_is_named_in_the_order_of_eviction(pool: PinnedPool) -> None:
-    tier = MemoryTier(pool, LRU(), low_watermark=1 / 8, write_back=True)
+    tier = MemoryTier(pool, LRU(), low_watermark=1 / 8, demotes=True)
     insert(tier, *range(56))
     assert tier.to_write(4 * PAGE) == [], "the reserve is free"
     insert(tier, 56)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +29,7 @@ from lmcache.testing.proxy import FaultyProxy
 
 __all__ = ["opened", "options", "pool", "seaweed"]
 put, get = BackendTests.put, BackendTests.get
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -157,3 +162,35 @@ def test_closing_during_transfers_ends_them(
         backend.get(keys, buffers)
     for buffer in buffers:
         buffer.release()
+
+
+ENDING = """
+import sys, threading, time
+from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.registry import build_backend
+from lmcache.storage.testing import make_key, take
+url, endpoint = sys.argv[1:]
+backend = build_backend({"type": "remote", "url": url, "endpoint": endpoint, "allow_http": True, "retries": 0,
+    "access_key": "x", "secret_key": "x", "region": "x", "timeout_s": 0.5}, "test")
+pool = PinnedPool(1 << 20)
+buffers = [take(pool, 4096) for _ in range(4)]
+threading.Thread(target=backend.get, args=([make_key(n) for n in range(4)], buffers), daemon=True).start()
+while not backend._transfers._queue.running: time.sleep(0.001)
+print("ends")
+"""
+
+
+def test_a_process_that_ends_during_transfers_ends_well() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", ENDING, "s3://bucket/x", endpoint],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert done.stdout == "ends\n", done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]

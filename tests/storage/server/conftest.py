@@ -41,7 +41,7 @@ def connect() -> Iterator[Callable[..., Client]]:
 
     def open_client(server: Any, scheme: str = "lm", **options: Any) -> Client:
         port = server if isinstance(server, int) else server.port
-        clients.append(Client(ClientConfig(url=f"{scheme}://127.0.0.1:{port}", backoff_s=0.01, **options)))
+        clients.append(Client(ClientConfig(url=f"{scheme}://127.0.0.1:{port}", **options)))
         return clients[-1]
 
     yield open_client

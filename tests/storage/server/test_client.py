@@ -92,7 +92,7 @@ def test_tls_serves_and_checks_certificates(open_server: Any, connect: Any, cert
     assert get(client, 0, 1) == [data(0), data(1)]
     for scheme, options in (("lms", {}), ("lms", {"ca_file": cert}), ("lm", {"connect_timeout_s": 0.2})):
         with pytest.raises(StorageError):
-            get(connect(server, scheme, attempts=1, **options), 0)
+            get(connect(server, scheme, **options), 0)
     assert get(client, 0) == [data(0)]
 
 
@@ -102,15 +102,15 @@ def test_who_meets_the_other_kind_of_server_is_told(
     cert, key = certificates
     plain, secure = open_server(), open_server(tls={"cert_file": cert, "key_file": key}, login_timeout_s=1)
     with pytest.raises(StorageError, match=rf"127\.0\.0\.1:{plain.port}: the server has no TLS: use lm://"):
-        get(connect(plain, "lms", attempts=1), 0)
+        get(connect(plain, "lms"), 0)
     silent = impostor(IMPOSTORS["silent"])
     doubt = r": is it an lmcache server, and does it speak TLS \(lms://\)\?"
     for port in (secure.port, silent):
         with pytest.raises(StorageError, match=rf"no greeting from 127\.0\.0\.1:{port}{doubt}"):
-            get(connect(port, attempts=1, connect_timeout_s=0.2), 0)
+            get(connect(port, connect_timeout_s=0.2), 0)
     silent = impostor(lambda s: (s.recv(1 << 16), s.recv(1)))
     with pytest.raises(StorageError, match=rf"no TLS handshake with 127\.0\.0\.1:{silent}"):
-        get(connect(silent, "lms", attempts=1, connect_timeout_s=0.2), 0)
+        get(connect(silent, "lms", connect_timeout_s=0.2), 0)
 
 
 def test_nobody_listens(connect: Any) -> None:
@@ -190,7 +190,7 @@ IMPOSTORS: dict[str, Callable[[socket.socket], object]] = {
 
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_a_broken_server_is_an_error_within_the_deadline(impostor: Any, connect: Any, name: str) -> None:
-    client = connect(impostor(IMPOSTORS[name]), timeout_s=0.4, connect_timeout_s=0.2, attempts=2)
+    client = connect(impostor(IMPOSTORS[name]), timeout_s=0.4, connect_timeout_s=0.2)
     start = time.monotonic()
     with pytest.raises(StorageError):
         get(client, 0)
@@ -206,6 +206,14 @@ def test_wrong_bytes_from_a_server_are_a_miss(impostor: Any, connect: Any) -> No
         sock.sendall(encode_frame(protocol.Count(1)))
 
     assert get(connect(impostor(lie)), 0) == []
+
+
+def test_a_call_that_fails_is_not_tried_again(impostor: Any, connect: Any) -> None:
+    came: list[int] = []
+    client = connect(impostor(lambda sock: (came.append(1), greet(sock))))
+    with pytest.raises(StorageError, match="the other side closed the connection"):
+        get(client, 0)
+    assert len(came) == 1, "the manager tries again, and nobody else"
 
 
 def test_the_pool_of_connections_is_bounded_and_waits(open_server: Any, connect: Any) -> None:

@@ -23,5 +23,5 @@ def test_a_removal_holds_over_a_frozen_server(
     process: ServerProcess, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owed, "PAUSE_S", 0.05)
-    options = {"type": "remote", "url": f"lm://127.0.0.1:{process.port}", "timeout_s": 0.5, "attempts": 1}
+    options = {"type": "remote", "url": f"lm://127.0.0.1:{process.port}", "timeout_s": 0.5}
     check_a_removal_holds(process.process, options, FORGET[how])

@@ -86,7 +86,7 @@ def test_connections_are_limited(open_server: Any, connect: Any) -> None:
     server = open_server(max_connections=2)
     channels = [log_in(server.port) for _ in range(2)]
     with pytest.raises(StorageError, match="too many connections"):
-        put(connect(server, attempts=2), 0)
+        put(connect(server), 0)
     for channel in channels:
         channel.close()
     eventually(lambda: server.stats()["connections"] == 0)
@@ -95,7 +95,7 @@ def test_connections_are_limited(open_server: Any, connect: Any) -> None:
 
 def test_requests_without_room_are_refused_in_time_and_nothing_leaks(open_server: Any, connect: Any) -> None:
     server = open_server(busy_timeout_s=0.05)
-    client = connect(server, attempts=1)
+    client = connect(server)
     put(client, 0)
     assert server._shared.budget.take(server._shared.budget.nbytes, 0)
     assert put(client, 1) == 0

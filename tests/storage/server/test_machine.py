@@ -34,7 +34,7 @@ class ServerMachine(RuleBasedStateMachine):
         storage = {"memory": {"capacity": "1MiB"}, "tiers": tiers}
         self.server = Server(build(ServerConfig, {"port": 0, "durable": True, "storage": storage}, "test"))
         self.server.start()
-        self.client = Client(ClientConfig(url=f"lm://127.0.0.1:{self.server.port}", backoff_s=0.001))
+        self.client = Client(ClientConfig(url=f"lm://127.0.0.1:{self.server.port}"))
 
     @rule(n=NUMBERS)
     def put(self, n: int) -> None:
@@ -74,9 +74,9 @@ class ServerMachine(RuleBasedStateMachine):
     @rule()
     def break_connections(self) -> None:
         with self.server._lock:
-            sessions = list(self.server._sessions)
-        for session in sessions:
-            session.abort()
+            connections = list(self.server._connections)
+        for connection in connections:
+            connection.abort()
 
     @rule()
     def restart(self) -> None:

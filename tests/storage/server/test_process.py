@@ -30,9 +30,9 @@ from lmcache.testing.server import ServerProcess
 def test_sigkill_loses_no_durable_chunk(tmp_path: Path, connect: Any) -> None:
     dice, acknowledged = random.Random(2), list[int]()
     process = ServerProcess("storage.memory.capacity=16MiB", f"storage.tiers=[{{type: disk, path: {tmp_path}}}]")
-    client = connect(process, durable=True, attempts=1, connections=2)
+    client = connect(process, durable=True, connections=2)
     try:
-        for round_ in range(5):
+        for round_ in range(3):
             killer = threading.Timer(dice.uniform(0.02, 0.2), process.process.kill)
             killer.start()
             try:
@@ -72,7 +72,7 @@ def test_sigterm_finishes_what_is_under_way_and_writes_what_is_queued(tmp_path: 
     channel = log_in(process.port)
     channel.send(encode_frame(protocol.Put(join_keys([make_key(99)]), [CHUNK], False), CHUNK + SEAL_BYTES))
     channel._send([memoryview(value(99)[:1000])])
-    probe = Client(ClientConfig(url=f"lm://127.0.0.1:{process.port}", attempts=1))
+    probe = Client(ClientConfig(url=f"lm://127.0.0.1:{process.port}"))
     assert probe.sizes([make_key(0)]) == [CHUNK]  # the server has read the head before this, as far as one can tell
     process.process.terminate()
     assert idle.readable(WAIT_S), "idle connections are closed at once"

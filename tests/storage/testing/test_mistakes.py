@@ -54,7 +54,7 @@ def test_a_tier_whose_package_is_missing_says_that_and_nothing_else(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, f"lmcache.storage.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"lmcache.storage.wrappers.{module}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as caught:
         check_backend({"type": kind}, "tiers[0]")

@@ -21,13 +21,13 @@ from lmcache.engine.engine import pack_tokens
 from lmcache.keys import ROOT_DIGEST, ChunkKey, chunk_digest, namespace, tenant_id
 from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
+from lmcache.storage.memory.staging import Staging
 from lmcache.storage.registry import build_backend
 from lmcache.storage.selection import Selection, clear_backend
 from lmcache.storage.testing import BackendTests, make_key, take
 from lmcache.storage.wrappers import encryption
 from lmcache.storage.wrappers.compression import Zstd
 from lmcache.storage.wrappers.encryption import OVERHEAD
-from lmcache.storage.wrappers.recoding import Scratch
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000
@@ -256,14 +256,12 @@ def test_batches_larger_than_scratch_go_in_parts_and_chunks_larger_than_it_are_n
 
 
 def test_threads_wait_for_scratch_memory_and_all_get_some() -> None:
-    scratch = Scratch(16_384)
+    scratch = Staging(16_384)
     done: list[int] = []
 
     def work(number: int) -> None:
         for _ in range(50):
-            buffer = scratch.take(9000, wait=True)
-            assert buffer is not None
-            scratch.give([buffer])
+            scratch.give(scratch.take(9000, 20))
         done.append(number)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]

@@ -20,7 +20,7 @@ from lmcache.storage.base import StorageBackend
 from lmcache.storage.memory.pool import PinnedPool
 from lmcache.storage.registry import build_backend
 from lmcache.storage.testing import BackendTests, fill, make_key, take
-from lmcache.storage.wrappers.decorators import LatencyConfig
+from lmcache.storage.wrappers.latency import LatencyConfig
 
 put, get = BackendTests.put, BackendTests.get
 CHUNK = 20_000
@@ -132,6 +132,7 @@ def test_calls_bytes_and_errors_are_counted(tmp_path: Path, pool: PinnedPool, op
 # -- latency -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.serial
 def test_every_call_takes_longer_by_what_was_asked_for(tmp_path: Path, pool: PinnedPool, opened: Opened) -> None:
     backend = opened(wrap(tmp_path, "latency", fixed_s=0.05, bytes_per_s=CHUNK * 10, jitter=0.1))
     assert build(LatencyConfig, {"inner": {}, "bytes_per_s": "2GiB"}, "test").bytes_per_s == 2 << 30

@@ -47,7 +47,7 @@ class RamdiskMachine(BackendMachine(open_in)):
     lossless = True  # 64 MiB have room for all that the machine puts
 
 
-RamdiskMachine.TestCase.settings = settings(max_examples=30)
+RamdiskMachine.TestCase.settings = settings(max_examples=30, deadline=None)
 TestRamdiskMachine = RamdiskMachine.TestCase
 
 

@@ -9,11 +9,17 @@ from typing import ClassVar
 from pydantic import ByteSize, Field
 
 from lmcache import metrics
-from lmcache.config import Config
-from lmcache.errors import ClosedError, CorruptChunkError
-from lmcache.keys import ChunkKey
-from lmcache.storage.base import Buffer, StorageBackend
-from lmcache.storage.chunk import HEADER_BYTES, check_chunk, encode_header
+from lmcache.extend import (
+    HEADER_BYTES,
+    Buffer,
+    ChunkKey,
+    ClosedError,
+    Config,
+    CorruptChunkError,
+    StorageBackend,
+    check_chunk,
+    encode_header,
+)
 
 
 class RamdiskConfig(Config):
