@@ -1,1 +1,1 @@
-"""Experiments: a YAML file in, a folder of results out (`python -m experiments.run <yaml> key.path=value ...`)."""
+"""Experiments: a YAML file in, a folder of results out (`python -m experiments.run CASE key.path=value ...`)."""

@@ -125,7 +125,7 @@ def check_reused(prompt: Prompt, blended: Blended) -> None:
 
 
 def score(prompt: Prompt, selector: str, ratio: float, expected: torch.Tensor, found: torch.Tensor) -> Scored:
-    """Log-probabilities `[question + answer - 1, vocabulary]` of what follows each token but the last."""
+    """Compare log-probabilities, `[question + answer - 1, vocabulary]` as ``full_prefill`` gives them."""
     divergence = (expected.exp() * (expected - found)).sum(-1)
     answered = len(prompt.answer)
     truth = torch.tensor([*prompt.question, *prompt.answer][1:])

@@ -48,7 +48,7 @@ class BlendSession:
 
 @contextmanager
 def open_session(config: ExperimentConfig) -> Iterator[BlendSession]:
-    """Of ``config.engine`` its model, dtype and threads, of ``config.workload`` its corpus. Raises ConfigError."""
+    """Load the model of ``config.engine`` and the corpus of ``config.workload``. Raises ConfigError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(config.engine.threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,7 @@ class ExperimentConfig(Config):
 
 
 ExperimentT = TypeVar("ExperimentT", bound=ExperimentConfig)
+ScaleT = TypeVar("ScaleT")
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -118,6 +119,13 @@ def typed(cls: type[ExperimentT], values: dict[str, Any], where: str) -> Experim
     if config.cache is not None and config.is_ours:
         build(LMCacheConfig, _place(config.cache, Path("work")), f"{where}: cache")
     return config
+
+
+def scale_of(scales: Mapping[str, ScaleT], scale: str) -> ScaleT:
+    """How much is measured at the scale of that name. Raises ConfigError."""
+    if scale not in scales:
+        raise ConfigError(f"scale={scale}: scales has {', '.join(scales)}")
+    return scales[scale]
 
 
 def _place(value: Any, work: Path) -> Any:

@@ -25,7 +25,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of means of a and b: a - b, and a / b."""
+    """Two means compared: a - b, and a / b."""
 
     difference: Interval
     ratio: Interval
@@ -38,7 +38,7 @@ def mean(values: Sequence[float], groups: Sequence[Hashable]) -> Interval:
 
 
 def compare(a: Sequence[float], b: Sequence[float], groups: Sequence[Hashable]) -> Comparison:
-    """Of values of the same prompts in the same order. The same groups are drawn for both: the comparison is paired."""
+    """Values of the same prompts, in the same order. Each repeat draws the same groups for both, as they are paired."""
     sums, counts, drawn = _resampled(np.asarray([a, b], dtype=float), groups)
     of_a, of_b = (side[drawn].sum(1) / counts[drawn].sum(1) for side in sums)
     mean_a, mean_b = float(np.mean(a)), float(np.mean(b))

@@ -11,6 +11,7 @@ from typing import Any
 from experiments.framework.engine import Row
 
 INK, FADED = "#22303c", "#6b7785"
+# The colour of each selector of blending.
 SELECTORS = {"random": "#9aa5b1", "epic": "#e0a458", "cacheblend": "#3d6fb4", "question": "#c8553d"}
 
 

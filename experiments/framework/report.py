@@ -59,6 +59,11 @@ class Results:
         with (self.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
+    def table(self, text: str) -> None:
+        """Print a table, and keep it as table.md."""
+        (self.folder / "table.md").write_text(text + "\n")
+        print(text, flush=True)
+
     def close(self, outcome: Outcome) -> None:
         verdict = {"passed": not outcome.failures, "failures": outcome.failures, "line": outcome.line}
         (self.folder / "summary.json").write_text(json.dumps({**verdict, **outcome.summary}, indent=2) + "\n")

@@ -122,7 +122,7 @@ def report(case: Case, copies: Copies, device: torch.device, repeats: int, budge
     if floor is not None and measured.shares[0] < floor:
         measured = measure(case, copies, device, 2 * repeats, 3 * budget_s)
     seconds = statistics.median(measured.seconds)
-    fast, _, slow = statistics.quantiles(measured.seconds, n=4)
+    fast, _, slow = statistics.quantiles(measured.seconds, n=4, method="inclusive")
     rates = [
         f"{_rate(case.nbytes, statistics.median(copy))} {share:.{0 if share >= 0.1 else 1}%}"
         for copy, share in zip(measured.copies, measured.shares, strict=True)

@@ -22,7 +22,7 @@ from experiments.blending.prompts import Prompt
 from experiments.blending.quality import REUSE, TITLES, ScaleConfig, Scored, blend, full_prefill, prompts
 from experiments.blending.session import BlendSession, open_session
 from experiments.framework import paired
-from experiments.framework.config import ExperimentConfig
+from experiments.framework.config import ExperimentConfig, scale_of
 from experiments.framework.report import Outcome, Results
 from lmcache.blend.standalone import BlendEngine
 from lmcache.errors import BlendError, ConfigError
@@ -45,7 +45,7 @@ class Row:
 
 
 def run(config: Config, results: Results) -> Outcome:
-    scale = config.scales[config.scale]
+    scale = scale_of(config.scales, config.scale)
     ratio = scale.ratios[0]
     rows: list[Row] = []
     with open_session(config) as session:
@@ -57,8 +57,7 @@ def run(config: Config, results: Results) -> Outcome:
                 results.write({"learned": row.learned, **dataclasses.asdict(row.scored)})
                 rows.append(row)
     text = table(rows)
-    (results.folder / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    results.table(text)
     return Outcome({"table": text, "caption": caption}, judge(rows), f"KL at {ratio:.0%} by where passages are learned")
 
 

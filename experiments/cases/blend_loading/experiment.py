@@ -29,7 +29,7 @@ from experiments.blending.prompts import Prompt, filled
 from experiments.blending.session import BlendSession, open_session
 from experiments.cases.blend_loading.figure import draw
 from experiments.cases.blend_loading.rows import Found, Timed, summary
-from experiments.framework.config import ExperimentConfig
+from experiments.framework.config import ExperimentConfig, scale_of
 from experiments.framework.report import Outcome, Results
 from lmcache.blend.blender import Blended
 from lmcache.blend.controller import LoadingController
@@ -37,7 +37,7 @@ from lmcache.blend.standalone import BlendEngine
 from lmcache.blend.store import SegmentStore
 from lmcache.config import Config as Model
 from lmcache.config import load_config
-from lmcache.errors import BlendError, ConfigError
+from lmcache.errors import BlendError
 from lmcache.storage.manager import StorageManager
 
 
@@ -103,9 +103,7 @@ class Bench:
 
 
 def run(config: Config, results: Results) -> Outcome:
-    if config.scale not in config.scales:
-        raise ConfigError(f"scale={config.scale}: scales has {', '.join(config.scales)}")
-    scale = config.scales[config.scale]
+    scale = scale_of(config.scales, config.scale)
     found: list[Found] = []
     with open_session(config) as session, tempfile.TemporaryDirectory() as folder:
         caption = f"{session.caption}; {scale.length} tokens, medians of {scale.repeats}"
@@ -117,9 +115,7 @@ def run(config: Config, results: Results) -> Outcome:
             for row in rows:
                 results.write(dataclasses.asdict(row))
             found += summary(rows, ratio)
-    text = table(found)
-    (results.folder / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    results.table(table(found))
     title = "A blend whose KV is loaded while it computes"
     draw(found, title, caption, results.folder / "blend_loading.png")
     line = ", ".join(

@@ -33,7 +33,7 @@ from experiments.blending.quality import (
 from experiments.blending.session import BlendSession, open_session
 from experiments.cases.blend_quality.figure import draw
 from experiments.framework import paired
-from experiments.framework.config import ExperimentConfig, read, typed
+from experiments.framework.config import ExperimentConfig, read, scale_of, typed
 from experiments.framework.report import Outcome, Results
 from lmcache.config import Config as Model
 from lmcache.errors import ConfigError
@@ -59,9 +59,7 @@ class Config(ExperimentConfig):
 
 
 def run(config: Config, results: Results) -> Outcome:
-    if config.scale not in config.scales:
-        raise ConfigError(f"scale={config.scale}: scales has {', '.join(config.scales)}")
-    scale = config.scales[config.scale]
+    scale = scale_of(config.scales, config.scale)
     kept = resumed(config) if config.resume else {}
     rows: list[Scored] = []
     with open_session(config) as session:
@@ -71,9 +69,7 @@ def run(config: Config, results: Results) -> Outcome:
                 results.write(dataclasses.asdict(row))
                 rows.append(row)
     found = summary(rows)
-    text = table(found)
-    (results.folder / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    results.table(table(found))
     failures, compared = judge(rows, config.judge, scale)
     print(
         "\n".join(f"{what}: {how.ratio} x, difference {how.difference}" for what, how in compared.items()), flush=True

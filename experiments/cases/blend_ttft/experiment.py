@@ -4,7 +4,7 @@ The Hugging Face path: passages were learned and lie in the memory tier; a blend
 retrieves and moves them, computes what the selector chooses, and gives the last token's logits and all KV. The full
 prefill is the model's own forward pass with a KV cache and logits of the last token only. Methods take turns.
 
-Not here: the same through vLLM. It needs the connector's blending and is measured with it.
+The same through vLLM is blend_vllm.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from experiments.blending.prompts import Prompt, filled
 from experiments.blending.quality import check_reused
 from experiments.blending.session import BlendSession, open_session
 from experiments.blending.ttft import FULL, JudgeConfig, ScaleConfig, Timed, draw, judge, judged, summary, table
-from experiments.framework.config import ExperimentConfig
+from experiments.framework.config import ExperimentConfig, scale_of
 from experiments.framework.report import Outcome, Results
-from lmcache.errors import ConfigError
 
 
 class Config(ExperimentConfig):
@@ -39,9 +38,7 @@ class Config(ExperimentConfig):
 
 
 def run(config: Config, results: Results) -> Outcome:
-    if config.scale not in config.scales:
-        raise ConfigError(f"scale={config.scale}: scales has {', '.join(config.scales)}")
-    scale = config.scales[config.scale]
+    scale = scale_of(config.scales, config.scale)
     rows: list[Timed] = []
     with open_session(config) as session, tqdm(total=len(scale.lengths) * scale.repeats, unit="round") as bar:
         caption = f"{session.caption}; medians of {scale.repeats}, KV in memory"
@@ -50,9 +47,7 @@ def run(config: Config, results: Results) -> Outcome:
                 results.write(dataclasses.asdict(row))
                 rows.append(row)
     found = summary(rows)
-    text = table(found)
-    (results.folder / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    results.table(table(found))
     failures = judge(found, config.judge)
     title = "Time to first token of a prompt made of known passages"
     draw(found, title, caption, results.folder / "blend_ttft.png")

@@ -15,12 +15,11 @@ from pydantic import Field
 
 from experiments.blending.prompts import Encode, Prompt, filled
 from experiments.blending.ttft import FULL, JudgeConfig, ScaleConfig, Timed, draw, judge, judged, summary, table
-from experiments.framework.config import ROOT, ExperimentConfig
+from experiments.framework.config import ROOT, ExperimentConfig, scale_of
 from experiments.framework.engine import Engine, Step
 from experiments.framework.report import Outcome, Results
 from experiments.framework.session import Session
 from experiments.framework.workloads import Request
-from lmcache.errors import ConfigError
 
 LEARN, ASK = "learn", "ask"
 
@@ -36,9 +35,7 @@ class Config(ExperimentConfig):
 
 
 def run(config: Config, results: Results) -> Outcome:
-    if config.scale not in config.scales:
-        raise ConfigError(f"scale={config.scale}: scales has {', '.join(config.scales)}")
-    scale = config.scales[config.scale]
+    scale = scale_of(config.scales, config.scale)
     blends = [(name, ratio) for name in config.selectors for ratio in config.ratios]
     rounds = len(scale.lengths) * (scale.repeats + 1)
     session = Session(config, results, requests=rounds * (1 + len(blends)))
@@ -121,9 +118,7 @@ def report(
     config: Config, session: Session, results: Results, rows: list[Timed], failures: list[str], repeats: int
 ) -> Outcome:
     found = summary(rows)
-    text = table(found)
-    (results.folder / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    results.table(table(found))
     caption = f"{session.caption}; medians of {repeats}, KV in memory"
     title = "Time to first token of a prompt made of known passages, in vLLM"
     draw(found, title, caption, results.folder / "blend_vllm.png")

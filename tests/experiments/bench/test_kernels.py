@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -53,6 +54,17 @@ def test_a_right_operation_gets_a_line(offer: Callable[..., None], capsys: pytes
     assert "x nobody" in first
     assert first.endswith("floor 0%")
     assert second.endswith("no floor")
+
+
+def test_quartiles_of_two_rounds_lie_between_them(
+    offer: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = itertools.cycle([0.001, 0.03])
+    uneven = made_up()
+    uneven.run = lambda: time.sleep(next(waits))
+    offer(uneven)
+    assert kernel_bench.main([*QUICK, "--repeats", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("made_up")
 
 
 def test_a_wrong_operation_gets_no_figure(offer: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

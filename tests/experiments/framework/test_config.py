@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments.cases.quickstart.experiment import Config
-from experiments.framework.config import ROOT, read, typed
+from experiments.framework.config import ROOT, read, scale_of, typed
 from experiments.framework.report import Results
 from experiments.run import load
 from lmcache.errors import ConfigError
@@ -51,6 +51,12 @@ def test_wrong_value_is_an_error(override: str) -> None:
 def test_override_without_a_key_or_value_is_an_error(override: str) -> None:
     with pytest.raises(ConfigError, match=r"expected key\.path=value"):
         load(QUICKSTART, [override])
+
+
+def test_a_scale_that_is_not_there_names_the_others() -> None:
+    assert scale_of({"ci": 1, "full": 2}, "full") == 2
+    with pytest.raises(ConfigError, match="scale=ci: scales has small, full"):
+        scale_of({"small": 1, "full": 2}, "ci")
 
 
 def test_unknown_experiment_names_the_known_ones() -> None:
