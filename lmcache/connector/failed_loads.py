@@ -1,4 +1,7 @@
-"""Loads that failed: vLLM is told of them, and nothing that was computed on top of them is stored."""
+"""Loads that failed: vLLM is told of them, and nothing that was computed on top of them is stored.
+
+``worker.py`` fills it; ``vllm.py`` hands it to vLLM (``get_block_ids_with_load_errors``, ``get_transfer_results``).
+"""
 
 from __future__ import annotations
 

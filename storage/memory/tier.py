@@ -1,4 +1,4 @@
-"""L1: chunks in the pool, by key. Whoever needs a chunk takes a handle of its own, so eviction cannot pull it away.
+"""L1: chunks in the pool, by key. A lease holds a handle of its own on each; eviction passes over what is held.
 
 Lookups take no lock of this tier: the map is a dict, whose single operations are atomic under the GIL, and the pool
 tells when eviction released a handle between the look and the share. What was looked up goes to a list, which whoever

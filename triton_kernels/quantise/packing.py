@@ -1,4 +1,4 @@
-"""Quantise KV while it is copied out of the pages, and back: full precision crosses memory once.
+"""Quantise KV (int8, int4, int2, fp8) while it is copied out of the pages, and back: it crosses memory once.
 
 One *side* (the keys, or the values) of each layer is packed by a `Scheme`. A head's `x [T, D]` becomes codes of
 `bits` bits and fp16 scales, by `x ~ zero + scale * code` (or `scale * e4m3`), over one of two axes:
