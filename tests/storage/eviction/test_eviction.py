@@ -93,7 +93,7 @@ TestReuse = machine("reuse").TestCase
 
 def check(policy: reuse.Reuse) -> None:
     """What must hold between calls, beside what every policy promises."""
-    segments, learned = policy._segments, policy._learned
+    segments, learner = policy._segments, policy._learned
     used = [number for number, keys in enumerate(segments.keys) if keys]
     for number in used:
         assert [segments.places[key] for key in segments.keys[number]] == [
@@ -110,9 +110,9 @@ def check(policy: reuse.Reuse) -> None:
     for number in used:
         kids = [other for other in used if segments.above[other] == number]
         assert segments.children[number] == len(kids)
-        assert learned._kids[number] == sum(learned.kept[other] > 0 for other in kids)
-        candidate = learned.kept[number] > 0 and not learned._kids[number]
-        assert (learned._queue[number] >= 0) == candidate
+        assert learner._kids[number] == sum(learner.kept[other] > 0 for other in kids)
+        candidate = learner.kept[number] > 0 and not learner._kids[number]
+        assert (learner._queue[number] >= 0) == candidate
     if not policy._search:
         kept = policy._leader.kept
         assert set(policy._fell) == {number for number in used if segments.held[number] >> kept[number]}
