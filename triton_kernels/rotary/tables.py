@@ -92,22 +92,6 @@ class RotaryTable:
         cos_sin = torch.stack([turns.cos(), turns.sin()], 1).to(torch.float32)
         return cls(cos_sin.to(device), frequencies.attention_factor)
 
-    @classmethod
-    def from_parameters(
-        cls,
-        parameters: Mapping[str, object],
-        positions: int,
-        *,
-        head_dim: int,
-        max_positions: int | None = None,
-        length: int | None = None,
-        device: torch.device | str = "cpu",
-        angles: torch.dtype = torch.float64,
-    ) -> RotaryTable:
-        """`rope_frequencies` of these parameters, then `from_frequencies`."""
-        frequencies = rope_frequencies(parameters, head_dim, max_positions=max_positions, length=length)
-        return cls.from_frequencies(frequencies, positions, device=device, angles=angles)
-
     @property
     def positions(self) -> int:
         """P: the table knows the positions below it."""
@@ -121,16 +105,6 @@ class RotaryTable:
     def width(self) -> int:
         """R: elements of a head that turn."""
         return 2 * self.pairs
-
-    @property
-    def cos(self) -> torch.Tensor:
-        """fp32 `[P, R / 2]`, a view."""
-        return self.cos_sin[:, 0]
-
-    @property
-    def sin(self) -> torch.Tensor:
-        """fp32 `[P, R / 2]`, a view."""
-        return self.cos_sin[:, 1]
 
     def to(self, device: torch.device | str) -> RotaryTable:
         return dataclasses.replace(self, cos_sin=self.cos_sin.to(device))
