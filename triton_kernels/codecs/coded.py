@@ -184,11 +184,9 @@ class CodedPlane(PlaneCodec):
 
     def _symbols(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
         """codes, exponents, anchors and their exponents of both sides: `[2, l, H, ...]`."""
-        sides = [
-            Symbols.empty(*self._shape[1:], tokens, self._width, delta=self._delta, device=device) for _ in range(2)
-        ]
-        names = [field.name for field in dataclasses.fields(Symbols)]
-        return [torch.stack([getattr(side, name) for side in sides]) for name in names]
+        sides, layers, heads = self._shape
+        both = Symbols.empty(sides * layers, heads, tokens, self._width, delta=self._delta, device=device)
+        return [getattr(both, field.name).unflatten(0, (sides, layers)) for field in dataclasses.fields(both)]
 
     def _as_streams(self, symbols: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Views `[streams, symbols]` of what `_symbols` made."""

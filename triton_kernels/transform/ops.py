@@ -58,12 +58,10 @@ class Transform:
     def is_delta(self) -> bool:
         return self.forward.numel() == 0
 
-    def slice(self, layers: slice, heads: slice) -> Transform:
-        """The part of some layers and heads."""
-        return Transform(*(getattr(self, f.name)[layers, heads].contiguous() for f in dataclasses.fields(self)))
-
-    def to(self, device: torch.device) -> Transform:
-        return Transform(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+    def part(self, layers: torch.Tensor, heads: slice, device: torch.device) -> Transform:
+        """The part of some layers (an int64 index) and heads, on `device`."""
+        fields = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Transform(*(field[layers][:, heads].contiguous().to(device) for field in fields))
 
 
 @dataclasses.dataclass(frozen=True)
