@@ -1,4 +1,4 @@
-"""What tensors hold, by content: a digest of all their bytes, and a look at a few words that costs next to nothing.
+"""What tensors hold: a digest of all their bytes, and a check of a few of their words that costs next to nothing.
 
     content_digest   128 bits of a tensor's bytes: equal bytes, equal digests, on every device
     WordProbe        remembers some words of many tensors and sees whether they are still there; one small launch
@@ -38,9 +38,9 @@ def content_digest(tensor: torch.Tensor) -> torch.Tensor:
     Any shape, dtype and strides. One launch, plus a copy where elements do not lie in order or bytes are no multiple of
     four. Nothing is synchronised.
     """
+    if not runs_kernel(tensor.device):
+        return content_digest_torch(tensor)
     words = _words(tensor)
-    if not runs_kernel(words.device):
-        return _digest_torch(words)
     out = torch.zeros(2, dtype=torch.int64, device=words.device)
     grid = (-(-len(words) // (_TILE * _TILES)),)
     _add_mixed.launch(grid, words.device, words, out, len(words), TILE=_TILE, TILES=_TILES, num_warps=4)
@@ -49,7 +49,15 @@ def content_digest(tensor: torch.Tensor) -> torch.Tensor:
 
 def content_digest_torch(tensor: torch.Tensor) -> torch.Tensor:
     """The definition of content_digest in torch."""
-    return _digest_torch(_words(tensor))
+    words = _words(tensor)
+    halves = torch.zeros(2, dtype=torch.int64, device=words.device)
+    step = 1 << 20  # bounds what is allocated
+    for start in range(0, len(words), step):
+        part = words[start : start + step].long() & 0xFFFFFFFF
+        index = torch.arange(start + 1, start + 1 + len(part), device=words.device)
+        for half, golden in enumerate(_GOLDEN):
+            halves[half] += _mix_torch(part ^ (index * _signed(golden))).sum()
+    return halves
 
 
 def flat_words(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -155,17 +163,6 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     if short or flat.data_ptr() % 4:
         flat = torch.cat([flat, flat.new_zeros(short)])
     return flat.view(torch.int32)
-
-
-def _digest_torch(words: torch.Tensor) -> torch.Tensor:
-    halves = torch.zeros(2, dtype=torch.int64, device=words.device)
-    step = 1 << 20  # bounds what is allocated
-    for start in range(0, len(words), step):
-        part = words[start : start + step].long() & 0xFFFFFFFF
-        index = torch.arange(start + 1, start + 1 + len(part), device=words.device)
-        for half, golden in enumerate(_GOLDEN):
-            halves[half] += _mix_torch(part ^ (index * _signed(golden))).sum()
-    return halves
 
 
 def _mix_torch(z: torch.Tensor) -> torch.Tensor:
