@@ -82,26 +82,17 @@ class WordProbe:
 
     def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 2, sets: int = 32) -> None:
         random = np.random.default_rng(len(tensors))
-        self._kept: list[torch.Tensor] = []
-        places: list[np.ndarray] = []
-        wanted: list[torch.Tensor] = []
-        for tensor in tensors:
-            flat = flat_words(tensor)
-            if flat is None or not len(flat):
-                continue
+        self._kept = [flat for flat in map(flat_words, tensors) if flat is not None and len(flat)]
+        self._device = self._kept[0].device if self._kept else torch.device("cpu")
+        if any(flat.device != self._device for flat in self._kept):
+            raise KernelArgumentError("the tensors of a probe must be on one device")
+        places, wanted = [np.empty((sets, 0), np.int64)], [torch.empty(sets, 0, dtype=torch.int32, device=self._device)]
+        for flat in self._kept:
             at = random.integers(0, len(flat), (sets, words))
-            self._kept.append(flat)
             places.append(flat.data_ptr() + 4 * at)
-            wanted.append(flat[torch.from_numpy(at).to(flat.device)])
+            wanted.append(flat[torch.from_numpy(at).to(self._device)])
         self._next = 0
-        self._addresses = torch.from_numpy(np.concatenate(places, 1)) if places else torch.empty(sets, 0)
-        if wanted:
-            self._device = wanted[0].device
-            if any(each.device != self._device for each in wanted):
-                raise KernelArgumentError("the tensors of a probe must be on one device")
-            self._wanted = torch.cat(wanted, 1)
-        else:
-            self._device, self._wanted = torch.device("cpu"), torch.empty(sets, 0, dtype=torch.int32)
+        self._addresses, self._wanted = torch.from_numpy(np.concatenate(places, 1)), torch.cat(wanted, 1)
         self._on_device = runs_kernel(self._device)
         self._changed = False
         if self._on_device:
@@ -110,7 +101,7 @@ class WordProbe:
             pin = self._device.type == "cuda"
             self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
             self._done: Any = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
-        elif places:
+        elif self._kept:
             # Memory from the lowest address to the highest as one array, of which only words of the tensors are read.
             table = self._addresses.numpy()
             self._lowest = int(table.min())

@@ -10,6 +10,7 @@ planner needs the lengths on the host, so every call waits for the stream.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import types
@@ -21,7 +22,6 @@ from lmcache.errors import ConfigError, KernelArgumentError
 from lmcache.kernels.attention.sparse_prefill import AttentionProblem, PackedKV, PagedKV, visible
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
-_workspaces: dict[torch.device, torch.Tensor] = {}
 
 
 def attend(problem: AttentionProblem) -> None:
@@ -108,7 +108,6 @@ def _pages(kv: PagedKV, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     return indptr.to(device), torch.cat(rows).int(), torch.tensor(last, dtype=torch.int32, device=device)
 
 
+@functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
-    if device not in _workspaces:
-        _workspaces[device] = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    return _workspaces[device]
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

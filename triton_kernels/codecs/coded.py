@@ -23,7 +23,7 @@ from lmcache.kernels.codecs.profile import CERTAIN_TABLE, EXPONENT_TABLE, PROFIL
 from lmcache.kernels.entropy.coder import MAX_SYMBOLS, max_words, rans_decode, rans_encode
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.sides import Packed, PlaneCodec, Side
-from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, Transform, pack_symbols, unpack_symbols
+from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, pack_symbols, unpack_symbols
 
 # A stream costs 40 bits: 1,024 symbols of 2.5 bits pay 1.6 % for being decoded beside others.
 _STREAM_SYMBOLS = 1024
@@ -83,6 +83,7 @@ class CodedPlane(PlaneCodec):
                 f"{max(layers)} and heads up to {first_head + heads - 1}: it was made for another model"
             )
         self._profile = profile.part(layers, slice(first_head, first_head + heads), device)
+        self._transforms = (self._profile.key, self._profile.value)
         self._coder = profile.coder(device)
         self._shape = (2, len(layers), heads)
         self._width = width
@@ -156,10 +157,6 @@ class CodedPlane(PlaneCodec):
         for i, (side, transform) in enumerate(zip(pages, self._transforms, strict=True)):
             unpack_symbols(side, slots, transform, Symbols(*(part[i] for part in symbols)))
         return None if on_cpu else whole
-
-    @property
-    def _transforms(self) -> tuple[Transform, Transform]:
-        return self._profile.key, self._profile.value
 
     def _runs(self, tokens: int) -> int:
         """Into how many runs the tokens of a head are cut: equal ones, of whole groups of anchors."""

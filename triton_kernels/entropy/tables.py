@@ -52,11 +52,6 @@ class FrequencyTables:
         self.decode_entries = torch.from_numpy(_decode_entries(self.freqs.numpy().astype(np.int64))).to(device)
         self.device = self.encode_entries.device
 
-    @classmethod
-    def from_counts(cls, counts: torch.Tensor, device: torch.device | str = "cpu") -> FrequencyTables:
-        """The best tables for `counts` `[K, A]`, every symbol codable."""
-        return cls(quantise_counts(counts), device)
-
     def to(self, device: torch.device | str) -> FrequencyTables:
         """These tables on another device."""
         return FrequencyTables(self.freqs, device)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
+from lmcache.kernels.copy.pages import check_ids, check_layers, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, device_function, lazy_jit, runs_kernel
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.quantise.scheme import FLOATS, FP8_MAX, SLACK, Scheme, SideLayout, rotation, rotation_signs
@@ -105,10 +105,8 @@ def unpack_pages_torch(
     num_layers, heads = packed.shape[0], layout.heads
     codes = _split_codes(packed, layout)  # [l, H, T8, D]
     scales = layout.scales(packed).float().view(num_layers, -1, heads, layout.scale_rows).unbind(1)
-    if scheme.axis == "token":
-        parts = [part[..., None] for part in scales]
-    else:
-        parts = [_spread(part.view(num_layers, heads, -1, layout.width), scheme, layout.rows * 8) for part in scales]
+    width = 1 if scheme.axis == "token" else layout.width
+    parts = [_spread(part.view(num_layers, heads, -1, width), scheme, layout.rows * 8) for part in scales]
     x = codes.view(torch.float8_e4m3fn).float() * parts[0] if scheme.fp8 else parts[1] + codes.float() * parts[0]
     if scheme.rotate:
         x = x @ rotation(pages.content, scheme.seed, pages.device).T
@@ -502,8 +500,5 @@ def _check(
             f"{what} has strides {packed.stride()}, address {packed.data_ptr():#x}; each layer must be one run of "
             "bytes at a multiple of 16"
         )
-    if first_layer < 0 or first_layer + len(packed) > pages.num_layers:
-        raise KernelArgumentError(
-            f"{what} holds {len(packed)} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
+    check_layers(pages, first_layer, len(packed), what)
     return layout

@@ -177,21 +177,22 @@ class _Rope:
     @property
     def original(self) -> float:
         """Positions that the model was trained on before its rope was scaled."""
-        if _ORIGINAL not in self.values and self.max_positions is None:
-            raise KernelArgumentError(f"a rope of type {self.type} without {_ORIGINAL} needs max_positions")
-        return self.number(_ORIGINAL, self.max_positions)
+        return self.number(_ORIGINAL, None if _ORIGINAL in self.values else self.limit(f" without {_ORIGINAL}"))
 
     @property
     def factor(self) -> float:
-        if "factor" not in self.values and self.max_positions is None:
-            raise KernelArgumentError(f"a rope of type {self.type} without factor needs max_positions")
-        return self.number("factor", (self.max_positions or 0) / self.original)
+        given = "factor" in self.values
+        return self.number("factor", None if given else self.limit(" without factor") / self.original)
+
+    def limit(self, which: str = "") -> int:
+        """max_positions, without which a rope of this type (`which` of them) is not defined."""
+        if self.max_positions is None:
+            raise KernelArgumentError(f"a rope of type {self.type}{which} needs max_positions")
+        return self.max_positions
 
     def dynamic_theta(self, length: int | None) -> float:
-        if self.max_positions is None:
-            raise KernelArgumentError("a rope of type dynamic needs max_positions")
-        factor, dim = self.number("factor"), self.dim
-        stretch = factor * max(length or 0, self.max_positions) / self.max_positions - (factor - 1)
+        factor, dim, limit = self.number("factor"), self.dim, self.limit()
+        stretch = factor * max(length or 0, limit) / limit - (factor - 1)
         return float(self.theta * stretch ** (dim / (dim - 2)))
 
 

@@ -24,7 +24,7 @@ import math
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
+from lmcache.kernels.copy.pages import check_ids, check_layers, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, runs_kernel
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.quantise.packing import to_pages_torch
@@ -224,10 +224,7 @@ def _check(pages: PagedLayers, slots: torch.Tensor, transform: Transform, symbol
         raise KernelArgumentError(f"pages are {pages.dtype}; coded are bfloat16, float16 and float32")
     check_ids(pages, pages.token_units, slots, "slots")
     layers, heads, tokens, width = len(symbols.codes), pages.heads, len(slots), pages.content
-    if first_layer < 0 or first_layer + layers > pages.num_layers:
-        raise KernelArgumentError(
-            f"symbols hold {layers} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
+    check_layers(pages, first_layer, layers, "codes")
     groups = -(-tokens // ANCHOR_GROUP) if transform.is_delta else 0
     of_symbols = ((tokens, width), (tokens,), (groups, width), (groups,))
     wide, narrow = (0, width) if transform.is_delta else (width, 0)
