@@ -21,6 +21,7 @@ from lmcache.errors import CorruptChunkError, KernelArgumentError
 from lmcache.kernels.codecs.base import Codec, CodecConfig
 from lmcache.kernels.codecs.profile import CERTAIN_TABLE, EXPONENT_TABLE, PROFILE_HINT, Profile
 from lmcache.kernels.entropy.coder import MAX_SYMBOLS, max_words, rans_decode, rans_encode
+from lmcache.kernels.entropy.tables import FrequencyTables
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.sides import Packed, PlaneCodec, Side
 from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, pack_symbols, unpack_symbols
@@ -34,7 +35,7 @@ class ProfileConfig(CodecConfig):
 
 
 class KltCodec(Codec):
-    """The profile's hash, not its place, is a part of the id."""
+    """`klt`. Its id holds the hash of the profile, so chunks stay readable when the file is moved."""
 
     name = "klt"
     Config = ProfileConfig
@@ -84,7 +85,7 @@ class CodedPlane(PlaneCodec):
             )
         self._profile = profile.part(layers, slice(first_head, first_head + heads), device)
         self._transforms = (self._profile.key, self._profile.value)
-        self._coder = profile.coder(device)
+        self._coder = FrequencyTables(profile.freqs, device)
         self._shape = (2, len(layers), heads)
         self._width = width
         self._delta = self._profile.key.is_delta

@@ -115,23 +115,14 @@ def _allocation(kind: str, model: KVModel, sample: Sample, moved: Sequence[Moved
         for layer in range(costs.shape[1]):
             step = float(scale[side, layer]) * probe
             rounded = _rounded(kind, moved[side], layer, step)
-
-            def change(
-                at: int, which: int, x: torch.Tensor, here: tuple[int, int] = (layer, side), rounded: _Rounder = rounded
-            ) -> torch.Tensor:
-                return rounded(x) if (at, which) == here else x
-
-            divergence, _ = model.divergence(sample, replaced(sample.kv, change, SINKS))
+            divergence, _ = model.divergence(sample, replaced(sample.kv, layer, side, rounded, SINKS))
             costs[side, layer] = divergence.mean().clamp(min=1e-9)
         logger.info("%s: measured which layers' %s matter", kind, ("keys", "values")[side])
     slope = costs.sqrt()
     return (slope.log().mean() - slope.log()).exp().float()
 
 
-_Rounder = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _rounded(kind: str, moved: Moved, layer: int, step: float) -> _Rounder:
+def _rounded(kind: str, moved: Moved, layer: int, step: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """x [H, T, D] -> what it is after coding with that step."""
     if kind == "klt":
         mean, forward, inverse = moved.mean[layer][:, None], moved.forward[layer], moved.inverse[layer]
@@ -174,8 +165,8 @@ def _assemble(kind: str, sides: Sequence[torch.Tensor], moved: Sequence[Moved], 
         histograms.append(_histograms(y))
     freqs, tables, bounds = share_tables(torch.cat(histograms), TABLES)
     all_freqs, anchor_tables = [fixed_tables(), freqs], torch.zeros(2, layers, heads, 0, dtype=torch.int32)
-    coarse = [torch.zeros(layers, heads, 0)] * 2
-    coarse_bounds = coarse
+    nothing = torch.zeros(layers, heads, 0)
+    coarse = coarse_bounds = [nothing, nothing]
     if kind == "cachegen":
         firsts = [x[:, :, ::ANCHOR_GROUP] - part.mean[:, :, None] for x, part in zip(sides, moved, strict=True)]
         coarse = [(first.abs().amax(2) / _ANCHOR_STEPS).clamp(min=1e-6) for first in firsts]
@@ -185,7 +176,6 @@ def _assemble(kind: str, sides: Sequence[torch.Tensor], moved: Sequence[Moved], 
         anchor_tables = of_anchors.view(2, layers, heads, width) + FIRST_TABLE + len(freqs)
         coarse_bounds = list(reach.view(2, layers, heads, width))
     bounds = bounds.view(2, layers, heads, width)
-    nothing = torch.zeros(layers, heads, 0)
     transforms = [
         Transform(
             mean=part.mean.contiguous(),

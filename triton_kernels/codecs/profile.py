@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.entropy.tables import FrequencyTables, quantise_counts
+from lmcache.kernels.entropy.tables import quantise_counts
 from lmcache.kernels.transform.ops import CENTRE, Transform
 
 KINDS = ("klt", "cachegen")
@@ -58,9 +58,6 @@ class Profile:
         key, value = (side.part(index, heads, device) for side in (self.key, self.value))
         tables = [part[:, index][:, :, heads].contiguous().to(device) for part in (self.tables, self.anchor_tables)]
         return Profile(self.kind, key, value, self.freqs, tables[0], tables[1])
-
-    def coder(self, device: torch.device) -> FrequencyTables:
-        return FrequencyTables(self.freqs, device)
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""

@@ -33,7 +33,7 @@ from lmcache.kernels.rotary.tables import RotaryTable
 if TYPE_CHECKING:
     import triton.language as tl
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shift_rotary(
@@ -252,8 +252,8 @@ def _launch(
 
 
 def _check_rows(rows: torch.Tensor, what: str) -> None:
-    if rows.dtype not in _DTYPES:
-        raise KernelArgumentError(f"{what} is {rows.dtype}; it must be one of {', '.join(map(str, _DTYPES))}")
+    if rows.dtype not in DTYPES:
+        raise KernelArgumentError(f"{what} is {rows.dtype}; it must be one of {', '.join(map(str, DTYPES))}")
     if rows.dim() not in (3, 4):
         raise KernelArgumentError(f"{what} has shape {tuple(rows.shape)}; it must be [L, T, H, D] or [T, H, D]")
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:

@@ -11,10 +11,9 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.launch import runs_kernel
-from lmcache.kernels.rotary.ops import halves, shift_rotary
+from lmcache.kernels.rotary.ops import DTYPES, halves, shift_rotary
 from lmcache.kernels.rotary.tables import RotaryTable
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Elements of a block: twice that in fp32, and the block's angles, fit a core's second-level cache.
 _BLOCK_ELEMENTS = 96 << 10
 

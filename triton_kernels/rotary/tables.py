@@ -119,7 +119,7 @@ def rope_frequencies(
     `partial_rotary_factor` in it, wherever the config has them. `max_positions`: `max_position_embeddings` of the
     config, needed by dynamic, and by others where the mapping leaves out what follows from it. `length`: tokens of the
     sequence, for dynamic and longrope; None means a short one. Raises KernelArgumentError for a type, key or value that
-    is not understood: a rope that is nearly right is worse than none.
+    is not understood, as keys turned by slightly wrong angles would be wrong answers that nobody notices.
     """
     rope = _Rope.read(parameters, head_dim, max_positions)
     plain = rope.theta**-rope.exponents

@@ -9,7 +9,7 @@ For each layer and head, with the profile's mean, matrices and steps (`profile.p
 
 Symbols are round(y / 2^e) + 128, uint8. The exponent e of a row (one token, one head) is the least, from 0 on, that
 keeps every channel within the bounds of its table: no value is ever clipped. A row that is not finite, or needs more
-than 2^126, has the symbols of nothing, 128, and is told by the scalar that pack_symbols returns.
+than 2^126, gets the symbols of zeros, 128, and pack_symbols returns False.
 
     symbols   uint8 [2, l, H, T, D]   keys, then values
     exponents uint8 [2, l, H, T]
@@ -83,10 +83,10 @@ class Symbols:
 def pack_symbols(
     pages: PagedLayers, slots: torch.Tensor, transform: Transform, out: Symbols, first_layer: int = 0
 ) -> torch.Tensor:
-    """The symbols of the tokens at `slots` of layers first_layer..; returns a bool scalar: whether they tell all of it.
+    """The symbols of the tokens at `slots` of layers first_layer..; returns a bool scalar: whether every row has them.
 
     `pages`: one side, views `[B, H, N, D]` of bf16, fp16 or fp32. `slots`: int64 `[T]`; a negative one has the symbols
-    of nothing. `transform`: of exactly those layers. Nothing is synchronised. Raises KernelArgumentError for anything
+    of zeros. `transform`: of exactly those layers. Nothing is synchronised. Raises KernelArgumentError for anything
     else, never for what the pages hold.
     """
     _check(pages, slots, transform, out, first_layer)
