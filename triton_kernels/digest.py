@@ -77,6 +77,7 @@ class WordProbe:
 
     words: of each tensor and look. sets: how many sets of words are remembered; one `look` compares one of them, so
     that looks together see `sets` times as much. What has less than four bytes, or gaps, is not looked at.
+    on_host: whether words are compared on the CPU.
     The tensors' memory is kept alive for as long as the probe is.
     """
 
@@ -93,14 +94,15 @@ class WordProbe:
             wanted.append(flat[torch.from_numpy(at).to(self._device)])
         self._next = 0
         self._addresses, self._wanted = torch.from_numpy(np.concatenate(places, 1)), torch.cat(wanted, 1)
-        self._on_device = runs_kernel(self._device)
+        self.on_host = not runs_kernel(self._device)
         self._changed = False
-        if self._on_device:
+        self._done: Any = None
+        if not self.on_host:
             self._addresses = self._addresses.to(self._device)
             self._flag = torch.zeros(1, dtype=torch.int32, device=self._device)
             pin = self._device.type == "cuda"
             self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
-            self._done: Any = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
         elif self._kept:
             # Memory from the lowest address to the highest as one array, of which only words of the tensors are read.
             table = self._addresses.numpy()
@@ -111,17 +113,13 @@ class WordProbe:
             self._offsets = (table - self._lowest) // 4
             self._expected = self._wanted.numpy()
 
-    @property
-    def on_host(self) -> bool:
-        return not self._on_device
-
     def look(self) -> None:
         """Compare the next set of words: at once on a CPU; elsewhere queued on the current stream, for `changed`."""
         if not self._addresses.shape[1]:
             return
         at = self._next
         self._next = (at + 1) % len(self._addresses)
-        if not self._on_device:
+        if self.on_host:
             self._changed |= not np.array_equal(self._memory[self._offsets[at]], self._expected[at])
             return
         count = self._addresses.shape[1]
@@ -135,14 +133,14 @@ class WordProbe:
     @property
     def changed(self) -> bool:
         """Whether any look so far has found other words. Waits for the last look, where that runs on a device."""
-        if self._on_device and self._done is not None:
+        if self._done is not None:
             self._done.synchronize()
         return self.seen_changed
 
     @property
     def seen_changed(self) -> bool:
         """The same, of looks that have ended."""
-        if self._on_device and (self._done is None or self._done.query()):
+        if not self.on_host and (self._done is None or self._done.query()):
             self._changed |= bool(self._seen[0])
         return self._changed
 

@@ -107,12 +107,11 @@ class KVModel:
         finally:
             self._moments = None
         outputs = []
-        for layer, block in enumerate(self.model.model.layers):
-            heads, width = queries.shape[1:3]
+        heads, width = queries.shape[1:3]
+        for _, block in zip(queries, self.model.model.layers, strict=True):
             weight = block.self_attn.o_proj.weight.double()  # [hidden, query heads * D]
             per_head = weight.view(len(weight), heads, -1, width)  # [hidden, H, group, D]
             outputs.append(torch.einsum("ohgd,ohge->hde", per_head, per_head) / per_head.shape[2])
-            assert layer < len(queries)
         return Weights(queries, torch.stack(outputs))
 
 
