@@ -1,4 +1,4 @@
-"""What tensors hold, by content: a digest of all their bytes, and a look at a few words that costs next to nothing.
+"""What tensors hold: a digest of all their bytes, and a check of a few of their words that costs next to nothing.
 
     content_digest   128 bits of a tensor's bytes: equal bytes, equal digests, on every device
     WordProbe        remembers some words of many tensors and sees whether they are still there; one small launch
@@ -38,9 +38,9 @@ def content_digest(tensor: torch.Tensor) -> torch.Tensor:
     Any shape, dtype and strides. One launch, plus a copy where elements do not lie in order or bytes are no multiple of
     four. Nothing is synchronised.
     """
+    if not runs_kernel(tensor.device):
+        return content_digest_torch(tensor)
     words = _words(tensor)
-    if not runs_kernel(words.device):
-        return _digest_torch(words)
     out = torch.zeros(2, dtype=torch.int64, device=words.device)
     grid = (-(-len(words) // (_TILE * _TILES)),)
     _add_mixed.launch(grid, words.device, words, out, len(words), TILE=_TILE, TILES=_TILES, num_warps=4)
@@ -49,7 +49,15 @@ def content_digest(tensor: torch.Tensor) -> torch.Tensor:
 
 def content_digest_torch(tensor: torch.Tensor) -> torch.Tensor:
     """The definition of content_digest in torch."""
-    return _digest_torch(_words(tensor))
+    words = _words(tensor)
+    halves = torch.zeros(2, dtype=torch.int64, device=words.device)
+    step = 1 << 20  # bounds what is allocated
+    for start in range(0, len(words), step):
+        part = words[start : start + step].long() & 0xFFFFFFFF
+        index = torch.arange(start + 1, start + 1 + len(part), device=words.device)
+        for half, golden in enumerate(_GOLDEN):
+            halves[half] += _mix_torch(part ^ (index * _signed(golden))).sum()
+    return halves
 
 
 def flat_words(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -69,40 +77,33 @@ class WordProbe:
 
     words: of each tensor and look. sets: how many sets of words are remembered; one `look` compares one of them, so
     that looks together see `sets` times as much. What has less than four bytes, or gaps, is not looked at.
+    on_host: whether words are compared on the CPU.
     The tensors' memory is kept alive for as long as the probe is.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], *, words: int = 2, sets: int = 32) -> None:
         random = np.random.default_rng(len(tensors))
-        self._kept: list[torch.Tensor] = []
-        places: list[np.ndarray] = []
-        wanted: list[torch.Tensor] = []
-        for tensor in tensors:
-            flat = flat_words(tensor)
-            if flat is None or not len(flat):
-                continue
+        self._kept = [flat for flat in map(flat_words, tensors) if flat is not None and len(flat)]
+        self._device = self._kept[0].device if self._kept else torch.device("cpu")
+        if any(flat.device != self._device for flat in self._kept):
+            raise KernelArgumentError("the tensors of a probe must be on one device")
+        places, wanted = [np.empty((sets, 0), np.int64)], [torch.empty(sets, 0, dtype=torch.int32, device=self._device)]
+        for flat in self._kept:
             at = random.integers(0, len(flat), (sets, words))
-            self._kept.append(flat)
             places.append(flat.data_ptr() + 4 * at)
-            wanted.append(flat[torch.from_numpy(at).to(flat.device)])
+            wanted.append(flat[torch.from_numpy(at).to(self._device)])
         self._next = 0
-        self._addresses = torch.from_numpy(np.concatenate(places, 1)) if places else torch.empty(sets, 0)
-        if wanted:
-            self._device = wanted[0].device
-            if any(each.device != self._device for each in wanted):
-                raise KernelArgumentError("the tensors of a probe must be on one device")
-            self._wanted = torch.cat(wanted, 1)
-        else:
-            self._device, self._wanted = torch.device("cpu"), torch.empty(sets, 0, dtype=torch.int32)
-        self._on_device = runs_kernel(self._device)
+        self._addresses, self._wanted = torch.from_numpy(np.concatenate(places, 1)), torch.cat(wanted, 1)
+        self.on_host = not runs_kernel(self._device)
         self._changed = False
-        if self._on_device:
+        self._done: Any = None
+        if not self.on_host:
             self._addresses = self._addresses.to(self._device)
             self._flag = torch.zeros(1, dtype=torch.int32, device=self._device)
             pin = self._device.type == "cuda"
             self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=pin)
-            self._done: Any = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
-        elif places:
+            self._done = torch.cuda.Event() if pin else None  # type: ignore[no-untyped-call]
+        elif self._kept:
             # Memory from the lowest address to the highest as one array, of which only words of the tensors are read.
             table = self._addresses.numpy()
             self._lowest = int(table.min())
@@ -112,17 +113,13 @@ class WordProbe:
             self._offsets = (table - self._lowest) // 4
             self._expected = self._wanted.numpy()
 
-    @property
-    def on_host(self) -> bool:
-        return not self._on_device
-
     def look(self) -> None:
         """Compare the next set of words: at once on a CPU; elsewhere queued on the current stream, for `changed`."""
         if not self._addresses.shape[1]:
             return
         at = self._next
         self._next = (at + 1) % len(self._addresses)
-        if not self._on_device:
+        if self.on_host:
             self._changed |= not np.array_equal(self._memory[self._offsets[at]], self._expected[at])
             return
         count = self._addresses.shape[1]
@@ -136,14 +133,14 @@ class WordProbe:
     @property
     def changed(self) -> bool:
         """Whether any look so far has found other words. Waits for the last look, where that runs on a device."""
-        if self._on_device and self._done is not None:
+        if self._done is not None:
             self._done.synchronize()
         return self.seen_changed
 
     @property
     def seen_changed(self) -> bool:
         """The same, of looks that have ended."""
-        if self._on_device and (self._done is None or self._done.query()):
+        if not self.on_host and (self._done is None or self._done.query()):
             self._changed |= bool(self._seen[0])
         return self._changed
 
@@ -155,17 +152,6 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     if short or flat.data_ptr() % 4:
         flat = torch.cat([flat, flat.new_zeros(short)])
     return flat.view(torch.int32)
-
-
-def _digest_torch(words: torch.Tensor) -> torch.Tensor:
-    halves = torch.zeros(2, dtype=torch.int64, device=words.device)
-    step = 1 << 20  # bounds what is allocated
-    for start in range(0, len(words), step):
-        part = words[start : start + step].long() & 0xFFFFFFFF
-        index = torch.arange(start + 1, start + 1 + len(part), device=words.device)
-        for half, golden in enumerate(_GOLDEN):
-            halves[half] += _mix_torch(part ^ (index * _signed(golden))).sum()
-    return halves
 
 
 def _mix_torch(z: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,10 @@ class LazyKernel:
 
 
 class DeviceFunction:
-    """A function that kernels call; it becomes a `@triton.jit` function when its module's first kernel is launched."""
+    """A function that the kernels of its module, and of modules that import it, call.
+
+    It becomes a `@triton.jit` function when the first of these kernels is launched.
+    """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
@@ -68,9 +71,7 @@ class DeviceFunction:
         raise TypeError(f"{self.fn.__name__} runs inside a kernel only")
 
 
-def device_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function that the kernels of its module, and of modules that import it, call."""
-    return DeviceFunction(fn)
+device_function = DeviceFunction  # as a decorator
 
 
 def _prepare(module: str) -> None:

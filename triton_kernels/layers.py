@@ -52,9 +52,9 @@ class PagedLayers:
         self.device = first.device
         self.token_bytes = self.heads * self.content * self.dtype.itemsize
         self.page_bytes = self.block_tokens * self.token_bytes
-        self.pages_are_dense = _is_dense(first)
         self.pointers = torch.tensor([t.data_ptr() for t in self.layers], dtype=torch.int64, device=self.device)
-        self._page_units = _page_units(first) if self.pages_are_dense else None
+        self._page_units = _page_units(first)
+        self.pages_are_dense = self._page_units is not None
         self.token_units = _token_units(first)
         self._groups = _storage_groups(self.layers)
         self.address_gcd = math.gcd(*(t.data_ptr() for t in self.layers))
@@ -96,18 +96,14 @@ def _strides(layer: torch.Tensor) -> tuple[int, int, int]:
     return layer.stride(0) * size, layer.stride(1) * size, layer.stride(2) * size
 
 
-def _is_dense(layer: torch.Tensor) -> bool:
-    """Whether the bytes of a page are one run, in either order of heads and tokens."""
-    _, heads, tokens, content = layer.shape
+def _page_units(layer: torch.Tensor) -> Units | None:
+    """None where the bytes of a page are not one run, in either order of heads and tokens."""
+    blocks, heads, tokens, content = layer.shape
     _, head, token, _ = layer.stride()
     by_head = (tokens == 1 or token == content) and (heads == 1 or head == tokens * content)
     by_token = (heads == 1 or head == content) and (tokens == 1 or token == heads * content)
-    return by_head or by_token
-
-
-def _page_units(layer: torch.Tensor) -> Units:
     page = layer[0].numel() * layer.element_size()
-    return Units(1, layer.shape[0], 1, page, 0, _strides(layer)[0], 0)
+    return Units(1, blocks, 1, page, 0, _strides(layer)[0], 0) if by_head or by_token else None
 
 
 def _token_units(layer: torch.Tensor) -> Units:

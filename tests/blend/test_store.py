@@ -28,7 +28,7 @@ from lmcache.config import load_config
 from lmcache.engine.engine import CacheEngine, pack_tokens
 from lmcache.engine.layout import PagedCache
 from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, KernelArgumentError, LeaseExpiredError
-from lmcache.kernels.rotary.tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 from lmcache.keys import ChunkKey, namespace
 from lmcache.storage.backends.disk.backend import DiskBackend, DiskConfig
 from lmcache.storage.base import Buffer, StorageBackend
@@ -47,7 +47,7 @@ Open = Callable[..., StorageManager]
 
 def rope(name: str = "default", theta: float = 1e4) -> RotaryTable:
     parameters = {"rope_type": name, "rope_theta": theta, **ROPES[name]}
-    return RotaryTable.from_parameters(parameters, POSITIONS, head_dim=DIM)
+    return RotaryTable.from_frequencies(rope_frequencies(parameters, DIM), POSITIONS)
 
 
 TABLE, LOCAL = rope(), rope(theta=1e6)
@@ -63,7 +63,7 @@ def rotate(plain: torch.Tensor, positions: torch.Tensor, table: RotaryTable | No
     """Keys ``[T, H, D]`` turned at ``positions``, as a model does: GPT-NeoX halves, attention factor and all."""
     if table is None:
         return plain
-    cos, sin = table.cos[positions][:, None], table.sin[positions][:, None]
+    cos, sin = table.cos_sin[positions][:, None].unbind(2)
     low, high = plain.double().chunk(2, -1)
     turned = torch.cat([low * cos - high * sin, low * sin + high * cos], -1) * table.attention_factor
     return turned.to(plain.dtype)
@@ -356,7 +356,7 @@ def test_keys_are_of_the_tokens_and_not_of_where_they_stand(manager: StorageMana
 
 
 def test_a_longer_table_of_the_same_rope_keeps_the_keys(manager: StorageManager) -> None:
-    longer = RotaryTable.from_parameters({"rope_type": "default", "rope_theta": 1e4}, 4096, head_dim=DIM)
+    longer = RotaryTable.from_frequencies(rope_frequencies({"rope_theta": 1e4}, DIM), 4096)
     formats = [make_format(tables=(table,) * 3) for table in (TABLE, longer)]
     first, second = (SegmentStore(manager, format).keys(A) for format in formats)
     assert first == second
@@ -587,10 +587,7 @@ def test_chunks_of_two_runs_of_the_model_are_not_mixed(manager: StorageManager) 
 
 
 def test_a_segment_from_beyond_the_table_is_a_miss_that_stays(manager: StorageManager) -> None:
-    longer = [
-        RotaryTable.from_parameters({"rope_type": "default", "rope_theta": theta}, 2048, head_dim=DIM)
-        for theta in (1e4, 1e6)
-    ]
+    longer = [RotaryTable.from_frequencies(rope_frequencies({"rope_theta": theta}, DIM), 2048) for theta in (1e4, 1e6)]
     far = SegmentStore(manager, make_format(tables=(longer[0], longer[1], longer[0])))
     far.put(A, 1000, kv(A, 1000, far.format))
     store, count = SegmentStore(manager, make_format()), Counted()

@@ -9,7 +9,7 @@ from lmcache.blend.chunks import SegmentFormat
 from lmcache.blend.reuse import Segment
 from lmcache.blend.store import SegmentStore
 from lmcache.config import load_config
-from lmcache.kernels.rotary.tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 from lmcache.storage.manager import StorageManager
 
 transformers = pytest.importorskip("transformers")
@@ -47,7 +47,7 @@ def test_a_moved_segment_has_the_keys_of_the_model_there(name: str) -> None:
             cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
         return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
 
-    table = RotaryTable.from_parameters(rope, 512, head_dim=16, max_positions=512)
+    table = RotaryTable.from_frequencies(rope_frequencies(rope, 16, max_positions=512), 512)
     manager = StorageManager(load_config(overrides={"memory.capacity": 1 << 20, "memory.huge_pages": False}))
     store = SegmentStore(manager, SegmentFormat("tiny", torch.float32, 2, 16, (table, table)))
     passage = list(range(20, 60))

@@ -82,9 +82,10 @@ def test_gemma3_has_two_ropes() -> None:
     x, positions = torch.zeros(1, 1), torch.arange(5000)[None]
     for kind in ("full_attention", "sliding_attention"):
         cos, sin = rotary(x, positions, layer_type=kind)
-        table = RotaryTable.from_parameters(config.rope_parameters[kind], 5000, head_dim=64, angles=torch.float32)
-        torch.testing.assert_close(table.cos, cos[0, :, :32], rtol=0, atol=1e-3)
-        torch.testing.assert_close(table.sin, sin[0, :, :32], rtol=0, atol=1e-3)
+        frequencies = rope_frequencies(config.rope_parameters[kind], 64)
+        table = RotaryTable.from_frequencies(frequencies, 5000, angles=torch.float32)
+        torch.testing.assert_close(table.cos_sin[:, 0], cos[0, :, :32], rtol=0, atol=1e-3)
+        torch.testing.assert_close(table.cos_sin[:, 1], sin[0, :, :32], rtol=0, atol=1e-3)
 
 
 def test_angles_in_fp32_are_turned_as_an_engine_does() -> None:
@@ -100,8 +101,8 @@ def test_angles_in_fp32_are_turned_as_an_engine_does() -> None:
     # With their frequencies, which differ from the exact ones in the last place, every angle is the same.
     frequencies = type(frequencies)(rotary.inv_freq.double())
     same = RotaryTable.from_frequencies(frequencies, len(positions), angles=torch.float32)
-    torch.testing.assert_close(same.cos, cos, rtol=0, atol=3e-7)
-    torch.testing.assert_close(same.sin, sin, rtol=0, atol=3e-7)
+    torch.testing.assert_close(same.cos_sin[:, 0], cos, rtol=0, atol=3e-7)
+    torch.testing.assert_close(same.cos_sin[:, 1], sin, rtol=0, atol=3e-7)
     # Exact angles are others: half a unit of the last place of 131,071 radians is 1 / 256.
     exact = RotaryTable.from_frequencies(frequencies, len(positions))
-    assert 1e-3 < (exact.cos - cos).abs().max() < 5e-3
+    assert 1e-3 < (exact.cos_sin[:, 0] - cos).abs().max() < 5e-3

@@ -10,6 +10,7 @@ planner needs the lengths on the host, so every call waits for the stream.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import types
@@ -21,7 +22,6 @@ from lmcache.errors import ConfigError, KernelArgumentError
 from lmcache.kernels.attention.sparse_prefill import AttentionProblem, PackedKV, PagedKV, visible
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
-_workspaces: dict[torch.device, torch.Tensor] = {}
 
 
 def attend(problem: AttentionProblem) -> None:
@@ -30,25 +30,23 @@ def attend(problem: AttentionProblem) -> None:
     _check(problem)
     lengths = _kv_lengths(problem)
     mask = torch.cat([part.flatten() for part in _masks(problem, lengths)])
-    shape: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "head_dim_vo": problem.kv.values.shape[-1],
         "custom_mask": mask,
         "sm_scale": problem.scale,
         "logits_soft_cap": problem.soft_cap,
         "q_data_type": problem.q.dtype,
         "kv_data_type": problem.kv.keys.dtype,
     }
-    size, v_size = problem.q.shape[2], problem.kv.values.shape[-1]
+    heads = (problem.q.shape[1], problem.kv_heads, problem.q.shape[2])
     cu_q = problem.cu_q.int()
     if isinstance(problem.kv, PackedKV):
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(problem.q.device), "NHD")
-        heads = (problem.q.shape[1], problem.kv_heads, size)
-        wrapper.plan(cu_q, problem.kv.cu_kv.int(), *heads, head_dim_vo=v_size, **shape)
+        wrapper.plan(cu_q, problem.kv.cu_kv.int(), *heads, **options)
         operands: tuple[Any, ...] = (problem.kv.keys, problem.kv.values)
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(problem.q.device), "HND")
-        pages, tokens = _pages(problem.kv, lengths), problem.kv.keys.shape[2]
-        heads = (problem.q.shape[1], problem.kv_heads, size)
-        wrapper.plan(cu_q, *pages, *heads, tokens, head_dim_vo=v_size, **shape)
+        wrapper.plan(cu_q, *_pages(problem.kv, lengths), *heads, problem.kv.keys.shape[2], **options)
         operands = ((problem.kv.keys, problem.kv.values),)
     out, lse = wrapper.run(problem.q, *operands, return_lse=True)
     # A row that sees no key: neither its output nor its sum is specified. The sums are logarithms to base 2.
@@ -108,7 +106,6 @@ def _pages(kv: PagedKV, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     return indptr.to(device), torch.cat(rows).int(), torch.tensor(last, dtype=torch.int32, device=device)
 
 
+@functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
-    if device not in _workspaces:
-        _workspaces[device] = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    return _workspaces[device]
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

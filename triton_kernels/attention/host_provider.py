@@ -25,7 +25,7 @@ _PLAN_SCORES = 1 << 25  # of the masks that a plan keeps
 class _Slab(NamedTuple):
     """Some queries of a request, and the keys that they see: those of `span` that the mask leaves.
 
-    shared: of the span's keys, how many first ones all queries see, and one more.
+    shared: all queries see the first shared + 1 keys of the span, so that each sees one of those behind `shared`.
     """
 
     rows: slice

@@ -1,4 +1,4 @@
-"""The tokens with the highest scores, exactly, in ascending order, without a look from the host.
+"""The tokens with the highest scores, exactly, in ascending order of their indices; the host waits for nothing.
 
 Scores are compared by their images, signed 32-bit integers in the same order, so `count` is met exactly:
 
@@ -36,15 +36,12 @@ def select_tokens(scores: torch.Tensor, count: int, *, include: torch.Tensor | N
     Raises KernelArgumentError for anything else.
     """
     _check(scores, count, include)
-    if not runs_kernel(scores.device):
-        return _select_host(scores, count, include)
     out = torch.empty(count, dtype=torch.int64, device=scores.device)
     if count == 0:
         return out
-    if len(scores) <= _ONE_PROGRAM:
-        _launch_small(scores, include, out)
-    else:
-        _launch_large(scores, include, out)
+    if not runs_kernel(scores.device):
+        return _select_host(scores, count, include)
+    (_launch_small if len(scores) <= _ONE_PROGRAM else _launch_large)(scores, include, out)
     return out
 
 
@@ -65,8 +62,6 @@ def _select_host(scores: torch.Tensor, count: int, include: torch.Tensor | None)
     image[np.isnan(values)] = _LOWEST
     if include is not None:
         image[include.numpy()] = _HIGHEST
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64)
     threshold = np.partition(image, len(image) - count)[len(image) - count]
     taken = image > threshold
     taken[np.flatnonzero(image == threshold)[: count - int(taken.sum())]] = True

@@ -21,9 +21,10 @@ from lmcache.errors import CorruptChunkError, KernelArgumentError
 from lmcache.kernels.codecs.base import Codec, CodecConfig
 from lmcache.kernels.codecs.profile import CERTAIN_TABLE, EXPONENT_TABLE, PROFILE_HINT, Profile
 from lmcache.kernels.entropy.coder import MAX_SYMBOLS, max_words, rans_decode, rans_encode
+from lmcache.kernels.entropy.tables import FrequencyTables
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.sides import Packed, PlaneCodec, Side
-from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, Transform, pack_symbols, unpack_symbols
+from lmcache.kernels.transform.ops import ANCHOR_GROUP, Symbols, pack_symbols, unpack_symbols
 
 # A stream costs 40 bits: 1,024 symbols of 2.5 bits pay 1.6 % for being decoded beside others.
 _STREAM_SYMBOLS = 1024
@@ -34,7 +35,7 @@ class ProfileConfig(CodecConfig):
 
 
 class KltCodec(Codec):
-    """The profile's hash, not its place, is a part of the id."""
+    """`klt`. Its id holds the hash of the profile, so chunks stay readable when the file is moved."""
 
     name = "klt"
     Config = ProfileConfig
@@ -83,7 +84,8 @@ class CodedPlane(PlaneCodec):
                 f"{max(layers)} and heads up to {first_head + heads - 1}: it was made for another model"
             )
         self._profile = profile.part(layers, slice(first_head, first_head + heads), device)
-        self._coder = profile.coder(device)
+        self._transforms = (self._profile.key, self._profile.value)
+        self._coder = FrequencyTables(profile.freqs, device)
         self._shape = (2, len(layers), heads)
         self._width = width
         self._delta = self._profile.key.is_delta
@@ -157,10 +159,6 @@ class CodedPlane(PlaneCodec):
             unpack_symbols(side, slots, transform, Symbols(*(part[i] for part in symbols)))
         return None if on_cpu else whole
 
-    @property
-    def _transforms(self) -> tuple[Transform, Transform]:
-        return self._profile.key, self._profile.value
-
     def _runs(self, tokens: int) -> int:
         """Into how many runs the tokens of a head are cut: equal ones, of whole groups of anchors."""
         runs = 1
@@ -184,11 +182,9 @@ class CodedPlane(PlaneCodec):
 
     def _symbols(self, tokens: int, device: torch.device) -> list[torch.Tensor]:
         """codes, exponents, anchors and their exponents of both sides: `[2, l, H, ...]`."""
-        sides = [
-            Symbols.empty(*self._shape[1:], tokens, self._width, delta=self._delta, device=device) for _ in range(2)
-        ]
-        names = [field.name for field in dataclasses.fields(Symbols)]
-        return [torch.stack([getattr(side, name) for side in sides]) for name in names]
+        sides, layers, heads = self._shape
+        both = Symbols.empty(sides * layers, heads, tokens, self._width, delta=self._delta, device=device)
+        return [getattr(both, field.name).unflatten(0, (sides, layers)) for field in dataclasses.fields(both)]
 
     def _as_streams(self, symbols: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Views `[streams, symbols]` of what `_symbols` made."""

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from lmcache.kernels.codecs.kv_model import KVModel, Sample, Weights, replaced
+from lmcache.kernels.codecs.kv_model import KVModel, Sample, replaced
 from lmcache.kernels.codecs.profile import FIRST_TABLE, Profile, fixed_tables, share_tables
+from lmcache.kernels.entropy.tables import entropy_bits
 from lmcache.kernels.transform.ops import ANCHOR_GROUP, CENTRE, Transform
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def fit_texts(
 ) -> list[Profile]:
     """A profile of `kind` ("klt" or "cachegen") for each rate, in bits an element, of the model in a folder.
 
+    Shared tables, anchors and streams come on top of the rate.
+
     folder: Hugging Face's, of a model with rotary attention. texts: by name, each of more than `prefix` tokens; four
     of a few thousand words are enough. Takes a minute or two for a model of 135M parameters. Raises
     KernelArgumentError for a text that is too short.
@@ -63,36 +66,22 @@ def fit_texts(
     model = KVModel(folder, threads)
     samples = model.samples(texts, prefix, scored)
     weights = model.weights(list(texts.values()), prefix)
-    return fit(kind, model, samples, weights, rates, sinks=SINKS, num_tables=TABLES)
-
-
-def fit(
-    kind: str,
-    model: KVModel,
-    samples: Sequence[Sample],
-    weights: Weights,
-    rates: Sequence[float],
-    *,
-    sinks: int,
-    num_tables: int,
-) -> list[Profile]:
-    """A profile of `kind` for each rate, in bits an element (shared tables, anchors and streams come on top)."""
-    sides = [_stack(samples, side, sinks) for side in (0, 1)]
+    sides = [_stack(samples, side) for side in (0, 1)]
     if kind == "klt":
         moved = [_decorrelate(x, w) for x, w in zip(sides, (weights.queries, weights.outputs), strict=True)]
     else:
         moved = [_difference(x) for x in sides]
     scale = torch.stack([side.y.flatten(2).std(2).log().mean(1).exp() for side in moved])  # [2, L]
-    steps = scale * _allocation(kind, model, samples[0], moved, scale, sinks)
+    steps = scale * _allocation(kind, model, samples[0], moved, scale)
     normalised = [side.y / step[:, None, None, None] for side, step in zip(moved, steps, strict=True)]
-    return [_assemble(kind, sides, moved, steps * _factor_for(bits, normalised), num_tables) for bits in rates]
+    return [_assemble(kind, sides, moved, steps * _factor_for(bits, normalised)) for bits in rates]
 
 
-def _stack(samples: Sequence[Sample], side: int, sinks: int) -> torch.Tensor:
+def _stack(samples: Sequence[Sample], side: int) -> torch.Tensor:
     """[L, H, T, D] of all samples, without their first tokens; whole groups of anchors of each."""
     parts = []
     for sample in samples:
-        x = torch.stack([layer[side] for layer in sample.kv])[:, :, sinks:]
+        x = torch.stack([layer[side] for layer in sample.kv])[:, :, SINKS:]
         parts.append(x[:, :, : x.shape[2] // ANCHOR_GROUP * ANCHOR_GROUP])
     return torch.cat(parts, 2)
 
@@ -118,9 +107,7 @@ def _difference(x: torch.Tensor) -> Moved:
     return Moved(y, mean, nothing, nothing)
 
 
-def _allocation(
-    kind: str, model: KVModel, sample: Sample, moved: Sequence[Moved], scale: torch.Tensor, sinks: int
-) -> torch.Tensor:
+def _allocation(kind: str, model: KVModel, sample: Sample, moved: Sequence[Moved], scale: torch.Tensor) -> torch.Tensor:
     """[2, L]: step widths relative to `scale`, geometric mean 1, at which every side of every layer costs the same."""
     probe = 0.7
     costs = torch.zeros(2, len(sample.kv), dtype=torch.float64)
@@ -128,23 +115,14 @@ def _allocation(
         for layer in range(costs.shape[1]):
             step = float(scale[side, layer]) * probe
             rounded = _rounded(kind, moved[side], layer, step)
-
-            def change(
-                at: int, which: int, x: torch.Tensor, here: tuple[int, int] = (layer, side), rounded: _Rounder = rounded
-            ) -> torch.Tensor:
-                return rounded(x) if (at, which) == here else x
-
-            divergence, _ = model.divergence(sample, replaced(sample.kv, change, sinks))
+            divergence, _ = model.divergence(sample, replaced(sample.kv, layer, side, rounded, SINKS))
             costs[side, layer] = divergence.mean().clamp(min=1e-9)
         logger.info("%s: measured which layers' %s matter", kind, ("keys", "values")[side])
     slope = costs.sqrt()
     return (slope.log().mean() - slope.log()).exp().float()
 
 
-_Rounder = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _rounded(kind: str, moved: Moved, layer: int, step: float) -> _Rounder:
+def _rounded(kind: str, moved: Moved, layer: int, step: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """x [H, T, D] -> what it is after coding with that step."""
     if kind == "klt":
         mean, forward, inverse = moved.mean[layer][:, None], moved.forward[layer], moved.inverse[layer]
@@ -162,7 +140,8 @@ def _factor_for(bits: float, normalised: Sequence[torch.Tensor]) -> float:
     low, high = 0.05, 5.0
     for _ in range(12):
         middle = math.sqrt(low * high)
-        found = sum(_entropy(_histograms(y / middle)) for y in normalised) / sum(y.numel() for y in normalised)
+        total = sum(float(entropy_bits(_histograms(y / middle)).sum()) for y in normalised)
+        found = total / sum(y.numel() for y in normalised)
         low, high = (middle, high) if found > bits else (low, middle)
     return math.sqrt(low * high)
 
@@ -174,14 +153,7 @@ def _histograms(y: torch.Tensor) -> torch.Tensor:
     return counts.scatter_add_(1, symbols, torch.ones_like(symbols, dtype=torch.float32))
 
 
-def _entropy(histograms: torch.Tensor) -> float:
-    share = histograms / histograms.sum(1, keepdim=True)
-    return float(-(histograms * torch.where(share > 0, share, 1).log2()).sum())
-
-
-def _assemble(
-    kind: str, sides: Sequence[torch.Tensor], moved: Sequence[Moved], steps: torch.Tensor, num_tables: int
-) -> Profile:
+def _assemble(kind: str, sides: Sequence[torch.Tensor], moved: Sequence[Moved], steps: torch.Tensor) -> Profile:
     layers, heads, _, width = moved[0].y.shape
     width_of = [step[:, None, None].expand(layers, heads, width).contiguous() for step in steps]
     histograms = []
@@ -191,20 +163,19 @@ def _assemble(
             # Anchors themselves are not coded here.
             y = y.view(layers, heads, -1, ANCHOR_GROUP, width)[:, :, :, 1:].flatten(2, 3)
         histograms.append(_histograms(y))
-    freqs, tables, bounds = share_tables(torch.cat(histograms), num_tables)
+    freqs, tables, bounds = share_tables(torch.cat(histograms), TABLES)
     all_freqs, anchor_tables = [fixed_tables(), freqs], torch.zeros(2, layers, heads, 0, dtype=torch.int32)
-    coarse = [torch.zeros(layers, heads, 0)] * 2
-    coarse_bounds = coarse
+    nothing = torch.zeros(layers, heads, 0)
+    coarse = coarse_bounds = [nothing, nothing]
     if kind == "cachegen":
         firsts = [x[:, :, ::ANCHOR_GROUP] - part.mean[:, :, None] for x, part in zip(sides, moved, strict=True)]
         coarse = [(first.abs().amax(2) / _ANCHOR_STEPS).clamp(min=1e-6) for first in firsts]
         counts = [_histograms(first / step[:, :, None]) for first, step in zip(firsts, coarse, strict=True)]
-        more, of_anchors, reach = share_tables(torch.cat(counts), num_tables // 4)
+        more, of_anchors, reach = share_tables(torch.cat(counts), TABLES // 4)
         all_freqs.append(more)
         anchor_tables = of_anchors.view(2, layers, heads, width) + FIRST_TABLE + len(freqs)
         coarse_bounds = list(reach.view(2, layers, heads, width))
     bounds = bounds.view(2, layers, heads, width)
-    nothing = torch.zeros(layers, heads, 0)
     transforms = [
         Transform(
             mean=part.mean.contiguous(),

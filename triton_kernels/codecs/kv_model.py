@@ -107,21 +107,16 @@ class KVModel:
         finally:
             self._moments = None
         outputs = []
-        for layer, block in enumerate(self.model.model.layers):
-            heads, width = queries.shape[1:3]
+        heads, width = queries.shape[1:3]
+        for _, block in zip(queries, self.model.model.layers, strict=True):
             weight = block.self_attn.o_proj.weight.double()  # [hidden, query heads * D]
             per_head = weight.view(len(weight), heads, -1, width)  # [hidden, H, group, D]
             outputs.append(torch.einsum("ohgd,ohge->hde", per_head, per_head) / per_head.shape[2])
-            assert layer < len(queries)
         return Weights(queries, torch.stack(outputs))
 
 
-def replaced(kv: KV, change: Callable[[int, int, torch.Tensor], torch.Tensor], sinks: int = 0) -> KV:
-    """`kv` with `change(layer, side, x)` in place of each side (0: keys), but for the first `sinks` tokens."""
-    out = []
-    for layer, sides in enumerate(kv):
-        changed = [change(layer, side, x).clone() for side, x in enumerate(sides)]
-        for new, old in zip(changed, sides, strict=True):
-            new[:, :sinks] = old[:, :sinks]
-        out.append((changed[0], changed[1]))
-    return out
+def replaced(kv: KV, layer: int, side: int, change: Callable[[torch.Tensor], torch.Tensor], sinks: int) -> KV:
+    """`kv` with `change(x)` in place of one side (0: keys) of a layer, but for the first `sinks` tokens."""
+    sides = list(kv[layer])
+    sides[side] = torch.cat([sides[side][:, :sinks], change(sides[side])[:, sinks:]], 1)
+    return [*kv[:layer], (sides[0], sides[1]), *kv[layer + 1 :]]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.entropy.tables import FrequencyTables, quantise_counts
+from lmcache.kernels.entropy.tables import quantise_counts
 from lmcache.kernels.transform.ops import CENTRE, Transform
 
 KINDS = ("klt", "cachegen")
@@ -55,17 +55,9 @@ class Profile:
     def part(self, layers: Sequence[int], heads: slice, device: torch.device) -> Profile:
         """What these layers and heads need, on `device` (the frequencies stay where they are)."""
         index = torch.tensor(layers)
-        sides = [
-            Transform(*(getattr(side, f.name)[index][:, heads].contiguous() for f in dataclasses.fields(side))).to(
-                device
-            )
-            for side in (self.key, self.value)
-        ]
+        key, value = (side.part(index, heads, device) for side in (self.key, self.value))
         tables = [part[:, index][:, :, heads].contiguous().to(device) for part in (self.tables, self.anchor_tables)]
-        return Profile(self.kind, sides[0], sides[1], self.freqs, tables[0], tables[1])
-
-    def coder(self, device: torch.device) -> FrequencyTables:
-        return FrequencyTables(self.freqs, device)
+        return Profile(self.kind, key, value, self.freqs, tables[0], tables[1])
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""

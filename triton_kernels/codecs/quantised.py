@@ -32,7 +32,7 @@ class QuantisedCodec(Codec):
 
 
 class EightBitConfig(CodecConfig):
-    """8 bits hold the first tokens' outliers, too."""
+    """Eight bits hold the outliers of the first tokens too, so those are packed like all others."""
 
     sink_tokens: int = 0
 

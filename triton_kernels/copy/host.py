@@ -217,7 +217,7 @@ class HostTransfer:
         self._writes[stream].record(stream)
 
     def _await_writes(self, stream: Any) -> None:
-        """Make `stream` wait for the writes of all others. Whoever waits takes nothing from those who wait later."""
+        """Make `stream` wait for the writes of all others. The events stay, as later streams must wait for them too."""
         for writer, written in self._writes.items():
             if writer != stream:
                 written.wait(stream)

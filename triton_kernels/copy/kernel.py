@@ -12,7 +12,6 @@ program for every tile, direct copies to host memory only a few, because a link 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -95,42 +94,6 @@ def _tile(strip: int, word: int) -> tuple[int, int]:
     return _TILE_WORDS // width, width
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a copy is cut into tiles, and the kernel's integers and constants, in words."""
-
-    tiles: int
-    row_tiles: int
-    num_rows: int
-    strides: tuple[int, int, int, int]  # chunk layer, block, unit, strip
-    constants: dict[str, int | bool]
-
-    @classmethod
-    def of(cls, pages: PagedLayers, units: Units, chunk: torch.Tensor) -> Tiling:
-        num_layers, n = chunk.shape[:2]
-        layer_stride = chunk.stride(0) * chunk.element_size()
-        steps = (layer_stride, units.block_stride, units.unit_stride, units.strip_stride)
-        align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, units.strip_bytes, *steps)
-        word = min(align, 8)
-        num_rows, strip = n * units.strips, units.strip_bytes // word
-        block_r, block_w = _tile(strip, word)
-        row_tiles, columns = -(-num_rows // block_r), -(-strip // block_w)
-        constants = {
-            "COLUMNS": columns,
-            "WORD": word,
-            "PER_BLOCK": 0 if units.blocks == 1 else units.per_block,
-            "STRIPS": units.strips,
-            "STRIP": strip,
-            "ALIGN": align,
-            "BLOCK_R": block_r,
-            "BLOCK_W": block_w,
-            "num_warps": _NUM_WARPS,
-        }
-        chunk_layer, block, unit, strip_step = (step // word for step in steps)
-        tiles = row_tiles * num_layers * columns
-        return cls(tiles, row_tiles, num_rows, (chunk_layer, block, unit, strip_step), constants)
-
-
 def launch_copy(
     pages: PagedLayers,
     units: Units,
@@ -148,19 +111,35 @@ def launch_copy(
     `address`: where kernels find the chunk, if that is not its own address. `programs`: at most so many; otherwise one
     for each tile.
     """
-    tiling = Tiling.of(pages, units, chunk)
+    num_layers, n = chunk.shape[:2]
+    layer_stride = chunk.stride(0) * chunk.element_size()
+    steps = (layer_stride, units.block_stride, units.unit_stride, units.strip_stride)
+    align = math.gcd(16, chunk.data_ptr(), byte_offset(chunk), pages.address_gcd, units.strip_bytes, *steps)
+    word = min(align, 8)
+    num_rows, strip = n * units.strips, units.strip_bytes // word
+    block_r, block_w = _tile(strip, word)
+    row_tiles, columns = -(-num_rows // block_r), -(-strip // block_w)
+    tiles = row_tiles * num_layers * columns
     copy_rows.launch(
-        (min(tiling.tiles, programs or tiling.tiles),),
+        (min(tiles, programs or tiles),),
         pages.device,
         pages.pointers,
         ids,
         chunk.data_ptr() if address is None else address,
         first_layer,
-        tiling.num_rows,
-        tiling.tiles,
-        tiling.row_tiles,
-        *tiling.strides,
+        num_rows,
+        tiles,
+        row_tiles,
+        *(step // word for step in steps),
+        COLUMNS=columns,
+        WORD=word,
+        PER_BLOCK=0 if units.blocks == 1 else units.per_block,
+        STRIPS=units.strips,
+        STRIP=strip,
+        ALIGN=align,
         SCATTER=scatter,
         ZEROS=zeros,
-        **tiling.constants,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+        num_warps=_NUM_WARPS,
     )

@@ -187,6 +187,13 @@ def check_ids(pages: PagedLayers, units: Units, ids: torch.Tensor, what: str) ->
         raise KernelArgumentError(f"{what} holds {highest}; the cache has {units.count}, and a negative one is skipped")
 
 
+def check_layers(pages: PagedLayers, first_layer: int, num_layers: int, what: str) -> None:
+    if first_layer < 0 or first_layer + num_layers > pages.num_layers:
+        raise KernelArgumentError(
+            f"{what} holds {num_layers} layers, from first_layer={first_layer}; there are {pages.num_layers}"
+        )
+
+
 def check_chunk(
     pages: PagedLayers,
     units: Units,
@@ -203,10 +210,7 @@ def check_chunk(
         raise KernelArgumentError(
             f"{what} has shape {tuple(chunk.shape)}; it must be [layers, {len(ids)}, ...] for {len(ids)} ids"
         )
-    if first_layer < 0 or first_layer + chunk.shape[0] > pages.num_layers:
-        raise KernelArgumentError(
-            f"{what} holds {chunk.shape[0]} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
+    check_layers(pages, first_layer, len(chunk), what)
     row_bytes = math.prod(chunk.shape[2:]) * chunk.element_size()
     if row_bytes != units.unit_bytes:
         raise KernelArgumentError(

@@ -14,11 +14,12 @@ The encoder starts from state 2**16 at the last symbol and goes backwards, so th
 A stream whose decoding does not end in state 2**16 with its last word was damaged. Source: Duda, "Asymmetric numeral
 systems", arXiv:1311.2540; the variant with words is Giesen's, "Interleaved entropy coders", arXiv:1402.3392.
 
-Choosing the streams. A lane waits for its own last symbol, so the speed is that of the number of lanes: as many
-streams as the size allows (`streams_for`: 40 bits each), and many chunks in one call. Neighbouring streams should
-share their table (16 KiB for the decoder, so that 32 lanes live in one L1), and be neighbours in memory: with the
-codes of a plane as `[tokens * channels]`, `codes.view(planes, N, S).transpose(1, 2)` are S interleaved streams a plane
-whose lanes read neighbouring bytes. Streams of N contiguous bytes, N a multiple of 8, move as words of 8.
+Choosing the streams. A lane's symbols depend on each other, so only more lanes make it faster: as many streams as the
+size allows, and many chunks in one call. A stream costs 40 bits more than its symbols carry: 16 of length, and 32 of
+last state, 8 of which are information. Neighbouring streams should share their table (16 KiB for the decoder, so that
+32 lanes find it in one L1), and be neighbours in memory: with the codes of a plane as `[tokens * channels]`,
+`codes.view(planes, N, S).transpose(1, 2)` are S interleaved streams a plane whose lanes read neighbouring bytes.
+Streams of N contiguous bytes, N a multiple of 8, move as words of 8.
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ SLOTS = 1 << PROB_BITS
 MAX_ALPHABET = 256
 # Of a symbol's entry (see FrequencyTables): set where the symbol has a slot.
 CODABLE = 1 << 56
-# Bits that a stream costs beyond its symbols: 16 of length, 32 of final state of which 8 on average are information.
-STREAM_BITS = 40
 
 _Floats = np.ndarray[Any, np.dtype[np.float64]]
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -53,11 +51,6 @@ class FrequencyTables:
         self.encode_entries = torch.from_numpy(_encode_entries(self.freqs.numpy().astype(np.int64))).to(device)
         self.decode_entries = torch.from_numpy(_decode_entries(self.freqs.numpy().astype(np.int64))).to(device)
         self.device = self.encode_entries.device
-
-    @classmethod
-    def from_counts(cls, counts: torch.Tensor, device: torch.device | str = "cpu") -> FrequencyTables:
-        """The best tables for `counts` `[K, A]`, every symbol codable."""
-        return cls(quantise_counts(counts), device)
 
     def to(self, device: torch.device | str) -> FrequencyTables:
         """These tables on another device."""
@@ -110,22 +103,6 @@ def entropy_bits(counts: torch.Tensor, freqs: torch.Tensor | None = None) -> tor
         share = freqs.to("cpu", torch.float64) / SLOTS
     bits: torch.Tensor = -torch.special.xlogy(c, share).sum(1) / math.log(2)
     return bits
-
-
-def streams_for(symbols: int, bits_per_symbol: float, overhead: float = 0.025) -> int:
-    """Into how many equal streams to cut `symbols` symbols of one table: the most that cost at most `overhead` more.
-
-    A stream costs 40 bits on average beyond what its symbols carry. With 3 bits a symbol and the default, a stream
-    needs 534 symbols: the 12,288 of 64 tokens of a layer's keys (3 heads, 64 channels) become 16 streams of 768.
-    1 where even one stream costs more than `overhead`.
-    """
-    if symbols < 0 or not bits_per_symbol >= 0 or not overhead > 0:
-        raise KernelArgumentError(
-            f"symbols={symbols}, bits_per_symbol={bits_per_symbol}, overhead={overhead}; none may be negative, nor "
-            "overhead 0"
-        )
-    affordable = int(symbols * bits_per_symbol * overhead / STREAM_BITS)
-    return next((s for s in range(min(affordable, symbols), 1, -1) if symbols % s == 0), 1)
 
 
 def _slots_at(price: _Floats, c: _Floats) -> _Ints:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
+from lmcache.kernels.copy.pages import check_ids, check_layers, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, device_function, lazy_jit, runs_kernel
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.quantise.scheme import FLOATS, FP8_MAX, SLACK, Scheme, SideLayout, rotation, rotation_signs
@@ -105,10 +105,8 @@ def unpack_pages_torch(
     num_layers, heads = packed.shape[0], layout.heads
     codes = _split_codes(packed, layout)  # [l, H, T8, D]
     scales = layout.scales(packed).float().view(num_layers, -1, heads, layout.scale_rows).unbind(1)
-    if scheme.axis == "token":
-        parts = [part[..., None] for part in scales]
-    else:
-        parts = [_spread(part.view(num_layers, heads, -1, layout.width), scheme, layout.rows * 8) for part in scales]
+    width = 1 if scheme.axis == "token" else layout.width
+    parts = [_spread(part.view(num_layers, heads, -1, width), scheme, layout.rows * 8) for part in scales]
     x = codes.view(torch.float8_e4m3fn).float() * parts[0] if scheme.fp8 else parts[1] + codes.float() * parts[0]
     if scheme.rotate:
         x = x @ rotation(pages.content, scheme.seed, pages.device).T
@@ -216,8 +214,7 @@ def _pack_tile(
     layer = tl.load(pointers + first_layer + j).to(tl.pointer_type(sample.dtype.element_ty)) + h * head_stride
     base = packed + j * packed_stride
     scales = (base + scales_start).to(tl.pointer_type(tl.float16))
-    levels: tl.constexpr = (1 << BITS) - 1
-    slack: tl.constexpr = 1.0 / 1024
+    levels: tl.constexpr = 448 if FP8 else (1 << BITS) - 1
     inside = c[None, :] < D
     wanted = (r[:, None] < rows) & inside  # [BLOCK_R, BLOCK_D]
 
@@ -226,10 +223,9 @@ def _pack_tile(
         highs = tl.full([BLOCK_R, BLOCK_D], float("-inf"), tl.float32)
         broken = tl.zeros([BLOCK_R, BLOCK_D], tl.int32)
         for k in tl.static_range(8):
-            slot = tl.load(slots + r * 8 + k, mask=r * 8 + k < num_tokens, other=-1)  # [BLOCK_R]
-            live = (slot >= 0)[:, None] & inside
-            start = slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
-            row = tl.multiple_of(layer + start, ALIGN)
+            token = r * 8 + k
+            row, there = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+            live = there[:, None] & inside
             x = tl.load(row[:, None] + c[None, :], mask=live, other=0).to(tl.float32)
             lows = tl.minimum(lows, tl.where(live, x, float("inf")))
             highs = tl.maximum(highs, tl.where(live, x, float("-inf")))
@@ -237,25 +233,19 @@ def _pack_tile(
         low, high = tl.min(lows, 0), tl.max(highs, 0)  # [BLOCK_D]
         empty = low > high
         low, high = tl.where(empty, 0.0, low), tl.where(empty, 0.0, high)
-        zero = (low - tl.abs(low) * slack).to(tl.float16)
-        span = (high - zero.to(tl.float32)) * (1.0 / levels) * (1 + slack)
-        scale = tl.where(tl.max(broken, 0) > 0, float("nan"), span).to(tl.float16)  # [BLOCK_D]
+        scale, zero = _scales(low, high, tl.max(broken, 0), levels)  # [BLOCK_D]
         at = (h * tl.cdiv(num_tokens, 8 * BLOCK_R) + i) * D + c
         tl.store(scales + at, scale, mask=c < D)
         tl.store(scales + HEADS * num_scales + at, zero, mask=c < D)
-        zeros = zero.to(tl.float32)[None, :]
-        step = scale.to(tl.float32)[None, :]
-        inverse = tl.where(step > 0, 1.0 / step, 0.0)  # [1, BLOCK_D]
+        zeros, inverse = zero.to(tl.float32)[None, :], _inverse(scale)[None, :]  # [1, BLOCK_D]
     if ROTATE:
         weights = tl.load(matrix + c[:, None] * D + c[None, :], mask=(c[:, None] < D) & inside, other=0)
 
     word = tl.zeros([BLOCK_R, BLOCK_D], tl.int32)
     for k in tl.range(8, loop_unroll_factor=UNROLL):
         token = r * 8 + k
-        slot = tl.load(slots + token, mask=token < num_tokens, other=-1)
-        live = (slot >= 0)[:, None] & inside
-        start = slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
-        row = tl.multiple_of(layer + start, ALIGN)
+        row, there = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        live = there[:, None] & inside
         x = tl.load(row[:, None] + c[None, :], mask=live, other=0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
         if ROTATE:
             # The tile and the signs are exact in the pages' dtype, so tensor cores lose nothing but in tf32.
@@ -264,18 +254,15 @@ def _pack_tile(
             broken = tl.max((x != x).to(tl.int32), 1)  # [BLOCK_R]
             at = h * num_scales + token
             if FP8:
-                span = tl.max(tl.abs(x), 1) * (1.0 / 448) * (1 + slack)
+                low, high = tl.zeros([BLOCK_R], tl.float32), tl.max(tl.abs(x), 1)
             else:
                 low = tl.min(tl.where(inside, x, float("inf")), 1)
                 high = tl.max(tl.where(inside, x, float("-inf")), 1)
-                zero = (low - tl.abs(low) * slack).to(tl.float16)
-                span = (high - zero.to(tl.float32)) * (1.0 / levels) * (1 + slack)
-                tl.store(scales + HEADS * num_scales + at, zero, mask=r < rows)
-                zeros = zero.to(tl.float32)[:, None]
-            scale = tl.where(broken > 0, float("nan"), span).to(tl.float16)
+            scale, zero = _scales(low, high, broken, levels)
             tl.store(scales + at, scale, mask=r < rows)
-            step = scale.to(tl.float32)[:, None]
-            inverse = tl.where(step > 0, 1.0 / step, 0.0)
+            if not FP8:
+                tl.store(scales + HEADS * num_scales + at, zero, mask=r < rows)
+            zeros, inverse = zero.to(tl.float32)[:, None], _inverse(scale)[:, None]  # [BLOCK_R, 1]
         if FP8:
             code = _to_e4m3(x * inverse)
         else:
@@ -353,7 +340,6 @@ def _unpack_tile(
 
     for k in tl.range(8, loop_unroll_factor=UNROLL):
         token = r * 8 + k
-        slot = tl.load(slots + token, mask=token < num_tokens, other=-1)
         if not CHANNEL:
             at = h * num_scales + token
             step = tl.load(scales + at, mask=r < rows, other=0).to(tl.float32)[:, None]
@@ -369,10 +355,41 @@ def _unpack_tile(
             # Rounding to the pages' dtype before the rotation, not only behind it, costs a fraction of a step.
             x = to_pages(tl.where(inside, x * FACTOR, 0.0), sample.dtype.element_ty)
             x = tl.dot(x, weights, input_precision="tf32")
-        start = slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
-        row = tl.multiple_of(layer + start, ALIGN)
+        row, there = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         x = to_pages(x, sample.dtype.element_ty)
-        tl.store(row[:, None] + c[None, :], x, mask=(slot >= 0)[:, None] & inside)
+        tl.store(row[:, None] + c[None, :], x, mask=there[:, None] & inside)
+
+
+@device_function
+def slot_rows(
+    layer: tl.tensor,
+    slots: tl.tensor,
+    token: tl.tensor,
+    num_tokens: tl.tensor,
+    block_stride: tl.tensor,
+    token_stride: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr,
+    ALIGN: tl.constexpr,
+) -> tl.tensor:
+    """(start of each token's row, whether there is one)"""
+    slot = tl.load(slots + token, mask=token < num_tokens, other=-1)
+    rows = layer + slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
+    return tl.multiple_of(rows, ALIGN), slot >= 0
+
+
+@device_function
+def _scales(low: tl.tensor, high: tl.tensor, broken: tl.tensor, LEVELS: tl.constexpr) -> tl.tensor:
+    """(scale, zero) of what lies between low and high, as fp16; the scale is NaN where something was NaN (`broken`)."""
+    slack: tl.constexpr = 1.0 / 1024
+    zero = (low - tl.abs(low) * slack).to(tl.float16)
+    span = (high - zero.to(tl.float32)) * (1.0 / LEVELS) * (1 + slack)
+    return tl.where(broken > 0, float("nan"), span).to(tl.float16), zero
+
+
+@device_function
+def _inverse(scale: tl.tensor) -> tl.tensor:
+    step = scale.to(tl.float32)
+    return tl.where(step > 0, 1.0 / step, 0.0)
 
 
 @device_function
@@ -483,8 +500,5 @@ def _check(
             f"{what} has strides {packed.stride()}, address {packed.data_ptr():#x}; each layer must be one run of "
             "bytes at a multiple of 16"
         )
-    if first_layer < 0 or first_layer + len(packed) > pages.num_layers:
-        raise KernelArgumentError(
-            f"{what} holds {len(packed)} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
+    check_layers(pages, first_layer, len(packed), what)
     return layout

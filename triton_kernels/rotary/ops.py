@@ -21,7 +21,6 @@ A model with two ropes (Gemma 3) has two tables: call once for each run of layer
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -34,16 +33,7 @@ from lmcache.kernels.rotary.tables import RotaryTable
 if TYPE_CHECKING:
     import triton.language as tl
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    """What turns which elements: R of `table`, from element `start` of the content."""
-
-    table: RotaryTable
-    start: int
-    interleaved: bool
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shift_rotary(
@@ -63,7 +53,6 @@ def shift_rotary(
     rotary_start + table.width are copied. Raises KernelArgumentError for anything else.
     """
     out = keys if out is None else out
-    turn = _Turn(table, rotary_start, interleaved)
     _check_rows(keys, "keys")
     _check_rows(out, "out")
     if (out.shape, out.dtype, out.device) != (keys.shape, keys.dtype, keys.device):
@@ -71,13 +60,16 @@ def shift_rotary(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be as keys, {keys.dtype} "
             f"{tuple(keys.shape)} on {keys.device}"
         )
-    _check_turn(turn, keys, old_positions, new_positions)
+    _check_turn(table, rotary_start, keys, old_positions, new_positions)
     if keys.numel() == 0:
         return
     if runs_kernel(keys.device):
-        _launch(_as_layers(keys), _as_layers(out), old_positions, new_positions, turn)
+        layers = (keys, out) if keys.dim() == 4 else (keys[None], out[None])
+        _launch(*layers, old_positions, new_positions, table, rotary_start, interleaved)
     else:
-        _shift_torch(keys, old_positions, new_positions, turn, out)
+        shift_rotary_torch(
+            keys, old_positions, new_positions, table, interleaved=interleaved, rotary_start=rotary_start, out=out
+        )
 
 
 def shift_rotary_torch(
@@ -91,26 +83,26 @@ def shift_rotary_torch(
     out: torch.Tensor | None = None,
 ) -> None:
     """The definition of shift_rotary in torch."""
-    turn = _Turn(table, rotary_start, interleaved)
-    _shift_torch(keys, old_positions, new_positions, turn, keys if out is None else out)
-
-
-def _shift_torch(
-    keys: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor, turn: _Turn, out: torch.Tensor
-) -> None:
+    out = keys if out is None else out
     live = (old_positions >= 0) & (new_positions >= 0)
     if out is not keys:
         out.copy_(torch.where(live[:, None, None], keys, out))
     moved = torch.nonzero(live & (old_positions != new_positions)).flatten()
-    old = turn.table.cos_sin[old_positions[moved]][:, :, None]  # [moved, 2, 1, R / 2]
-    new = turn.table.cos_sin[new_positions[moved]][:, :, None]
+    old = table.cos_sin[old_positions[moved]][:, :, None]  # [moved, 2, 1, R / 2]
+    new = table.cos_sin[new_positions[moved]][:, :, None]
     cos = new[:, 0] * old[:, 0] + new[:, 1] * old[:, 1]  # [moved, 1, R / 2]
     sin = new[:, 1] * old[:, 0] - new[:, 0] * old[:, 1]
-    part = slice(turn.start, turn.start + turn.table.width)
+    part = slice(rotary_start, rotary_start + table.width)
     x = keys[..., moved, :, part].float()  # [.., moved, H, R]
-    low, high = (x[..., ::2], x[..., 1::2]) if turn.interleaved else x.chunk(2, -1)
+    low, high = halves(x, interleaved)
     pair = (low * cos - high * sin, low * sin + high * cos)
-    out[..., moved, :, part] = torch.stack(pair, -1 if turn.interleaved else -2).flatten(-2).to(out.dtype)
+    out[..., moved, :, part] = torch.stack(pair, -1 if interleaved else -2).flatten(-2).to(out.dtype)
+
+
+def halves(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second elements of all pairs: of `x [.., R]`, two views `[.., R / 2]`."""
+    half = x.shape[-1] // 2
+    return (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
 @lazy_jit(do_not_specialize=["num_tokens", "num_rows", "rows_each"])
@@ -220,11 +212,13 @@ def _launch(
     target: torch.Tensor,
     old_positions: torch.Tensor,
     new_positions: torch.Tensor,
-    turn: _Turn,
+    table: RotaryTable,
+    start: int,
+    interleaved: bool,
 ) -> None:
     num_layers, num_tokens, heads, content = source.shape
-    size, rest = source.element_size(), content - turn.table.width
-    block_d = 1 << (turn.table.pairs - 1).bit_length()
+    size, rest = source.element_size(), content - table.width
+    block_d = 1 << (table.pairs - 1).bit_length()
     block_t = max(1, min(_TILE_PAIRS // block_d, 1 << (num_tokens - 1).bit_length()))
     block_c = max(1, min(1 << (rest - 1).bit_length() if rest else 1, 2 * _TILE_PAIRS // block_t))
     num_rows, token_tiles = num_layers * heads, -(-num_tokens // block_t)
@@ -236,7 +230,7 @@ def _launch(
         target,
         old_positions,
         new_positions,
-        turn.table.cos_sin,
+        table.cos_sin,
         num_tokens,
         num_rows,
         rows_each,
@@ -244,9 +238,9 @@ def _launch(
         *target.stride()[:3],
         HEADS=heads,
         CONTENT=content,
-        START=turn.start,
-        HALF=turn.table.pairs,
-        INTERLEAVED=turn.interleaved,
+        START=start,
+        HALF=table.pairs,
+        INTERLEAVED=interleaved,
         IN_PLACE=(source.data_ptr(), source.stride()) == (target.data_ptr(), target.stride()),
         SOURCE_ALIGN=math.gcd(16, source.data_ptr(), *(step * size for step in source.stride()[:3])),
         TARGET_ALIGN=math.gcd(16, target.data_ptr(), *(step * size for step in target.stride()[:3])),
@@ -257,26 +251,23 @@ def _launch(
     )
 
 
-def _as_layers(keys: torch.Tensor) -> torch.Tensor:
-    return keys if keys.dim() == 4 else keys[None]
-
-
 def _check_rows(rows: torch.Tensor, what: str) -> None:
-    if rows.dtype not in _DTYPES:
-        raise KernelArgumentError(f"{what} is {rows.dtype}; it must be one of {', '.join(map(str, _DTYPES))}")
+    if rows.dtype not in DTYPES:
+        raise KernelArgumentError(f"{what} is {rows.dtype}; it must be one of {', '.join(map(str, DTYPES))}")
     if rows.dim() not in (3, 4):
         raise KernelArgumentError(f"{what} has shape {tuple(rows.shape)}; it must be [L, T, H, D] or [T, H, D]")
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         raise KernelArgumentError(f"{what} has strides {rows.stride()}; the last must be 1 (contiguous heads)")
 
 
-def _check_turn(turn: _Turn, rows: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor) -> None:
-    width, content = turn.table.width, rows.shape[-1]
-    if turn.start < 0 or width == 0 or turn.start + width > content:
+def _check_turn(
+    table: RotaryTable, start: int, rows: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor
+) -> None:
+    width, content = table.width, rows.shape[-1]
+    if start < 0 or width == 0 or start + width > content:
         raise KernelArgumentError(
-            f"table turns {width} elements from rotary_start={turn.start}; a head has {content} elements"
+            f"table turns {width} elements from rotary_start={start}; a head has {content} elements"
         )
-    table = turn.table
     if table.cos_sin.device != rows.device:
         raise KernelArgumentError(f"table is on {table.cos_sin.device}; it must be on {rows.device}; use .to()")
     for name, positions in (("old_positions", old_positions), ("new_positions", new_positions)):

@@ -1,7 +1,8 @@
-"""The move of one run of tokens, made for layer after layer: `shift_rotary`, with what layers share worked out once.
+"""`shift_rotary` of the same tokens for layer after layer: on a CPU, what the layers share is calculated once.
 
-On a GPU that is nothing. On a CPU it is the angles, and the rest goes block by block through memory that stays in the
-cache: several times as fast as the definition in torch.
+That is the cosines and sines of the moves, and which tokens move. Keys are then turned block by block, in buffers that
+stay in the processor's cache: several times as fast as the definition in torch. On a GPU each layer is one launch of
+`shift_rotary`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import torch
 
 from lmcache.errors import KernelArgumentError
 from lmcache.kernels.launch import runs_kernel
-from lmcache.kernels.rotary.ops import shift_rotary
+from lmcache.kernels.rotary.ops import DTYPES, halves, shift_rotary
 from lmcache.kernels.rotary.tables import RotaryTable
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Elements of a block: twice that in fp32, and the block's angles, fit a core's second-level cache.
 _BLOCK_ELEMENTS = 96 << 10
 
@@ -81,18 +81,11 @@ def _turn(
     keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, x: torch.Tensor, y: torch.Tensor
 ) -> None:
     """In place. keys: `[t, H, R]`; cos, sin: fp32 `[t, 1, R / 2]`; x, y: fp32 `[t, H, R]`, overwritten."""
-    (low, high), (new_low, new_high) = _halves(x, interleaved), _halves(y, interleaved)
+    (low, high), (new_low, new_high) = halves(x, interleaved), halves(y, interleaved)
     x.copy_(keys)
     torch.mul(low, cos, out=new_low).addcmul_(high, sin, value=-1)
     torch.mul(low, sin, out=new_high).addcmul_(high, cos)
     keys.copy_(y)
-
-
-def _halves(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if interleaved:
-        return x[..., ::2], x[..., 1::2]
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
 
 
 def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:

@@ -92,22 +92,6 @@ class RotaryTable:
         cos_sin = torch.stack([turns.cos(), turns.sin()], 1).to(torch.float32)
         return cls(cos_sin.to(device), frequencies.attention_factor)
 
-    @classmethod
-    def from_parameters(
-        cls,
-        parameters: Mapping[str, object],
-        positions: int,
-        *,
-        head_dim: int,
-        max_positions: int | None = None,
-        length: int | None = None,
-        device: torch.device | str = "cpu",
-        angles: torch.dtype = torch.float64,
-    ) -> RotaryTable:
-        """`rope_frequencies` of these parameters, then `from_frequencies`."""
-        frequencies = rope_frequencies(parameters, head_dim, max_positions=max_positions, length=length)
-        return cls.from_frequencies(frequencies, positions, device=device, angles=angles)
-
     @property
     def positions(self) -> int:
         """P: the table knows the positions below it."""
@@ -122,16 +106,6 @@ class RotaryTable:
         """R: elements of a head that turn."""
         return 2 * self.pairs
 
-    @property
-    def cos(self) -> torch.Tensor:
-        """fp32 `[P, R / 2]`, a view."""
-        return self.cos_sin[:, 0]
-
-    @property
-    def sin(self) -> torch.Tensor:
-        """fp32 `[P, R / 2]`, a view."""
-        return self.cos_sin[:, 1]
-
     def to(self, device: torch.device | str) -> RotaryTable:
         return dataclasses.replace(self, cos_sin=self.cos_sin.to(device))
 
@@ -145,7 +119,7 @@ def rope_frequencies(
     `partial_rotary_factor` in it, wherever the config has them. `max_positions`: `max_position_embeddings` of the
     config, needed by dynamic, and by others where the mapping leaves out what follows from it. `length`: tokens of the
     sequence, for dynamic and longrope; None means a short one. Raises KernelArgumentError for a type, key or value that
-    is not understood: a rope that is nearly right is worse than none.
+    is not understood, as keys turned by slightly wrong angles would be wrong answers that nobody notices.
     """
     rope = _Rope.read(parameters, head_dim, max_positions)
     plain = rope.theta**-rope.exponents
@@ -203,21 +177,22 @@ class _Rope:
     @property
     def original(self) -> float:
         """Positions that the model was trained on before its rope was scaled."""
-        if _ORIGINAL not in self.values and self.max_positions is None:
-            raise KernelArgumentError(f"a rope of type {self.type} without {_ORIGINAL} needs max_positions")
-        return self.number(_ORIGINAL, self.max_positions)
+        return self.number(_ORIGINAL, None if _ORIGINAL in self.values else self.limit(f" without {_ORIGINAL}"))
 
     @property
     def factor(self) -> float:
-        if "factor" not in self.values and self.max_positions is None:
-            raise KernelArgumentError(f"a rope of type {self.type} without factor needs max_positions")
-        return self.number("factor", (self.max_positions or 0) / self.original)
+        given = "factor" in self.values
+        return self.number("factor", None if given else self.limit(" without factor") / self.original)
+
+    def limit(self, which: str = "") -> int:
+        """max_positions, without which a rope of this type (`which` of them) is not defined."""
+        if self.max_positions is None:
+            raise KernelArgumentError(f"a rope of type {self.type}{which} needs max_positions")
+        return self.max_positions
 
     def dynamic_theta(self, length: int | None) -> float:
-        if self.max_positions is None:
-            raise KernelArgumentError("a rope of type dynamic needs max_positions")
-        factor, dim = self.number("factor"), self.dim
-        stretch = factor * max(length or 0, self.max_positions) / self.max_positions - (factor - 1)
+        factor, dim, limit = self.number("factor"), self.dim, self.limit()
+        stretch = factor * max(length or 0, limit) / limit - (factor - 1)
         return float(self.theta * stretch ** (dim / (dim - 2)))
 
 

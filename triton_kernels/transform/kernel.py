@@ -5,27 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmcache.kernels.launch import device_function, lazy_jit
-from lmcache.kernels.quantise.packing import to_pages
+from lmcache.kernels.quantise.packing import slot_rows, to_pages
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-
-@device_function
-def _slot_rows(
-    layer: tl.tensor,
-    slots: tl.tensor,
-    token: tl.tensor,
-    num_tokens: tl.tensor,
-    block_stride: tl.tensor,
-    token_stride: tl.tensor,
-    BLOCK_TOKENS: tl.constexpr,
-    ALIGN: tl.constexpr,
-) -> tl.tensor:
-    """(start of each token's row, whether there is one)"""
-    slot = tl.load(slots + token, mask=token < num_tokens, other=-1)
-    rows = layer + slot // BLOCK_TOKENS * block_stride + slot % BLOCK_TOKENS * token_stride
-    return tl.multiple_of(rows, ALIGN), slot >= 0
 
 
 @device_function
@@ -102,12 +85,12 @@ def _pack_symbols(
     ratio = 1.0 / (tl.load(bounds + head * D + c, mask=inside, other=1) + 0.499)
     if DELTA:
         token = i * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-        rows, live = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        rows, live = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         wanted = live[:, None] & inside[None, :]
         x = tl.load(rows[:, None] + c[None, :], mask=wanted, other=0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
         middle = tl.load(mean + head * D + c, mask=inside, other=0)
         token = i * BLOCK_T
-        row, there = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        row, there = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         known = c < tl.where(there, D, 0)
         first = tl.load(row + c, mask=known, other=0).to(tl.float32)
         step = tl.load(coarse + head * D + c, mask=inside, other=1)
@@ -129,9 +112,9 @@ def _pack_symbols(
         # Two tiles, so that weights are loaded once for both. One of 64 rows would take the tensor cores' larger
         # instructions, for which triton 3.7 stores fp32 weights 4 bytes at a time on sm_90, and fails on sm_100.
         token = 2 * i * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-        a, live_a = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        a, live_a = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         token += BLOCK_T
-        b, live_b = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        b, live_b = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         y_a = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         y_b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_K):
@@ -209,7 +192,7 @@ def _unpack_symbols(
     middle = tl.load(mean + head * D + c, mask=inside, other=0)
     if DELTA:
         token = i * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-        a, live_a = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        a, live_a = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         at_a = head * num_tokens + token
         wanted = live_a[:, None] & inside[None, :]
         y = _dequantise(tl.load(codes + at_a[:, None] * D + c[None, :], mask=wanted, other=128))  # [BLOCK_T, BLOCK_D]
@@ -223,10 +206,10 @@ def _unpack_symbols(
         tl.store(a[:, None] + c[None, :], to_pages(x, sample.dtype.element_ty), mask=wanted)
     else:
         token = 2 * i * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-        a, live_a = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        a, live_a = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         at_a = head * num_tokens + token
         token += BLOCK_T
-        b, live_b = _slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
+        b, live_b = slot_rows(layer, slots, token, num_tokens, block_stride, token_stride, BLOCK_TOKENS, ALIGN)
         at_b = head * num_tokens + token
         x_a = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         x_b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)

@@ -9,7 +9,7 @@ For each layer and head, with the profile's mean, matrices and steps (`profile.p
 
 Symbols are round(y / 2^e) + 128, uint8. The exponent e of a row (one token, one head) is the least, from 0 on, that
 keeps every channel within the bounds of its table: no value is ever clipped. A row that is not finite, or needs more
-than 2^126, has the symbols of nothing, 128, and is told by the scalar that pack_symbols returns.
+than 2^126, gets the symbols of zeros, 128, and pack_symbols returns False.
 
     symbols   uint8 [2, l, H, T, D]   keys, then values
     exponents uint8 [2, l, H, T]
@@ -24,7 +24,7 @@ import math
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.copy.pages import check_ids, gather_tokens, scatter_tokens
+from lmcache.kernels.copy.pages import check_ids, check_layers, gather_tokens, scatter_tokens
 from lmcache.kernels.launch import LazyKernel, runs_kernel
 from lmcache.kernels.layers import PagedLayers
 from lmcache.kernels.quantise.packing import to_pages_torch
@@ -58,12 +58,10 @@ class Transform:
     def is_delta(self) -> bool:
         return self.forward.numel() == 0
 
-    def slice(self, layers: slice, heads: slice) -> Transform:
-        """The part of some layers and heads."""
-        return Transform(*(getattr(self, f.name)[layers, heads].contiguous() for f in dataclasses.fields(self)))
-
-    def to(self, device: torch.device) -> Transform:
-        return Transform(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+    def part(self, layers: torch.Tensor, heads: slice, device: torch.device) -> Transform:
+        """The part of some layers (an int64 index) and heads, on `device`."""
+        fields = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Transform(*(field[layers][:, heads].contiguous().to(device) for field in fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +83,10 @@ class Symbols:
 def pack_symbols(
     pages: PagedLayers, slots: torch.Tensor, transform: Transform, out: Symbols, first_layer: int = 0
 ) -> torch.Tensor:
-    """The symbols of the tokens at `slots` of layers first_layer..; returns a bool scalar: whether they tell all of it.
+    """The symbols of the tokens at `slots` of layers first_layer..; returns a bool scalar: whether every row has them.
 
     `pages`: one side, views `[B, H, N, D]` of bf16, fp16 or fp32. `slots`: int64 `[T]`; a negative one has the symbols
-    of nothing. `transform`: of exactly those layers. Nothing is synchronised. Raises KernelArgumentError for anything
+    of zeros. `transform`: of exactly those layers. Nothing is synchronised. Raises KernelArgumentError for anything
     else, never for what the pages hold.
     """
     _check(pages, slots, transform, out, first_layer)
@@ -226,10 +224,7 @@ def _check(pages: PagedLayers, slots: torch.Tensor, transform: Transform, symbol
         raise KernelArgumentError(f"pages are {pages.dtype}; coded are bfloat16, float16 and float32")
     check_ids(pages, pages.token_units, slots, "slots")
     layers, heads, tokens, width = len(symbols.codes), pages.heads, len(slots), pages.content
-    if first_layer < 0 or first_layer + layers > pages.num_layers:
-        raise KernelArgumentError(
-            f"symbols hold {layers} layers, from first_layer={first_layer}; there are {pages.num_layers}"
-        )
+    check_layers(pages, first_layer, layers, "codes")
     groups = -(-tokens // ANCHOR_GROUP) if transform.is_delta else 0
     of_symbols = ((tokens, width), (tokens,), (groups, width), (groups,))
     wide, narrow = (0, width) if transform.is_delta else (width, 0)

@@ -21,7 +21,7 @@ from lmcache.kernels.copy import pages
 from lmcache.kernels.copy.host import HostTransfer
 from lmcache.kernels.entropy.coder import Encoded, max_words, rans_decode, rans_encode
 from lmcache.kernels.entropy.host import rans_encode_numpy
-from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits
+from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts
 from lmcache.kernels.quantise.packing import pack_pages, pack_pages_torch, unpack_pages, unpack_pages_torch
 from lmcache.kernels.quantise.scheme import Scheme, SideLayout
 
@@ -238,7 +238,7 @@ def entropy(setup: Setup) -> Iterator[Case]:
     numbers = torch.randn(streams, length, generator=torch.Generator().manual_seed(0))
     symbols = (numbers * 2 + 7.5).round().clamp(0, alphabet - 1).to(torch.uint8)
     counts = torch.bincount(symbols.flatten().int(), minlength=alphabet)[None]
-    tables = FrequencyTables.from_counts(counts, setup.device)
+    tables = FrequencyTables(quantise_counts(counts), setup.device)
     symbols, decoded = symbols.to(setup.device), torch.zeros_like(symbols, device=setup.device)
     table_of = torch.zeros(streams, 1, dtype=torch.int32, device=setup.device)
     room = torch.zeros(streams * max_words(length), dtype=torch.uint16, device=setup.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lmcache.errors import KernelArgumentError
-from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts, streams_for
+from lmcache.kernels.entropy.tables import FrequencyTables, entropy_bits, quantise_counts
 
 pytestmark = pytest.mark.host
 
@@ -57,15 +57,6 @@ def test_entropy_of_counts() -> None:
     assert entropy_bits(counts).tolist() == [24.0, 0.0, 0.0]
     assert entropy_bits(counts, torch.tensor([[1024, 1024, 2048, 0]]).expand(3, 4)).tolist() == [24.0, 10.0, 0.0]
     assert entropy_bits(counts, torch.tensor([[4096, 0, 0, 0]]).expand(3, 4)).tolist() == [math.inf, 0.0, 0.0]
-
-
-def test_how_many_streams_are_recommended() -> None:
-    assert streams_for(12288, 3.0) == 16
-    assert streams_for(12288, 3.0, overhead=0.01) == 8
-    assert streams_for(12289, 3.0) == 1  # a prime
-    assert streams_for(100, 3.0) == streams_for(0, 3.0) == streams_for(12288, 0.0) == 1
-    with pytest.raises(KernelArgumentError, match="overhead=0"):
-        streams_for(1, 1.0, 0.0)
 
 
 def test_every_reciprocal_is_right_or_one_too_small() -> None:

@@ -220,7 +220,7 @@ def test_a_factor_on_all_keys_is_kept_as_it_is(device: torch.device) -> None:
     x = frequencies.attention_factor * torch.randn(1, 20, 2, 32, generator=torch.Generator().manual_seed(6))
     old, new = torch.arange(20) * 3, torch.arange(20) * 200
     keys = turned(x, old.double()[:, None] * frequencies.inverse, case).float().to(device)
-    table = RotaryTable.from_parameters(rope, 4000, head_dim=32, device=device)
+    table = RotaryTable.from_frequencies(frequencies, 4000, device=device)
     shift_rotary(keys, old.to(device), new.to(device), table)
     want = turned(x, new.double()[:, None] * frequencies.inverse, case)
     torch.testing.assert_close(keys.cpu().double(), want, rtol=0, atol=3e-6)
@@ -318,7 +318,7 @@ def test_keys_cross_memory_once(case: Case, interleaved: bool) -> None:
 
 @pytest.mark.interpret
 def test_interpret_mode_really_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary, "_shift_torch", None)
+    monkeypatch.setattr(rotary, "shift_rotary_torch", None)
     check(Case(L=1, T=5), BF16, torch.device("cpu"), in_place=True)
 
 

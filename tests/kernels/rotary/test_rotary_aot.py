@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmcache.kernels.rotary import ops as rotary
-from lmcache.kernels.rotary.tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 
 # The warning of triton 3.9 is that a product and a sum may become one instruction, which the tolerance allows for.
 pytestmark = [pytest.mark.aot, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
@@ -26,7 +26,7 @@ WIDE = {
 
 
 def table(width: int) -> RotaryTable:
-    return RotaryTable.from_parameters({"rope_theta": 1e4}, 128, head_dim=width)
+    return RotaryTable.from_frequencies(rope_frequencies({"rope_theta": 1e4}, width), 128)
 
 
 def launch(
@@ -41,7 +41,7 @@ def launch(
     """In place where all elements turn."""
     keys = torch.zeros(4, TOKENS, heads, content, dtype=dtype)
     out, positions = keys if width == content else torch.zeros_like(keys), torch.arange(TOKENS)
-    rotary._launch(keys, out, positions, positions, rotary._Turn(table(width), start, interleaved))
+    rotary._launch(keys, out, positions, positions, table(width), start, interleaved)
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -9,9 +9,9 @@ from lmcache.errors import KernelArgumentError
 from lmcache.kernels.rotary import shift as rotary_shift
 from lmcache.kernels.rotary.ops import shift_rotary_torch
 from lmcache.kernels.rotary.shift import RotaryShift
-from lmcache.kernels.rotary.tables import RotaryTable
+from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
 
-TABLE = RotaryTable.from_parameters({"rope_type": "default", "rope_theta": 1e4}, 4096, head_dim=32)
+TABLE = RotaryTable.from_frequencies(rope_frequencies({"rope_theta": 1e4}, 32), 4096)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
