@@ -102,6 +102,7 @@ def test_every_group_is_read_by_its_registry(tmp_path: Path) -> None:
 
 
 def test_the_package_of_the_page_works_once_it_is_installed(tmp_path: Path) -> None:
+    """Slow: pip installs the package, and its own tests run in another process."""
     source, site = tmp_path / "source", tmp_path / "site"
     files = dict(
         re.findall(r"^`((?:lmcache_mine/|test_mine|pyproject)[\w./]*)`:\n\n```\w+\n(.*?)```", PAGE, re.M | re.S)

@@ -79,6 +79,7 @@ def config(family: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_loaded_model_predicts_and_keeps_what_vllm_does(family: str, vllm_prefill: Callable[..., Any]) -> None:
+    """Slow, the first one: vLLM is imported into the process that the others are forked from."""
     rope = {"rope_parameters": dict(ROPES[family])} if family in ROPES else {}
     changes = CHANGES.get(family, [])
     result = vllm_prefill(config(family, **rope), [change[:2] for change in changes])

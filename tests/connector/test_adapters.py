@@ -88,6 +88,7 @@ def engines(
 
 
 def test_the_adapters_of_these_tests_matter(engines: dict[str, Any]) -> None:
+    """Slow, as the first that needs the engines of this file: two real ones, a process each."""
     for case in CASES:
         assert engines["old"][case] != engines["new"][case]
 

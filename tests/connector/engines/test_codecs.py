@@ -59,6 +59,7 @@ def test_int8_is_near_what_was_computed(
 
 
 def test_every_codec_reads_real_text_and_none_reads_anothers_chunks(vllm_run: Run, tmp_path: Path) -> None:
+    """Slow: a real model answers once for each codec, over one shared folder."""
     from transformers import AutoTokenizer
 
     from experiments.framework.model import smollm2

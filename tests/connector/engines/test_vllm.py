@@ -75,6 +75,7 @@ def test_memory_and_disk_give_the_tokens_of_plain_vllm(
 
 
 def test_smollm2_reads_real_text_as_plain_vllm_does(vllm_run: Run, tmp_path: Path) -> None:
+    """Slow: a real model of 135M parameters answers on a CPU, with and without the cache."""
     from transformers import AutoTokenizer
 
     from experiments.framework.model import smollm2

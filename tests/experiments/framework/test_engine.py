@@ -22,6 +22,7 @@ def job(**changes: str) -> Job:
 
 @pytest.mark.vllm
 def test_steps_come_back_as_rows_and_resets_empty_the_cache(tmp_path: Path) -> None:
+    """Slow: real vLLM in a process of its own, which imports it afresh."""
     asked = [Request("lighthouse", 0, TEXT), Request("lighthouse", 0, TEXT)]
     with Engine(job(), tmp_path / "log") as engine:
         first, again = engine.run(Step("kept", asked))
