@@ -23,7 +23,7 @@ from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.threads import Job, Threads
 
 T = TypeVar("T")
-# What trying again does not mend.
+# Errors that another attempt would only meet again.
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 LATENCY_WEIGHT = 0.1  # of the newest call in the average
 
@@ -169,6 +169,6 @@ class TierCalls:
 
 
 def _final(error: Exception) -> bool:
-    """Whether trying again does not mend it. A write that failed so will not land late either."""
+    """Whether another attempt is pointless. A write that failed like this will not land late either."""
     causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
     return any(getattr(cause, "errno", None) in FINAL for cause in causes)

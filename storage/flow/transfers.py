@@ -27,27 +27,23 @@ class Transfers:
         self._tiers = {tier.name: tier for tier in tiers}
         self._batch_bytes = batch_bytes
 
-    def copy(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float) -> list[ChunkKey]:
-        """Have ``target`` hold what ``source`` has of ``keys``; returns those that it is known to hold now."""
-        self._check(source, target)
-        ends_at = time.monotonic() + timeout_s
-        done: list[ChunkKey] = []
-        for held in self._from(keys, source, ends_at):
-            done += self._into(target, held, ends_at, settled=True)
-        return done
+    def copy(
+        self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float, *, forget: bool = False
+    ) -> list[ChunkKey]:
+        """Copy what tier ``source`` has of ``keys`` to ``target``; returns those that it is known to hold now.
 
-    def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float) -> list[ChunkKey]:
-        """The same, and ``source`` forgets them."""
+        forget: remove those from ``source`` (a move).
+        """
         self._check(source, target)
         ends_at = time.monotonic() + timeout_s
         done: list[ChunkKey] = []
         for held in self._from(keys, source, ends_at):
-            moved = self._into(target, held, ends_at, settled=False)
-            if source == self._memory.name:
-                self._memory.remove(moved)
-            elif moved:
-                self._tiers[source].remove(moved, max(0.0, ends_at - time.monotonic()))
-            done += moved
+            copied = self._into(target, held, ends_at, settled=not forget)
+            if forget and source == self._memory.name:
+                self._memory.remove(copied)
+            elif forget and copied:
+                self._tiers[source].remove(copied, max(0.0, ends_at - time.monotonic()))
+            done += copied
         return done
 
     def _check(self, source: str, target: str) -> None:
@@ -99,7 +95,7 @@ class Transfers:
 
 
 def _write(tier: LowerTier, held: Held, ends_at: float) -> list[ChunkKey]:
-    """Through the tier's queue, whose handles outlive whoever waits here; returns what was written by ``ends_at``."""
+    """Write by the tier's queue, which keeps the handles even after ``ends_at``; returns what was written by then."""
     written: list[ChunkKey] = []
     settled = 0
     changed = threading.Condition()
