@@ -100,7 +100,7 @@ class Lease:
             return len(self._buffers) >= count
 
     def close(self) -> None:
-        """Let go. Reads that still run end in memory, unheld. Idempotent."""
+        """Release the chunks. What reads still bring goes to memory, and nothing holds it there. Idempotent."""
         if self._home.left:
             return
         with self._changed:

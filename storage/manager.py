@@ -56,11 +56,11 @@ class StorageHealth:
 
 
 class StorageManager:
-    """All tiers of one process. Thread-safe. Nothing it does waits without a deadline, and no tier's failure raises.
+    """All tiers of one process. Thread-safe. Every wait has a deadline; a tier that fails is a miss and does not raise.
 
-    A key may stand in a batch more than once, and counts as in ``StorageBackend``. After ``close()`` nothing is found
-    and nothing is kept, as stores may still be under way; what gives a lease, or must not seem to be done when it is
-    not (``remove``, ``clear``, ``copy``, ``move``), raises ClosedError.
+    A key may stand in a batch more than once, and counts as in ``StorageBackend``. After ``close()`` lookups find
+    nothing and ``put`` drops what it is given, as stores may still be under way; ``acquire``, ``prefetch``, ``remove``,
+    ``clear``, ``copy`` and ``move`` raise ClosedError.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class Transfers:
                 left = max(0.0, ends_at - time.monotonic())
                 most = tier.read_pace.batch_bytes(left * SHARE, self._batch_bytes)
                 nothing: Held = []
-                held = tier.transfer(partial(self._read, tier, wanted, most), nothing, left, _let_go)
+                held = tier.transfer(partial(self._read, tier, wanted, most), nothing, left, self._release)
             if held:
                 yield held
             # Behind a run that ended early lies a key that is not there, or a full batch.
@@ -85,6 +85,9 @@ class Transfers:
         finally:
             self._memory.pool.release_all(buffers[got:])
         return list(zip(keys, buffers[:got], strict=False))
+
+    def _release(self, held: Held) -> None:
+        self._memory.pool.release_all(buffer for _, buffer in held)
 
     def _into(self, target: str, held: Held, ends_at: float, *, settled: bool) -> list[ChunkKey]:
         """Put chunks, releasing their handles; returns the keys of those that are held there."""
@@ -111,8 +114,3 @@ def _write(tier: LowerTier, held: Held, ends_at: float) -> list[ChunkKey]:
     with changed:
         changed.wait_for(lambda: settled == queued, max(0.0, ends_at - time.monotonic()))
         return list(written)
-
-
-def _let_go(held: Held) -> None:
-    for _, buffer in held:
-        buffer.release()

@@ -277,7 +277,7 @@ class WriteQueue:
             return batch
 
     def _note_refused(self, count: int, batch: _Batch) -> None:
-        """A tier without room is no failure, but it is said, once until it takes everything again."""
+        """Count refused chunks (a full tier is no failure), and log it once, until it takes a whole batch again."""
         metrics.TIER_REFUSED_CHUNKS.labels(self._tier.name).inc(count)
         if count and not self._refused:
             largest = max(write.buffer.nbytes for write in batch.writes)

@@ -279,7 +279,7 @@ class Threads:
 
 
 class _Queue:
-    """What the threads share. They do not know the Threads, so that one that is forgotten unclosed can be collected."""
+    """What the threads share. They hold no reference to the Threads, so that an unclosed one can be collected."""
 
     def __init__(self, home: Home) -> None:
         self._home = home

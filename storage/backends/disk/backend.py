@@ -290,7 +290,7 @@ class DiskBackend(StorageBackend):
             raise error
 
     def _raise_if_not_for_room(self, outcomes: Sequence[Outcome]) -> None:
-        """Some chunks were written, and others not: unless that is for room, it is no refusal but a failure."""
+        """Raise the error of a chunk that was not written, unless the reason was lack of room."""
         for outcome in outcomes:
             cause = outcome.__cause__ if isinstance(outcome, StorageError) else None
             if not isinstance(cause, OSError):
