@@ -1,4 +1,4 @@
-"""What is known here of chunks that lie elsewhere: which there are, how large, and which of them goes first."""
+"""Indexes, in this process, of chunks that lie elsewhere: their sizes, and the order in which they are evicted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Entry:
 class ChunkIndex:
     """Keys to entries, in the order of an eviction policy. Thread-safe; does no I/O.
 
-    capacity: of ``reserve``. Whoever shares his place with other processes counts its bytes elsewhere (disk/account.py)
-        and asks for ``candidates`` instead.
+    capacity: of ``reserve``. Of a place that processes share, disk/account.py counts the bytes: its backend asks for
+        ``candidates`` instead.
     """
 
     def __init__(self, policy: EvictionPolicy, folders: int = 1, *, capacity: int = 0) -> None:
@@ -87,7 +87,7 @@ class ChunkIndex:
     def candidates(self, folder: int, nbytes: int) -> list[tuple[ChunkKey, Entry]]:
         """Chunks of ``folder`` that should go first, of ``nbytes`` together or all there are.
 
-        Nobody else is given them until ``forget``, or ``keep``, which whoever calls this calls for each of them.
+        No other call returns them again before ``forget`` or ``keep``: the caller calls one of these for each.
         """
         chosen: list[tuple[ChunkKey, Entry]] = []
         with self._lock:

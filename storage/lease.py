@@ -40,8 +40,8 @@ class Lease:
         self._on_closed = on_closed
         self._on_settled: Callable[[], None] | None = None
         self._changed = threading.Condition(threading.Lock())
-        self._done = False
-        self._closed = False
+        self.done = False
+        self.closed = False
         self.end: ChunkKey | None = None
         """The key that was taken from those which may come last, see ``StorageManager.acquire``."""
         self.expires_at = float("inf")
@@ -70,14 +70,6 @@ class Lease:
             return held[0]._pool.share_leading(held) if held else []
 
     @property
-    def done(self) -> bool:
-        return self._done
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    @property
     def expired(self) -> bool:
         return time.monotonic() > self.expires_at
 
@@ -86,16 +78,16 @@ class Lease:
         with self._changed:
             if timeout_s is not None:
                 self._timeout_s = timeout_s
-            if self._done:
+            if self.done:
                 self.expires_at = time.monotonic() + self._timeout_s
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until done; False when it is not after ``timeout_s``."""
-        if self._done:
+        if self.done:
             return True
         self._home.check()
         with self._changed:
-            return self._changed.wait_for(lambda: self._done, timeout_s)
+            return self._changed.wait_for(lambda: self.done, timeout_s)
 
     def wait_ready(self, count: int, timeout_s: float | None = None) -> bool:
         """Wait until ``count`` chunks are held, or it is done; returns whether they are.
@@ -104,15 +96,15 @@ class Lease:
         """
         self._home.check()
         with self._changed:
-            self._changed.wait_for(lambda: self._done or len(self._buffers) >= count, timeout_s)
+            self._changed.wait_for(lambda: self.done or len(self._buffers) >= count, timeout_s)
             return len(self._buffers) >= count
 
     def close(self) -> None:
-        """Let go. Reads that still run end in memory, unheld. Idempotent."""
+        """Release the chunks. What reads still bring goes to memory, and nothing holds it there. Idempotent."""
         if self._home.left:
             return
         with self._changed:
-            first, self._closed = not self._closed, True
+            first, self.closed = not self.closed, True
             buffers, self._buffers = self._buffers, []
         if buffers:
             buffers[0]._pool.release_all(buffers)
@@ -133,7 +125,7 @@ class Lease:
     def hold(self, buffers: Sequence[PoolBuffer]) -> bool:
         """Hold the payloads of the next keys. Takes the handles over; False, and releases them, when it is done."""
         with self._changed:
-            if not self._closed and not self._done:
+            if not self.closed and not self.done:
                 self._buffers.extend(buffers)
                 self._changed.notify_all()
                 return True
@@ -144,7 +136,7 @@ class Lease:
     def hold_end(self, key: ChunkKey, size: int | range, buffers: Sequence[PoolBuffer]) -> None:
         """Take ``key`` instead of those that are not held."""
         with self._changed:
-            if not self._done and buffers:
+            if not self.done and buffers:
                 held = len(self._buffers)
                 self.keys, self.sizes = [*self.keys[:held], key], [*self.sizes[:held], size]
                 self.end = key
@@ -153,10 +145,10 @@ class Lease:
     def settle(self) -> None:
         """Be done with what is held now. Reads that still run end in memory, unheld. Idempotent."""
         with self._changed:
-            if self._done:
+            if self.done:
                 return
             self.expires_at = time.monotonic() + self._timeout_s
-            self._done = True
+            self.done = True
             self._changed.notify_all()
         if self._on_settled is not None:
             self._on_settled()

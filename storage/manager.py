@@ -27,6 +27,7 @@ from lmcache.storage.flow.owed_files import FOLDER, OwedFiles
 from lmcache.storage.flow.promotion import promotion
 from lmcache.storage.flow.tier import LowerTier
 from lmcache.storage.flow.transfers import Transfers
+from lmcache.storage.flow.writing import Settled
 from lmcache.storage.lease import Lease, Prefetch
 from lmcache.storage.memory.pool import PinnedPool, PoolBuffer
 from lmcache.storage.memory.tier import MemoryTier
@@ -55,11 +56,11 @@ class StorageHealth:
 
 
 class StorageManager:
-    """All tiers of one process. Thread-safe. Nothing it does waits without a deadline, and no tier's failure raises.
+    """All tiers of one process. Thread-safe. Every wait has a deadline; a tier that fails is a miss and does not raise.
 
-    A key may stand in a batch more than once, and counts as in ``StorageBackend``. After ``close()`` nothing is found
-    and nothing is kept, as stores may still be under way; what gives a lease, or must not seem to be done when it is
-    not (``remove``, ``clear``, ``copy``, ``move``), raises ClosedError.
+    A key may stand in a batch more than once, and counts as in ``StorageBackend``. After ``close()`` lookups find
+    nothing and ``put`` drops what it is given, as stores may still be under way; ``acquire``, ``prefetch``, ``remove``,
+    ``clear``, ``copy`` and ``move`` raise ClosedError.
     """
 
     def __init__(
@@ -167,9 +168,8 @@ class StorageManager:
             return
         report = None if on_written is None else _first_success(on_written, len(self._tiers))
         for tier in self._tiers:
-            settled = None if report is None else _settled(report)
-            if not tier.writes.put(key, buffer.share(), settled=settled) and report is not None:
-                report(False)
+            if not tier.writes.put(key, buffer.share(), settled=report) and report is not None:
+                report([key], False)
         self._memory.insert(key, buffer, place=place, settled=at_once)
 
     def sizes(self, keys: Sequence[ChunkKey]) -> list[int]:
@@ -225,10 +225,7 @@ class StorageManager:
         return self._acquire(keys, sizes, on_done, timeout_s, hold_s, self._promotes, ends)
 
     def prefetch(
-        self,
-        keys: Sequence[ChunkKey],
-        sizes: Sequence[int | range],
-        timeout_s: float | None = None,
+        self, keys: Sequence[ChunkKey], sizes: Sequence[int | range], timeout_s: float | None = None
     ) -> Prefetch:
         """Bring the longest prefix of ``keys`` into memory in the background, whatever ``promote`` says."""
         always = promotion("always")
@@ -257,12 +254,7 @@ class StorageManager:
         return max(counts)
 
     def clear(
-        self,
-        fingerprint: bytes | None = None,
-        *,
-        tenant: str | None = None,
-        tier: str | None = None,
-        wait: bool = True,
+        self, fingerprint: bytes | None = None, *, tenant: str | None = None, tier: str | None = None, wait: bool = True
     ) -> int:
         """Forget the chunks of one KVFormat, of one tenant, or all; in every tier, or in the one of that name.
 
@@ -302,7 +294,8 @@ class StorageManager:
     def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float | None = None) -> int:
         """The same, and ``source`` forgets what was copied."""
         self._check_open()
-        return len(self._transfers.move(keys, source, target, timeout_s or self._config.read_timeout_s))
+        limit_s = timeout_s or self._config.read_timeout_s
+        return len(self._transfers.copy(keys, source, target, limit_s, forget=True))
 
     def freeze(self) -> None:
         """Store nothing from now on: no buffer is given, what is put is let go of. Reads go on."""
@@ -470,23 +463,18 @@ def _owed_files(config: LMCacheConfig, tier: int) -> OwedFiles:
     return OwedFiles([folder / FOLDER, *folders] if folder else folders, place)
 
 
-def _settled(report: Callable[[bool], None]) -> Callable[[Sequence[ChunkKey], bool], None]:
-    """``report`` as the queue of a tier calls it, different for each write."""
-    return lambda keys, held: report(held)
-
-
-def _first_success(report: Callable[[bool], None], calls: int) -> Callable[[bool], None]:
-    """What is called ``calls`` times, and reports once: at the first True, or when all were False."""
+def _first_success(report: Callable[[bool], None], calls: int) -> Settled:
+    """A ``settled`` for the queues of ``calls`` tiers, which reports once: the first True, or False after the last."""
     lock = threading.Lock()
     left, reported = calls, False
 
-    def one(ok: bool) -> None:
+    def one(keys: Sequence[ChunkKey], held: bool) -> None:
         nonlocal left, reported
         with lock:
             left -= 1
-            if reported or not (ok or left == 0):
+            if reported or not (held or left == 0):
                 return
             reported = True
-        report(ok)
+        report(held)
 
     return one

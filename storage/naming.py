@@ -1,4 +1,4 @@
-"""Where a chunk lies in a place that has names: ``<format fingerprint>/<tenant and tags>/<digest>.kv``, all in hex.
+"""The name of a chunk's file or object: ``<format fingerprint>/<tenant and tags>/<digest>.kv``, all in hex.
 
 Folders and buckets share this layout, so the content of one can be copied into the other.
 """

@@ -3,9 +3,9 @@
     <folder>/<format fingerprint>/<tenant and tags>/<digest>.kv      header (4096 bytes), payload
     <folder>/.writing/                                        files that are not complete yet
 
-What the folder says is what is so: there is no index of our own that could be wrong about other hosts' files. A file is
-written beside the others and renamed, so it is there whole or not at all. There is no fsync: a server that loses power
-may lose chunks, and the checksum turns what it leaves into misses.
+Every lookup asks the folder: an index here would be wrong about what other hosts add and remove. A file is written
+beside the others and renamed, so it is there whole or not at all. There is no fsync: a server that loses power may lose
+chunks, and the checksum turns what it leaves into misses.
 A mount that hangs (NFS with ``hard``) hangs its caller too; the manager's deadlines are what ends that.
 """
 
@@ -20,7 +20,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
@@ -33,6 +33,7 @@ from lmcache.errors import ClosedError, ConfigError, CorruptChunkError, OddFileE
 from lmcache.keys import ChunkKey
 from lmcache.storage.base import Buffer, StorageBackend
 from lmcache.storage.chunk import HEADER_BYTES, check_chunk, check_header, encode_header
+from lmcache.storage.files.direct_io import transfer
 from lmcache.storage.files.regular_files import GONE, Folders, Oddities, Spot, oddity, open_to_read
 from lmcache.storage.naming import chunk_key, chunk_name, chunk_path, namespace_path
 
@@ -145,7 +146,7 @@ class SharedFolderBackend(StorageBackend):
             raise ClosedError(f"the shared folder {self._root} is closed")
 
     def _path(self, key: ChunkKey) -> Path:
-        """For people. We go by ``_spot``."""
+        """For messages; files are opened by ``_spot``."""
         return self._root / chunk_path(key)
 
     def _spot(self, key: ChunkKey) -> Spot:
@@ -178,9 +179,8 @@ class SharedFolderBackend(StorageBackend):
             try:
                 size = found.st_size
                 wanted = HEADER_BYTES + view.nbytes
-                done = _transfer(
-                    os.preadv, file, [memoryview(header), view] if size == wanted else [memoryview(header)]
-                )
+                parts = [memoryview(header), view] if size == wanted else [memoryview(header)]
+                done = transfer(os.preadv, file, parts, wanted if size == wanted else HEADER_BYTES)
                 if done == wanted and self._capacity is not None:
                     with contextlib.suppress(OSError):
                         os.utime(file)  # the order of use, for whoever sweeps
@@ -207,9 +207,10 @@ class SharedFolderBackend(StorageBackend):
         try:
             temporary = Spot(self._folders.get(WRITING), _temporary_name())
             file = temporary.create(os.O_WRONLY, 0o660)
+            parts = [memoryview(encode_header(key, view)), view]
             try:
                 try:
-                    _transfer(os.pwritev, file, [memoryview(encode_header(key, view)), view])
+                    transfer(os.pwritev, file, parts, HEADER_BYTES + view.nbytes)
                 finally:
                     os.close(file)  # over NFS it is this that says that a disk is full
                 self._publish(temporary, key)
@@ -319,23 +320,3 @@ class SharedFolderBackend(StorageBackend):
 
 def _temporary_name() -> str:
     return f"{_HOST}-{os.getpid()}-{_TOKEN}-{next(_serial)}"  # not those of a child by fork
-
-
-def _transfer(call: Callable[[int, list[memoryview], int], int], file: int, views: list[memoryview]) -> int:
-    """preadv or pwritev until every byte is done or the file ends; returns the bytes done."""
-    offset = 0
-    while rest := _after(views, offset):
-        done = call(file, rest, offset)
-        if done == 0:
-            break
-        offset += done
-    return offset
-
-
-def _after(views: list[memoryview], skip: int) -> list[memoryview]:
-    rest = []
-    for view in views:
-        if skip < view.nbytes:
-            rest.append(view[skip:])
-        skip = max(0, skip - view.nbytes)
-    return rest

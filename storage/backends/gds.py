@@ -119,7 +119,7 @@ class GdsFiles(FileMedium):
 
 
 def _path_of(file: int) -> str:
-    """KvikIO opens files by a path: one that leads to the file that is open, whatever its name stands for by now."""
+    """A path to the open file itself, as KvikIO takes paths only: by its name there may be another file now."""
     return f"/proc/self/fd/{file}"
 
 

@@ -1,7 +1,7 @@
 """L4: a Mooncake store, one value a chunk: header and payload, moved without a copy from and into pool memory.
 
 The master (``mooncake_master``) knows which value lies where; the memory is that of processes that give some to it
-(``segment``, or ``mooncake_client``). A value goes when the store is full, when it says so and whoever asks next.
+(``segment``, or ``mooncake_client``). When it is full the store evicts values by itself: they are then a miss.
 """
 
 from __future__ import annotations

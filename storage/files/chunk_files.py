@@ -76,7 +76,7 @@ class ChunkFiles:
         self._folders.close()
 
     def file_of(self, key: ChunkKey) -> str:
-        """The path, for people. We go by ``spot``."""
+        """The path, for messages; files are opened by ``spot``."""
         return f"{self._root}/{chunk_path(key)}"
 
     def spot(self, key: ChunkKey) -> Spot:

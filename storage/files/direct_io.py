@@ -91,7 +91,13 @@ def _parts(payload: memoryview, direct: bool) -> tuple[list[memoryview], int]:
 
 
 def _transfer(call: Transfer, file: int, parts: Sequence[memoryview], wanted: int) -> None:
-    """``call`` until ``wanted`` bytes are done; OSError when the file ends before."""
+    """``transfer``; OSError when the file ends before."""
+    if (done := transfer(call, file, parts, wanted)) < wanted:
+        raise OSError(errno.EIO, f"the file ended after {done} of {wanted} bytes")
+
+
+def transfer(call: Transfer, file: int, parts: Sequence[memoryview], wanted: int) -> int:
+    """``call`` (preadv, pwritev) until ``wanted`` bytes are done or the file ends; returns how many were done."""
     done = call(file, parts, 0)
     while done < wanted:
         skip, rest = done, []
@@ -104,5 +110,6 @@ def _transfer(call: Transfer, file: int, parts: Sequence[memoryview], wanted: in
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
         more = call(file, rest, done)
         if more <= 0:
-            raise OSError(errno.EIO, f"the file ended after {done} of {wanted} bytes")
+            break
         done += more
+    return done

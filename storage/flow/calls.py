@@ -23,7 +23,7 @@ from lmcache.storage.run.deadlines import Deadlines
 from lmcache.storage.run.threads import Job, Threads
 
 T = TypeVar("T")
-# What trying again does not mend.
+# Errors that another attempt would only meet again.
 FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 LATENCY_WEIGHT = 0.1  # of the newest call in the average
 
@@ -126,15 +126,10 @@ class TierCalls:
 
     def ask(self, call: Callable[[], T], otherwise: T, timeout_s: float, side: Side | None = None) -> T:
         """``guarded(call)`` with a deadline: a tier that hangs answers ``otherwise``, which counts as a failure."""
-        side = side or self.read_side
-        if not side.breaker.ready:
-            return otherwise
         return self._wait(self._asks, call, otherwise, timeout_s, side=side, transfers=False)
 
     def transfer(self, call: Callable[[], T], otherwise: T, timeout_s: float, unwanted: Callable[[T], None]) -> T:
         """The same for a call that moves bytes. unwanted: takes the result when nobody waits for it any more."""
-        if not self.read_side.breaker.ready:
-            return otherwise
         return self._wait(self._reads, call, otherwise, timeout_s, unwanted=unwanted)
 
     def _wait(
@@ -150,6 +145,8 @@ class TierCalls:
         unwanted: Callable[[T], None] | None = None,
     ) -> T:
         side = side or self.read_side
+        if not always and not side.breaker.ready:
+            return otherwise
         ends_at = time.monotonic() + timeout_s
         guarded = partial(self.guarded, call, otherwise, side=side, transfers=transfers, always=always, ends_at=ends_at)
         job = threads.submit(guarded, timeout_s, lambda: self.hung(side, timeout_s), unwanted)
@@ -169,6 +166,6 @@ class TierCalls:
 
 
 def _final(error: Exception) -> bool:
-    """Whether trying again does not mend it. A write that failed so will not land late either."""
+    """Whether another attempt is pointless. A write that failed like this will not land late either."""
     causes = (error, error.__cause__)  # a backend says what it could not do, and the system why
     return any(getattr(cause, "errno", None) in FINAL for cause in causes)

@@ -1,4 +1,4 @@
-"""How a lower tier fares, for whoever watches the cache."""
+"""The health of a lower tier, as ``StorageManager.health`` reports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TierHealth:
     hung_threads: int
     """Calls that ran out of time and have not come back."""
     owes_clear: bool
-    """Whether it is not cleared yet, as it was told: what should be gone counts as not there until it is."""
+    """Whether a clear is owed: until it is done, its chunks count as not there."""
     owed_removals: int
     """Chunks (or selections of them) that count as not there, and are not known to be gone for good."""
 

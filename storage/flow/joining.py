@@ -5,8 +5,8 @@
     lease B ── keys 0 1 2 3 c ────┘
                           B takes 2 3 as they come, then goes on with c in a flight of its own
 
-A lease is done at its own deadline, whatever the flights and the tiers' threads do. A flight that no lease wants any
-more reads what it has begun, which ends in memory, and no more.
+A lease is done at its own deadline, even if its flight is not. A flight that no lease waits for any more finishes the
+batches that it has begun, which stay in memory, and begins no further one.
 """
 
 from __future__ import annotations
@@ -67,15 +67,7 @@ class Joining:
         self._flights: set[Flight] = set()
         self._by_key: dict[ChunkKey, tuple[Flight, int]] = {}
 
-    def read(
-        self,
-        lease: Lease,
-        timeout_s: float,
-        *,
-        keep: Keep,
-        ends: Ends | None = None,
-        join: bool = True,
-    ) -> None:
+    def read(self, lease: Lease, timeout_s: float, *, keep: Keep, ends: Ends | None = None, join: bool = True) -> None:
         """Read what ``lease`` lacks; it is done after ``timeout_s`` at the latest. See ``StorageManager.acquire``."""
         Search(self, lease, time.monotonic() + timeout_s, keep, join, ends).start()
 

@@ -1,4 +1,4 @@
-"""What a tier was told to forget and may still have, or get: it counts as not there until it is gone.
+"""Removals that a tier owes: not done yet, or to be done again. Until then their chunks count as not there.
 
 remove ──> it failed ──────────────────────────> owed: tried again until it succeeds
        └─> it succeeded, but a write may land late ──> owed: done once more when that can be no more
@@ -102,10 +102,8 @@ class OwedRemovals:
         returning = self._returning()
         with self._changed:
             again_at = time.monotonic() + PAUSE_S
-            if final := done and began_at >= self._certain_at:
-                due = again_at
-            else:
-                due = max(again_at, self._certain_at) if done and self._certain_at < math.inf else again_at
+            final = done and began_at >= self._certain_at
+            due = max(again_at, self._certain_at) if done and self._certain_at < math.inf else again_at
             for debt in debts:
                 if final and not _any_of(debt, returning):
                     self._due.pop(debt, None)

@@ -166,7 +166,7 @@ class Reading:
             metrics.TIER_HITS.labels(tier.name).inc(got)
         for at, (key, buffer) in enumerate(zip(keys, buffers[:got], strict=False), start=first):
             if self._keep(key):
-                # Which tokens they are, nobody here knows.
+                # Its token positions are not known here.
                 place = Place(self._lease.keys[at - 1] if at else self._parent, 0, 0)
                 self._memory.insert(key, buffer, run.generation, place=place, settled=True)
             else:

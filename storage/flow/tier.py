@@ -59,7 +59,7 @@ class LowerTier(TierCalls):
         return self.backend.contains(there) if there else 0
 
     def get(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> int:
-        """The backend's, without what counts as removed, also meanwhile."""
+        """The backend's ``get``, up to the first key that counts as removed when it returns."""
         began_at = time.monotonic()
         try:
             count = self.backend.get(keys, into)
@@ -72,7 +72,7 @@ class LowerTier(TierCalls):
         return len(self.owed.leading(keys[:count]))
 
     def put(self, keys: Sequence[ChunkKey], buffers: Sequence[Buffer]) -> int:
-        """The backend's."""
+        """The backend's ``put``, timed for the pace of the writes."""
         nbytes = sum(buffer.nbytes for buffer in buffers)
         began_at = time.monotonic()
         try:
@@ -143,7 +143,7 @@ class LowerTier(TierCalls):
         ).start()
 
     def _clear_held(self, selection: Selection, timeout_s: float) -> int:
-        """Clear while no write begins, which then go on."""
+        """Clear while the writes are held, then let them go on."""
         deadline = time.monotonic() + timeout_s
         nothing: int | None = None
         try:

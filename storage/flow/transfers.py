@@ -27,27 +27,23 @@ class Transfers:
         self._tiers = {tier.name: tier for tier in tiers}
         self._batch_bytes = batch_bytes
 
-    def copy(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float) -> list[ChunkKey]:
-        """Have ``target`` hold what ``source`` has of ``keys``; returns those that it is known to hold now."""
-        self._check(source, target)
-        ends_at = time.monotonic() + timeout_s
-        done: list[ChunkKey] = []
-        for held in self._from(keys, source, ends_at):
-            done += self._into(target, held, ends_at, settled=True)
-        return done
+    def copy(
+        self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float, *, forget: bool = False
+    ) -> list[ChunkKey]:
+        """Copy what tier ``source`` has of ``keys`` to ``target``; returns those that it is known to hold now.
 
-    def move(self, keys: Sequence[ChunkKey], source: str, target: str, timeout_s: float) -> list[ChunkKey]:
-        """The same, and ``source`` forgets them."""
+        forget: remove those from ``source`` (a move).
+        """
         self._check(source, target)
         ends_at = time.monotonic() + timeout_s
         done: list[ChunkKey] = []
         for held in self._from(keys, source, ends_at):
-            moved = self._into(target, held, ends_at, settled=False)
-            if source == self._memory.name:
-                self._memory.remove(moved)
-            elif moved:
-                self._tiers[source].remove(moved, max(0.0, ends_at - time.monotonic()))
-            done += moved
+            copied = self._into(target, held, ends_at, settled=not forget)
+            if forget and source == self._memory.name:
+                self._memory.remove(copied)
+            elif forget and copied:
+                self._tiers[source].remove(copied, max(0.0, ends_at - time.monotonic()))
+            done += copied
         return done
 
     def _check(self, source: str, target: str) -> None:
@@ -70,7 +66,7 @@ class Transfers:
                 left = max(0.0, ends_at - time.monotonic())
                 most = tier.read_pace.batch_bytes(left * SHARE, self._batch_bytes)
                 nothing: Held = []
-                held = tier.transfer(partial(self._read, tier, wanted, most), nothing, left, _let_go)
+                held = tier.transfer(partial(self._read, tier, wanted, most), nothing, left, self._release)
             if held:
                 yield held
             # Behind a run that ended early lies a key that is not there, or a full batch.
@@ -90,6 +86,9 @@ class Transfers:
             self._memory.pool.release_all(buffers[got:])
         return list(zip(keys, buffers[:got], strict=False))
 
+    def _release(self, held: Held) -> None:
+        self._memory.pool.release_all(buffer for _, buffer in held)
+
     def _into(self, target: str, held: Held, ends_at: float, *, settled: bool) -> list[ChunkKey]:
         """Put chunks, releasing their handles; returns the keys of those that are held there."""
         if target == self._memory.name:
@@ -99,7 +98,7 @@ class Transfers:
 
 
 def _write(tier: LowerTier, held: Held, ends_at: float) -> list[ChunkKey]:
-    """Through the tier's queue, whose handles outlive whoever waits here; returns what was written by ``ends_at``."""
+    """Write by the tier's queue, which keeps the handles even after ``ends_at``; returns what was written by then."""
     written: list[ChunkKey] = []
     settled = 0
     changed = threading.Condition()
@@ -115,8 +114,3 @@ def _write(tier: LowerTier, held: Held, ends_at: float) -> list[ChunkKey]:
     with changed:
         changed.wait_for(lambda: settled == queued, max(0.0, ends_at - time.monotonic()))
         return list(written)
-
-
-def _let_go(held: Held) -> None:
-    for _, buffer in held:
-        buffer.release()

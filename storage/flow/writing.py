@@ -12,8 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from lmcache import metrics
@@ -181,16 +180,6 @@ class WriteQueue:
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way, timeout_s)
 
-    @contextmanager
-    def held_back(self, matches: Callable[[ChunkKey], bool], timeout_s: float) -> Iterator[None]:
-        """``hold`` and ``go_on``; waits for writes under way, but not longer."""
-        self.hold(matches)
-        try:
-            self.wait_ended(timeout_s)
-            yield
-        finally:
-            self.go_on()
-
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or under way."""
         with self._changed:
@@ -262,7 +251,7 @@ class WriteQueue:
             self._tier.owed.settle(undo, undone, began_at)
 
     def _ended(self, batch: _Batch, count: int | None) -> tuple[list[_Write], list[_Write]]:
-        """The writes of a batch that are over, and those that failed and are tried once more (with the lock held)."""
+        """The writes that are over, and those of a failed batch to try once more, alone (with the lock held)."""
         tries = count is None and len(batch.writes) > 1 and not self._closed and self._tier.write_side.breaker.ready
         again = [write._replace(failed=True) for write in batch.writes if tries and write.key not in batch.undo]
         return [write for write in batch.writes if not tries or write.key in batch.undo], again
@@ -288,7 +277,7 @@ class WriteQueue:
             return batch
 
     def _note_refused(self, count: int, batch: _Batch) -> None:
-        """A tier without room is no failure, but it is said, once until it takes everything again."""
+        """Count refused chunks (a full tier is no failure), and log it once, until it takes a whole batch again."""
         metrics.TIER_REFUSED_CHUNKS.labels(self._tier.name).inc(count)
         if count and not self._refused:
             largest = max(write.buffer.nbytes for write in batch.writes)
@@ -304,10 +293,9 @@ class WriteQueue:
 
     @staticmethod
     def _settle(writes: Sequence[_Write], held: bool) -> None:
-        for write in writes:
-            write.buffer.release()
         told: dict[Settled, list[ChunkKey]] = {}
         for write in writes:
+            write.buffer.release()
             if write.settled is not None:
                 told.setdefault(write.settled, []).append(write.key)
         for settled, keys in told.items():

@@ -103,7 +103,7 @@ class BestFit(Allocator):
 
 
 class Recycling(BestFit):
-    """Best fit over what no freed block of just the right size can serve.
+    """Reuses a freed block of exactly the wanted size where there is one, and is best fit otherwise.
 
     Full chunks all have one size, so they come from the waiting blocks; packed chunks vary, and for them the waiting
     blocks merge as soon as no free run is long enough. What best fit can serve, this serves.

@@ -1,6 +1,6 @@
 """Host memory for a pool: one mapping with huge pages, near the right processor, touched, and pinned on CUDA.
 
-What the system refuses is done without, and said in one warning.
+Where the system refuses one of these, the pool does without it, and one warning says so.
 """
 
 from __future__ import annotations

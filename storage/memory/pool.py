@@ -6,6 +6,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lmcache.errors import BufferStateError, ClosedError, ConfigError
 from lmcache.forks import Home
@@ -41,6 +42,8 @@ class PinnedPool:
         if self.capacity <= 0:
             raise ConfigError(f"memory.capacity: a pool needs at least {PAGE} bytes, got {capacity}")
         self._allocator = build_allocator(allocator, self.capacity, slot)
+        self.largest = self._allocator.largest
+        """Bytes of the largest buffer that there can be."""
         self._map, reserved = host_memory.map_memory(self.capacity, huge_pages)
         self.view = memoryview(self._map)[: self.capacity]
         first = ctypes.c_char.from_buffer(self._map)
@@ -62,11 +65,6 @@ class PinnedPool:
     @property
     def free_bytes(self) -> int:
         return self.capacity - self.used_bytes
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest buffer that there can be."""
-        return self._allocator.largest
 
     def allocate(self, nbytes: int) -> PoolBuffer | None:
         """A buffer of ``nbytes``, or None when nothing free is long enough. Never waits."""
@@ -155,15 +153,13 @@ class PinnedPool:
             logger.debug("the pool is closed while buffers are still viewed")
 
 
+@dataclass(slots=True, eq=False)
 class _Block:
     """Bytes ``[start, start + size)`` of the pool, and how many handles there are on them."""
 
-    __slots__ = ("holders", "size", "start")
-
-    def __init__(self, start: int, size: int) -> None:
-        self.start = start
-        self.size = size
-        self.holders = 1
+    start: int
+    size: int
+    holders: int = 1
 
 
 class PoolBuffer:
@@ -180,12 +176,13 @@ class PoolBuffer:
     @property
     def view(self) -> memoryview:
         self._check()
-        return self._pool.view[self._start : self._start + self.nbytes]
+        start = self._block.start
+        return self._pool.view[start : start + self.nbytes]
 
     @property
     def address(self) -> int:
         self._check()
-        return self._pool.address + self._start
+        return self._pool.address + self._block.start
 
     @property
     def region(self) -> tuple[int, int]:
@@ -207,10 +204,6 @@ class PoolBuffer:
 
     def release(self) -> None:
         self._pool.release_all((self,))
-
-    @property
-    def _start(self) -> int:
-        return self._block.start
 
     def _check(self) -> None:
         if self._released:

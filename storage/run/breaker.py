@@ -66,7 +66,7 @@ class CircuitBreaker:
             self._open_until = time.monotonic() + self._config.cooldown_s
 
     def undecided(self) -> None:
-        """This thread's call says nothing of the tier: if it was the probe, another may fly."""
+        """The call of this thread proved nothing about the tier; if it was the probe, another call may be it."""
         with self._lock:
             if self._probing == threading.get_ident():
                 self._probing = None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 class ByteBudget:
     """Keeps the bytes that are in flight below ``limit``; one call that moves more than that goes alone. Thread-safe.
 
-    Whoever came first goes first, so that a large chunk is not overtaken by small ones for ever.
+    Callers are served in the order in which they came: otherwise small chunks could overtake a large one for ever.
     """
 
     def __init__(self, limit: int) -> None:

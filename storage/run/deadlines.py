@@ -1,4 +1,4 @@
-"""What is due, called on one thread: the ends of leases, and calls that take too long."""
+"""Timers, all on one thread: for the ends of leases, and for calls that take too long."""
 
 from __future__ import annotations
 

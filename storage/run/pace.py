@@ -10,7 +10,7 @@ SHARE = 1 / 8
 
 
 class Pace:
-    """Of the reads of a tier, or of its writes; one call at a time, so that calls beside each other share the link."""
+    """The pace of a tier's reads, or of its writes: that of one call, which may share the link with others."""
 
     def __init__(self) -> None:
         self.bytes_per_s: float | None = None

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -31,34 +32,26 @@ R = TypeVar("R")
 def _nothing() -> None: ...
 
 
+@dataclass(eq=False)
 class Job(Generic[T]):
     """A call that waits for a thread, runs on one, or has ended.
 
     result, error: of one that is ``done``. Dropped by ``close()``, its error is a ClosedError.
     """
 
-    def __init__(
-        self,
-        threads: Threads,
-        call: Callable[[], T],
-        limit_s: float = math.inf,
-        on_late: Callable[[], object] = _nothing,
-        unwanted: Callable[[T], object] | None = None,
-        *,
-        raises: bool = False,
-    ) -> None:
-        self._threads = threads
-        self._call = call
-        self._limit_s = limit_s
-        self._on_late = on_late
-        self._unwanted = unwanted
-        self._late = self._withdrawn = False
-        self.raises = raises  # where it was asked for, so that it need not be logged
-        self.started_at: float | None = None
-        self.ended = False
-        self.done = threading.Event()
-        self.result: T
-        self.error: BaseException | None = None
+    _threads: Threads
+    _call: Callable[[], T]
+    _limit_s: float = math.inf
+    _on_late: Callable[[], object] = _nothing
+    _unwanted: Callable[[T], object] | None = None
+    raises: bool = False  # where it was asked for, so that it need not be logged
+    started_at: float | None = None
+    ended: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    result: T = field(init=False)
+    error: BaseException | None = None
+    _late: bool = False
+    _withdrawn: bool = False
 
 
 class Threads:
@@ -286,7 +279,7 @@ class Threads:
 
 
 class _Queue:
-    """What the threads share. They do not know the Threads, so that one that is forgotten unclosed can be collected."""
+    """What the threads share. They hold no reference to the Threads, so that an unclosed one can be collected."""
 
     def __init__(self, home: Home) -> None:
         self._home = home

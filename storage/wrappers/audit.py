@@ -7,8 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -125,16 +124,10 @@ class Audit(Wrapper):
             return call()
         entry: dict[str, Any] = {"time": time.time(), "operation": operation, "bytes": nbytes}
         entry["keys"] = [key.to_bytes().hex() for key in keys]
-        with self._logged(entry):
-            result = call()
-            entry["result"] = result
-        return result
-
-    @contextmanager
-    def _logged(self, entry: dict[str, Any]) -> Iterator[None]:
         begun = time.perf_counter()
         try:
-            yield
+            entry["result"] = result = call()
+            return result
         except Exception as error:  # goes on: the log only says so
             entry["error"] = str(error)
             raise

@@ -60,7 +60,7 @@ class Zstd(Recoding):
     def __init__(self, config: ZstdConfig) -> None:
         self._config = config
         self._index = RecentSizes(config.index_entries, float("inf"))
-        self._of_format: dict[bytes, int] = {}
+        self._of_format: dict[bytes, int] = {}  # empty unless ``uniform``
         self._local = threading.local()  # zstandard's objects are for one thread each
         self.inner = build_backend(config.inner, "zstd.inner")
         self._scratch = Staging(config.scratch)
@@ -71,7 +71,7 @@ class Zstd(Recoding):
         sizes: list[int] = []
         budget = int(self._config.lookahead)
         for key, nbytes in zip(keys, stored, strict=False):
-            size = found.get(key) or self._guess(key)
+            size = found.get(key) or self._of_format.get(key.fingerprint)
             if size is None:
                 budget -= nbytes
                 size = self._learn(key, nbytes) if budget >= 0 or not sizes else None
@@ -92,9 +92,6 @@ class Zstd(Recoding):
     def clear_tenant(self, tenant: bytes, fingerprint: bytes | None = None) -> int:
         self._index.clear()
         return super().clear_tenant(tenant, fingerprint)
-
-    def _guess(self, key: ChunkKey) -> int | None:
-        return self._of_format.get(key.fingerprint) if self._config.uniform else None
 
     def _learn(self, key: ChunkKey, stored_bytes: int) -> int | None:
         """The length that the stored form of a chunk states; it is read for that."""

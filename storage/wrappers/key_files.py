@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import contextlib
 import itertools
 import logging
 import os
@@ -90,14 +91,11 @@ def _read(path: Path) -> bytes:
 
 def _decoded(text: bytes) -> bytes | None:
     """What hex or base64 stands for."""
-    try:
+    with contextlib.suppress(ValueError):
         return binascii.unhexlify(text)
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         return binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:
-        return None
+    return None
 
 
 def _as_text(raw: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A backend that is further away than it is."""
+"""Delays around a backend, as if it were further away."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     <folder>/.account     bytes, sum of all changes (8 bytes each, little-endian), xxh3-64 of both; changed under flock
 
-Whoever wants to write reserves the bytes here first; whoever's unlink succeeds gives them back. A process that is
+A process reserves bytes here before it writes them; the one whose unlink succeeds gives them back. A process that is
 killed leaves its reservations behind until the next scan of the folder, at the start of any process or when one of them
 runs out of room, sets the count right, to within what is being written meanwhile. Where files cannot be locked, each
 process counts for itself, which is said once.

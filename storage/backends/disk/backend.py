@@ -5,7 +5,7 @@ index is rebuilt at start from names and sizes. Without ``fsync`` a power cut ma
 what it leaves into misses; with it a chunk counts as held when file and folder are on the medium.
 
 Several processes may share folders: one's files are found by the others, a file that went away is a miss, the bytes are
-counted together (account.py), and what another has used lately is not evicted for being old news here.
+counted together (account.py), and a chunk that another process used lately is not evicted as old here.
 """
 
 from __future__ import annotations
@@ -290,7 +290,7 @@ class DiskBackend(StorageBackend):
             raise error
 
     def _raise_if_not_for_room(self, outcomes: Sequence[Outcome]) -> None:
-        """Some chunks were written, and others not: unless that is for room, it is no refusal but a failure."""
+        """Raise the error of a chunk that was not written, unless the reason was lack of room."""
         for outcome in outcomes:
             cause = outcome.__cause__ if isinstance(outcome, StorageError) else None
             if not isinstance(cause, OSError):

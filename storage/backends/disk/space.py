@@ -211,7 +211,7 @@ class DiskSpace:
 
 
 class _Gate:
-    """For what changes a file and then the account, any number at once, and scans, which must see both or neither."""
+    """Lets in any number of changes (of a file, then of the account), or one scan, which must see both or neither."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

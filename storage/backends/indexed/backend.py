@@ -170,7 +170,9 @@ class IndexedBackend(StorageBackend):
         """``sizes``, of a medium that is open."""
         sizes: list[int] = []
         for key in keys:
-            size = self._known(key)
+            size = self._index.size(key)
+            if not size and (size := self._medium.find(key)):
+                self._index.add(key, Entry(0, size))
             if not size:
                 break
             sizes.append(size - HEADER_BYTES)
@@ -184,12 +186,6 @@ class IndexedBackend(StorageBackend):
             if size:
                 self._index.add(key, Entry(0, size))
         return size > 0
-
-    def _known(self, key: ChunkKey) -> int:
-        size = self._index.size(key)
-        if not size and (size := self._medium.find(key)):
-            self._index.add(key, Entry(0, size))
-        return size
 
     def _write(self, fresh: dict[ChunkKey, Buffer]) -> list[StorageError | None]:
         if not fresh:

@@ -136,7 +136,8 @@ class FileMedium(Medium):
         path = self._files.file_of(key)
         try:
             file, _ = self._open_file(buffer, lambda direct: self._files.open_chunk(key, os.O_RDONLY | direct))
-            _blocking(file)
+            # Whoever reads by io_uring may be told to try again while it is O_NONBLOCK.
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_NONBLOCK)
         except OddFileError as error:
             return error
         except OSError as error:
@@ -211,11 +212,6 @@ class FileMedium(Medium):
             yield headers
         finally:
             self._headers.give(headers)
-
-
-def _blocking(file: int) -> None:
-    """Who reads by io_uring may be told to try again otherwise."""
-    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_NONBLOCK)
 
 
 def _item(key: ChunkKey, path: str, file: int, headers: PoolBuffer, index: int, buffer: Buffer) -> Item:

@@ -79,26 +79,48 @@ class Channel:
 
     def send_frame(self, message: Message, values: Sequence[memoryview] = ()) -> None:
         """A frame with its values."""
-        self._send([memoryview(encode_frame(message, sum(value.nbytes for value in values))), *values])
+        self.send(encode_frame(message, sum(value.nbytes for value in values)), *values)
 
     def send(self, *views: memoryview | bytes) -> None:
         """All of these bytes."""
-        self._send([memoryview(view) for view in views])
+        rest = [memoryview(view) for view in views]
+        self._slow_bytes, self._slow_since = 0, time.monotonic()
+        while rest:
+            self._check_deadline()
+            try:
+                done = self._send_some(rest)
+            except BlockingIOError:
+                continue  # the kernel's timeout; our deadline is checked above
+            self._moved(done)
+            rest = _rest(rest, done)
+        self._slow_since = None
 
     def receive_into(self, *views: memoryview) -> None:
         """Fill all of them."""
-        self._receive(list(views))
+        rest = list(views)
+        self._slow_bytes, self._slow_since = 0, time.monotonic()
+        while rest:
+            self._check_deadline()
+            try:
+                done = self._receive_some(rest)
+            except BlockingIOError:
+                continue
+            if not done:
+                raise ConnectionResetError("the other side closed the connection")
+            self._moved(done)
+            rest = _rest(rest, done)
+        self._slow_since = None
 
     def receive_frame(self, decoder: msgspec.msgpack.Decoder[T], max_head_bytes: int) -> tuple[T, int]:
         """The head of the next frame, and the bytes of the payload that follows."""
         prefix = bytearray(PREFIX_BYTES)
-        self._receive([memoryview(prefix)])
+        self.receive_into(memoryview(prefix))
         head_bytes, payload_bytes = decode_prefix(bytes(prefix), max_head_bytes)
         head = bytearray()
         # Memory is taken as bytes arrive, so that a peer cannot make us allocate by announcing a large head.
         while len(head) < head_bytes:
             piece = bytearray(min(_HEAD_PIECE_BYTES, head_bytes - len(head)))
-            self._receive([memoryview(piece)])
+            self.receive_into(memoryview(piece))
             head += piece
         check_head(bytes(prefix), head)
         try:
@@ -111,7 +133,7 @@ class Channel:
         scratch = memoryview(bytearray(min(nbytes, _DISCARD_BYTES)))
         while nbytes:
             view = scratch[: min(nbytes, _DISCARD_BYTES)]
-            self._receive([view])
+            self.receive_into(view)
             nbytes -= view.nbytes
 
     def shutdown(self) -> None:
@@ -148,32 +170,6 @@ class Channel:
             raise TimeoutError("the other side is too slow")
         if left < 0.9 * self._armed_s:
             self._arm(left)
-
-    def _send(self, views: list[memoryview]) -> None:
-        self._slow_bytes, self._slow_since = 0, time.monotonic()
-        while views:
-            self._check_deadline()
-            try:
-                done = self._send_some(views)
-            except BlockingIOError:
-                continue  # the kernel's timeout; our deadline is checked above
-            self._moved(done)
-            views = _rest(views, done)
-        self._slow_since = None
-
-    def _receive(self, views: list[memoryview]) -> None:
-        self._slow_bytes, self._slow_since = 0, time.monotonic()
-        while views:
-            self._check_deadline()
-            try:
-                done = self._receive_some(views)
-            except BlockingIOError:
-                continue
-            if not done:
-                raise ConnectionResetError("the other side closed the connection")
-            self._moved(done)
-            views = _rest(views, done)
-        self._slow_since = None
 
     def _moved(self, nbytes: int) -> None:
         self._slow_bytes += nbytes

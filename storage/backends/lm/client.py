@@ -98,6 +98,7 @@ class Client:
         self._config = config
         self._home = Home("this client")
         self._address = (parts.hostname or "", parts.port or DEFAULT_PORT)
+        self._place = f"{self._address[0]}:{self._address[1]}"
         self._token = read_token(config.token_file)
         self._tls = _tls_context(config) if parts.scheme == TLS else None
         self._slots = threading.BoundedSemaphore(config.connections)
@@ -170,10 +171,6 @@ class Client:
                 channel.shutdown()
         for channel in idle:
             channel.close()
-
-    @property
-    def _place(self) -> str:
-        return f"{self._address[0]}:{self._address[1]}"
 
     def _piece_bytes(self) -> int:
         return PIECE_BYTES if len(self._busy) <= 1 else PIECE_BYTES_IN_A_CROWD
@@ -368,33 +365,25 @@ def _get(
 ) -> None:
     """``whole`` grows by whether each value that comes bears its seal; it tells what had come when this raises."""
     channel.send_frame(protocol.Get(join_keys(keys), [view.nbytes for view in into]))
-    while _receive_found(channel, keys, into, whole, piece_bytes):
-        pass
-
-
-def _receive_found(
-    channel: Channel, keys: Sequence[ChunkKey], into: Sequence[memoryview], whole: list[bool], piece_bytes: int
-) -> bool:
-    """One Found frame and its values; ``whole`` grows by whether each bears its seal. Whether more follow."""
-    found, nbytes = channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)
-    found = _expect((found, nbytes), Found, None)
-    first = len(whole)
-    views = into[first : first + len(found.sizes)]
-    if found.sizes != [view.nbytes for view in views] or (found.more and not views):
-        raise ProtocolError("other chunks came than were asked for")
-    if nbytes != sum(found.sizes) + SEAL_BYTES * len(views):
-        raise ProtocolError(f"{nbytes} bytes of values for chunks of {sum(found.sizes)} bytes")
-    came = memoryview(bytearray(SEAL_BYTES))
-    for key, view in zip(keys[first:], views, strict=False):
-        digest = xxhash.xxh3_64()
-        *pieces, last = _pieces(view, piece_bytes)
-        for piece in pieces:
-            channel.receive_into(piece)
-            digest.update(piece)
-        channel.receive_into(last, came)
-        digest.update(last)
-        whole.append(came == protocol.seal(key, view.nbytes, digest.intdigest()))
-    return found.more
+    came, more = memoryview(bytearray(SEAL_BYTES)), True
+    while more:
+        head, nbytes = channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)
+        found = _expect((head, nbytes), Found, None)
+        more, first = found.more, len(whole)
+        views = into[first : first + len(found.sizes)]
+        if found.sizes != [view.nbytes for view in views] or (more and not views):
+            raise ProtocolError("other chunks came than were asked for")
+        if nbytes != sum(found.sizes) + SEAL_BYTES * len(views):
+            raise ProtocolError(f"{nbytes} bytes of values for chunks of {sum(found.sizes)} bytes")
+        for key, view in zip(keys[first:], views, strict=False):
+            digest = xxhash.xxh3_64()
+            *pieces, last = _pieces(view, piece_bytes)
+            for piece in pieces:
+                channel.receive_into(piece)
+                digest.update(piece)
+            channel.receive_into(last, came)
+            digest.update(last)
+            whole.append(came == protocol.seal(key, view.nbytes, digest.intdigest()))
 
 
 def _pieces(view: memoryview, nbytes: int) -> list[memoryview]:

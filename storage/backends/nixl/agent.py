@@ -31,10 +31,9 @@ class Agent:
     def __init__(self, plugin: str, parameters: dict[str, str]) -> None:
         nixl = _import_nixl()
         # RuntimeError: what they arrive as where another pybind11 module of the process translates exceptions first.
-        self._errors: tuple[type[Exception], ...] = (
-            RuntimeError,
-            *(value for name, value in vars(nixl).items() if name.startswith("nixl") and _is_error(value)),
-        )
+        kinds = [value for name, value in vars(nixl).items() if name.startswith("nixl") and isinstance(value, type)]
+        errors = [kind for kind in kinds if issubclass(kind, Exception)]
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, *errors)
         self._memory = "OBJ" if plugin == "OBJ" else "FILE"
         self._plugins = [plugin]
         self.name = f"lmcache-{os.getpid()}-{next(_serial)}"
@@ -141,10 +140,6 @@ class Transfer:
         if self._state != "DONE":
             raise NixlError("NIXL's transfer failed")
         return True
-
-
-def _is_error(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Exception)
 
 
 def _import_nixl() -> Any:

@@ -132,8 +132,7 @@ class NixlObjects(Medium):
                 outcomes.append(True)
             return outcomes
         finally:
-            for stage in held:
-                self._staging.give(stage)
+            self._staging.give(*held)
 
     def _read_singly(self, keys: Sequence[ChunkKey], into: Sequence[Buffer]) -> list[bool | StorageError]:
         """NIXL does not say which object of a batch failed."""
@@ -185,8 +184,7 @@ class NixlObjects(Medium):
             return error
         finally:
             if not late:
-                for stage in stages:
-                    self._staging.give(stage)
+                self._staging.give(*stages)
 
     def _stages(self, sizes: Sequence[int]) -> Iterator[list[PoolBuffer]]:
         """Staging memory for runs of consecutive sizes, as many at a time as there is memory for."""
@@ -212,8 +210,7 @@ class NixlObjects(Medium):
             except NixlError:
                 over = True
             if over:
-                for stage in stages:
-                    self._staging.give(stage)
+                self._staging.give(*stages)
             else:
                 with self._lock:
                     self._late.append((transfer, stages))

@@ -217,7 +217,7 @@ class ObjectStoreBackend(StorageBackend):
         """
         first, rest = unknown[: self._lookups], unknown[self._lookups :]
         search = Search(self._store, rest, self._lookups)
-        asked: list[ChunkKey | bytes] = [*first, *search.namespaces]
+        asked: list[ChunkKey | bytes] = [*first, *search.wanted]
         answers = self._questions.map(lambda it: search.first(it) if isinstance(it, bytes) else self._head(it), asked)
         self._note({key: size for key, size in zip(first, answers, strict=False) if size is not None}, found)
         if None in answers[: len(first)]:
@@ -384,10 +384,8 @@ def _options(config: ObjectStoreConfig, scheme: str) -> dict[str, Any]:
         "access_key": config.access_key and config.access_key.get_secret_value(),
         "secret_key": config.secret_key and config.secret_key.get_secret_value(),
         "region": config.region,
-        "path_style": False if scheme == "s3" else None,
+        "path_style": not path_style if scheme == "s3" else None,  # obstore's option is the opposite
     }
-    if scheme == "s3":
-        ours["path_style"] = not path_style
     names = _NAMES[scheme]
     if unknown := sorted(name for name, value in ours.items() if value is not None and name not in names):
         raise ConfigError(f"{config.url}: {scheme}:// takes no {', '.join(unknown)}; it takes {', '.join(names)}")

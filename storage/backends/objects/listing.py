@@ -37,20 +37,16 @@ class Search:
         self._store = store
         self._keys = keys
         self._sizes: dict[ChunkKey, int] = {}
-        self._wanted: dict[bytes, dict[str, ChunkKey]] = {}
+        self.wanted: dict[bytes, dict[str, ChunkKey]] = {}
+        """Names of wanted chunks by namespace; ``first`` is called with each of these."""
         self._unlisted: dict[bytes, list[str]] = {}
         self._per_page: dict[bytes, int] = {}
         for key in keys if len(keys) > few else ():
-            self._wanted.setdefault(key.namespace, {})[chunk_path(key)] = key
-
-    @property
-    def namespaces(self) -> list[bytes]:
-        """Which to call ``first`` with."""
-        return list(self._wanted)
+            self.wanted.setdefault(key.namespace, {})[chunk_path(key)] = key
 
     def first(self, namespace: bytes) -> None:
         """Read the first page of a namespace."""
-        names = sorted(self._wanted[namespace])
+        names = sorted(self.wanted[namespace])
         page = next(self._pages(namespace, None), [])
         self._keep(namespace, page)
         last = page[-1]["path"] if len(page) >= PAGE else None
@@ -59,12 +55,12 @@ class Search:
 
     def rest(self, threads: Threads) -> tuple[list[ChunkKey], dict[ChunkKey, int]]:
         """Read the other pages. Returns the keys to ask for singly, and the objects' bytes of those found."""
-        alone: set[ChunkKey] = set() if self._wanted else set(self._keys)
+        alone: set[ChunkKey] = set() if self.wanted else set(self._keys)
         slices = []
         for namespace, names in self._unlisted.items():
             length = int(self._per_page[namespace] * _SHARE_OF_A_PAGE)
             if length < _PAGE_COST:
-                alone.update(self._wanted[namespace][name] for name in names)
+                alone.update(self.wanted[namespace][name] for name in names)
             else:
                 slices += [(namespace, names[i : i + length]) for i in range(0, len(names), length)]
         threads.map(lambda item: self._slice(*item), slices)
@@ -80,7 +76,7 @@ class Search:
         yield from obstore.list(self._store, namespace_path(namespace), offset=offset, chunk_size=PAGE)
 
     def _keep(self, namespace: bytes, page: Iterable[ObjectMeta]) -> None:
-        wanted = self._wanted[namespace]
+        wanted = self.wanted[namespace]
         for entry in page:
             if (key := wanted.get(entry["path"])) is not None:
                 self._sizes[key] = entry["size"]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
 from redis.connection import ConnectionPool
@@ -40,6 +41,7 @@ def refused(reply: ErrorReply) -> StorageError:
     return (Unavailable if reply.code in PASSING else StorageError)(reply.text)
 
 
+@dataclass(eq=False)
 class Batch:
     """What an operation asks for each of some keys, and what it does with the answers.
 
@@ -49,20 +51,14 @@ class Batch:
     windows: the ranges of keys that are sent together, from a first key on. ahead: how many may be unanswered.
     """
 
-    def __init__(
-        self,
-        names: Sequence[bytes],
-        request: Callable[[int], Sequence[Part]],
-        answer: Callable[[Wire, int], Outcome],
-        windows: Windows,
-        *,
-        replies: int = 1,
-        ahead: int = 1,
-    ) -> None:
-        self.names, self.request, self.answer, self.windows = names, request, answer, windows
-        self.replies, self.ahead = replies, ahead
-        self.done = 0
-        """Leading keys that are answered; a further try goes on behind them."""
+    names: Sequence[bytes]
+    request: Callable[[int], Sequence[Part]]
+    answer: Callable[[Wire, int], Outcome]
+    windows: Windows
+    replies: int = 1
+    ahead: int = 1
+    done: int = 0
+    """Leading keys that are answered; a further try goes on behind them."""
 
 
 class Session:

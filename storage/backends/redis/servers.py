@@ -160,14 +160,10 @@ def open_servers(config: RedisConfig) -> Servers:
     if address.scheme == CLUSTER:
         return _Cluster(address, options)
     if address.scheme == SENTINEL:
-        sentinel_options = {
-            name: value for name, value in options.items() if name not in ("username", "password", "db")
-        }
         secret = config.sentinel_password
-        sentinel_options |= {
-            "username": config.sentinel_username,
-            "password": secret.get_secret_value() if secret else None,
-        }
+        sentinel_options = {name: value for name, value in options.items() if name != "db"}
+        sentinel_options["username"] = config.sentinel_username
+        sentinel_options["password"] = secret.get_secret_value() if secret else None
         sentinel = _Sentinel(address.hosts, sentinel_kwargs=sentinel_options)  # type: ignore[no-untyped-call]
         for client in sentinel.sentinels:
             _without_hiredis(client)
@@ -295,11 +291,7 @@ def _options(config: RedisConfig, address: Address) -> dict[str, Any]:
         "max_connections": config.connections + 1,
     }
     if config.uses_tls:
-        options |= {
-            "ssl": True,
-            "ssl_ca_certs": str(config.tls_ca.expanduser()) if config.tls_ca else None,
-            "ssl_certfile": str(config.tls_cert.expanduser()) if config.tls_cert else None,
-            "ssl_keyfile": str(config.tls_key.expanduser()) if config.tls_key else None,
-            "ssl_check_hostname": config.tls_check_hostname,
-        }
+        files = {"ssl_ca_certs": config.tls_ca, "ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
+        options |= {name: str(file.expanduser()) if file else None for name, file in files.items()}
+        options |= {"ssl": True, "ssl_check_hostname": config.tls_check_hostname}
     return options

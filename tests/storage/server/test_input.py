@@ -50,7 +50,7 @@ def test_a_put_that_does_not_bear_its_seal_is_not_held(open_server: Any) -> None
     server = open_server()
     channel = log_in(server.port)
     channel.send(encode_frame(protocol.Put(join_keys([make_key(0)]), [CHUNK], False), CHUNK + SEAL_BYTES))
-    channel._send([memoryview(data(0)), memoryview(bytes(SEAL_BYTES))])
+    channel.send(data(0), bytes(SEAL_BYTES))
     assert channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)[0] == protocol.Count(0)
     assert server.stats()["chunks"] == 0
     channel.close()
@@ -195,7 +195,7 @@ def test_nonsense_is_answered_logged_once_and_costs_no_memory(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             channel = log_in(server.port)
-            channel._send([memoryview(raw)])
+            channel.send(raw)
             reply = channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)[0]
             assert isinstance(reply, protocol.Failed)
             assert (reply.code, complaint in reply.message) == ("protocol", True), reply
@@ -209,10 +209,10 @@ def test_who_says_nothing_or_too_little_is_cut_off(open_server: Any) -> None:
     server = open_server(login_timeout_s=0.1, request_timeout_s=0.1, busy_timeout_s=0.05)
     silent = socket.create_connection(("127.0.0.1", server.port))
     slow = log_in(server.port)
-    slow._send([memoryview(encode_frame(protocol.Sizes(KEYS))[:20])])
+    slow.send(encode_frame(protocol.Sizes(KEYS))[:20])
     midway = log_in(server.port)
     midway.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
-    midway._send([memoryview(data(0))])
+    midway.send(data(0))
     eventually(lambda: server.stats()["connections"] == 0)
     assert (server._shared.budget.used, server.stats()["used_bytes"]) == (0, 0)
     silent.close()
@@ -240,7 +240,7 @@ def test_a_client_that_dies_midway_leaves_nothing(open_server: Any, reset: bool)
         channel = log_in(server.port)
         channel.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
         value = data(0) + protocol.seal(make_key(0), CHUNK, protocol.xxhash.xxh3_64_intdigest(data(0)))
-        channel._send([memoryview((value * 2)[:sent])] if sent else [])
+        channel.send((value * 2)[:sent])
         if reset:
             channel._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         channel.close()

@@ -71,12 +71,12 @@ def test_sigterm_finishes_what_is_under_way_and_writes_what_is_queued(tmp_path: 
     idle = log_in(process.port)
     channel = log_in(process.port)
     channel.send(encode_frame(protocol.Put(join_keys([make_key(99)]), [CHUNK], False), CHUNK + SEAL_BYTES))
-    channel._send([memoryview(value(99)[:1000])])
+    channel.send(value(99)[:1000])
     probe = Client(ClientConfig(url=f"lm://127.0.0.1:{process.port}"))
     assert probe.sizes([make_key(0)]) == [CHUNK]  # the server has read the head before this, as far as one can tell
     process.process.terminate()
     assert idle.readable(WAIT_S), "idle connections are closed at once"
-    channel._send([memoryview(value(99)[1000:])])
+    channel.send(value(99)[1000:])
     assert channel.receive_frame(protocol.REPLY, MAX_HEAD_BYTES)[0] == protocol.Count(1)
     status, said = process.terminate()
     assert (status, "stopped" in said) == (0, True), said
@@ -89,7 +89,7 @@ def test_sigterm_does_not_wait_for_ever(connect: Any) -> None:
     process = ServerProcess("storage.memory.capacity=16MiB", "drain_timeout_s=0.2")
     channel = log_in(process.port)
     channel.send(encode_frame(protocol.Put(KEYS, [CHUNK, CHUNK], False), 2 * (CHUNK + SEAL_BYTES)))
-    channel._send([memoryview(data(0))])
+    channel.send(data(0))
     connect(process).sizes([make_key(0)])
     start = time.monotonic()
     status, said = process.terminate()
