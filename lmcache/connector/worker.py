@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
@@ -184,8 +182,3 @@ def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str], memo
         f"{len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
         f"{format.chunk_tokens} tokens, codec {format.codec}, format {format.fingerprint().hex()[:12]}"
     )
-
-
-def registered(kv_caches: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """vLLM may hand a layer's KV as a one-element list."""
-    return {name: kv[0] if isinstance(kv, list | tuple) else kv for name, kv in kv_caches.items()}
