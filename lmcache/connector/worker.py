@@ -32,8 +32,8 @@ class WorkerHalf:
     """Lives in vLLM's worker process, one a rank. No call raises into vLLM's step: what fails is logged and computed.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
-    weights: which the model computes with; the format names them. None: they are what the format says for ever.
-    adapters: what vLLM has loaded of them, where it loads any.
+    weights: which the model computes with; the format names them. None: they never change.
+    adapters: the LoRA adapters that vLLM has loaded, where it loads any.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class WorkerHalf:
         atexit.register(self.shutdown)
 
     def begin_step(self, meta: StepMetadata) -> None:
-        """Called first in a step: finds out which weights and adapters compute it, for they name its KV."""
+        """Called first in a step: finds out which weights and adapters compute it; keys of its KV depend on them."""
         try:
             self._weights.settle(meta.step, self._renamed)
             self._adapters.begin_step(meta.step, meta.adapters)
-        # Whatever cannot be known of a step's weights and adapters, vLLM goes on, and its KV is left alone.
+        # vLLM goes on with the step; its KV is neither stored nor loaded.
         except Exception:
             metrics.WEIGHTS_UNKNOWN.inc()
             logger.exception("lmcache: it cannot be known what this step computes with: nothing of it is cached")
