@@ -221,6 +221,8 @@ class _Fusion:
         with self.watch("project"):
             q = self.rotation(index, self.model.query(index, x), self.rows)
         attention = self.model.attention[index]
+        if self.planned is not self.rows:
+            self.planned, self.plan = self.rows, {}
         with self.watch("attend"):
             attended = sparse_prefill(
                 q,
@@ -230,17 +232,11 @@ class _Fusion:
                 scale=attention.scale,
                 window=attention.window,
                 max_kv=len(keys),
-                plan=self._plan(),
+                plan=self.plan,
                 provider=self.provider,
             )
         with self.watch("mlp"):
             return self.model.finish(index, self.hidden, attended)
-
-    def _plan(self) -> dict[object, Any]:
-        """That of attention, for as long as the rows are the same."""
-        if self.planned is not self.rows:
-            self.planned, self.plan = self.rows, {}
-        return self.plan
 
     def _hand_over(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The layer's KV is complete."""

@@ -82,10 +82,10 @@ class LoadingController:
         return min(max(hidden, self.min_ratio), self.max_ratio)
 
     def _line(self) -> tuple[float, float] | None:
-        """What a layer and what a row costs, in seconds: least squares, through 0 where that is all that can be told.
+        """(seconds of a layer, seconds of a row in it) by least squares; (0, ..) where row counts differ too little.
 
-        When all blends had about as many rows, all of a layer's cost is taken for that of rows: more rows than were
-        seen yet then cost less than is thought, so the ratio rises in steps, each of which is measured.
+        Then all of a layer's cost is charged to its rows, which overestimates what more rows would cost: the ratio
+        rises in steps, and each is measured.
         """
         with self._lock:
             n, x, y, xx, xy = self._moments

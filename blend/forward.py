@@ -1,4 +1,4 @@
-"""What a pass of some rows of a prompt through a model's layers needs, over a KV that holds all of the prompt.
+"""Parts of a forward pass that computes some tokens (rows) of a prompt, over KV that holds all T of its tokens.
 
 hidden [N] --norm, projections, rope--> q, k, v [N]       keys, values [T]
                                            └─ k, v ------> rows .. are overwritten in place
@@ -54,9 +54,9 @@ _FORGOTTEN: Future[KV] = Future()
 
 
 class LayerFeed:
-    """Reused KV, fetched in another thread, one layer ahead of who asks; layers that were fetched are kept.
+    """Reused KV, fetched by another thread one layer ahead of the caller; fetched layers are kept until ``forget``.
 
-    On a GPU that thread works on the stream of who made this, in the order in which layers are asked for.
+    On a GPU that thread uses the stream that is current when this is made, in the order in which layers are wanted.
     """
 
     def __init__(self, model: BlendModel, reused: ReusedKV, tokens: int, executor: Executor) -> None:

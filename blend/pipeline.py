@@ -65,7 +65,7 @@ class BlendPipeline:
         self._lock = threading.Lock()
 
     def index(self, tags: Mapping[str, str] | None = None) -> ContentIndex:
-        """Of what was read with the same tags: nobody finds another's passages."""
+        """The index of passages kept under these tags; passages of other tags (tenants) are never found."""
         key = tuple(sorted((tags or {}).items()))
         with self._lock:
             index = self._indexes.setdefault(key, ContentIndex(self.min_tokens))

@@ -68,9 +68,40 @@ class Question:
     def _masses(
         self, layers: Callable[[int], KV], rows: torch.Tensor, asking: int, known: torch.Tensor, first: int = 0
     ) -> Iterator[torch.Tensor]:
-        return question_mass(
-            self._model, self._rotation, layers, self._tokens, rows, asking, known, self._exact_last, first
-        )
+        """Runs `rows` over the KV and yields, from layer `first` on, what the last `asking` of them attend to.
+
+        fp32 `[T]`: summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`.
+        `known`: bool `[T]`, tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax
+        is needed.
+        """
+        tokens = self._tokens
+        key_positions = torch.arange(len(tokens), device=tokens.device)
+        seen = known.clone()
+        seen[rows] = True
+        key_positions = key_positions.where(seen, len(tokens))  # behind every query
+        masks: dict[int | None, torch.Tensor] = {}
+        hidden = self._model.embed(tokens[rows])
+        written = len(rows) - self._exact_last
+        for index in range(self._model.num_layers):
+            keys, values = layers(index)
+            x = self._model.norm(index, hidden)
+            k, v = self._model.key_value(index, x)
+            keys[rows[:written]] = self._rotation(index, k, rows)[:written]
+            values[rows[:written]] = v[:written]
+            attention = self._model.attention[index]
+            q = self._rotation(index, self._model.query(index, x), rows)
+            if attention.window not in masks:
+                unseen = ~visible(rows, key_positions, attention.window)
+                mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
+                masks[attention.window] = mask.masked_fill_(unseen, -torch.inf)
+            mask = masks[attention.window]
+            if index < first:
+                attended = _attend(q, (keys, values), mask, attention.scale)
+            else:
+                attended, mass = _attend_and_weigh(q, (keys, values), mask, asking, attention.scale)
+                yield mass
+            if index + 1 < self._model.num_layers:
+                hidden = self._model.finish(index, hidden, attended)
 
     def _rows(self, limit: int) -> tuple[torch.Tensor, int]:
         """Rows of a dry run, and how many of them, the last, ask: the tail that is computed in any case.
@@ -84,51 +115,6 @@ class Question:
         positions = torch.arange(length, device=include.device)
         wanted = include & ((positions < _SINKS) | (positions >= length - asked))
         return torch.nonzero(wanted).flatten(), asked
-
-
-def question_mass(
-    model: BlendModel,
-    rotation: Rotation,
-    layers: Callable[[int], KV],
-    tokens: torch.Tensor,
-    rows: torch.Tensor,
-    question: int,
-    known: torch.Tensor,
-    exact_last: bool,
-    first: int = 0,
-) -> Iterator[torch.Tensor]:
-    """Runs `rows` over the KV and yields, from layer `first` on, what their last `question` tokens attend to.
-
-    fp32 `[T]`: summed over those tokens, mean over heads. The KV of `rows` is written into that of `layers`. `known`:
-    bool `[T]`, tokens with KV; others are not seen, unless they are in `rows`. Done in torch: the softmax is needed.
-    """
-    key_positions = torch.arange(len(tokens), device=tokens.device)
-    seen = known.clone()
-    seen[rows] = True
-    key_positions = key_positions.where(seen, len(tokens))  # behind every query
-    masks: dict[int | None, torch.Tensor] = {}
-    hidden = model.embed(tokens[rows])
-    written = len(rows) - exact_last
-    for index in range(model.num_layers):
-        keys, values = layers(index)
-        x = model.norm(index, hidden)
-        k, v = model.key_value(index, x)
-        keys[rows[:written]] = rotation(index, k, rows)[:written]
-        values[rows[:written]] = v[:written]
-        attention = model.attention[index]
-        q = rotation(index, model.query(index, x), rows)
-        if attention.window not in masks:
-            unseen = ~visible(rows, key_positions, attention.window)
-            mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
-            masks[attention.window] = mask.masked_fill_(unseen, -torch.inf)
-        mask = masks[attention.window]
-        if index < first:
-            attended = _attend(q, (keys, values), mask, attention.scale)
-        else:
-            attended, mass = _attend_and_weigh(q, (keys, values), mask, question, attention.scale)
-            yield mass
-        if index + 1 < model.num_layers:
-            hidden = model.finish(index, hidden, attended)
 
 
 def _attend(q: torch.Tensor, kv: KV, mask: torch.Tensor, scale: float) -> torch.Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from lmcache.blend.store import SegmentStore
 from lmcache.blend.stored import StoredKV
 from lmcache.engine.engine import TokenIds
 from lmcache.errors import ConfigError
-from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable
 from lmcache.storage.manager import StorageManager
 
 _BESIDE_LAYERS = ("load", "select", "dry run", "logits")  # stages of a blend that are not the layers' own work
@@ -157,7 +156,7 @@ class BlendEngine:
     def __enter__(self) -> BlendEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _blended(self, ids: torch.Tensor, reused: StoredKV, always: Sequence[Segment], all_logits: bool) -> Blended:
@@ -204,23 +203,16 @@ class BlendEngine:
 
     def store_for(self, length: int) -> SegmentStore:
         """Of the ropes that the model uses for a prompt so long: "dynamic" and "longrope" have more than one."""
-        tables: dict[object, RotaryTable] = {}
-        inverses = []
-        for name, rope in self._model.ropes.items():
-            frequencies = rope_frequencies(
-                rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length
-            )
-            inverses.append((name, frequencies))
-        known = tuple(frequencies.inverse.numpy().tobytes() for _, frequencies in inverses)
+        frequencies = {name: rope.frequencies(length) for name, rope in self._model.ropes.items()}
+        known = tuple(each.inverse.numpy().tobytes() for each in frequencies.values())
         store = self._stores.get(known)
         if store is not None and (store.format.positions or 0) >= length:
             return store
-        for name, frequencies in inverses:
-            positions = max(self._model.ropes[name].max_positions or 0, 1 << (length - 1).bit_length())
-            tables[name] = RotaryTable.from_frequencies(
-                frequencies, positions, device=self._model.kv.device, angles=torch.float32
-            )
         kv = self._model.kv
+        tables: dict[object, RotaryTable] = {}
+        for name, each in frequencies.items():
+            positions = max(self._model.ropes[name].max_positions or 0, 1 << (length - 1).bit_length())
+            tables[name] = RotaryTable.from_frequencies(each, positions, device=kv.device, angles=torch.float32)
         format = SegmentFormat(
             model=self._model_id,
             dtype=kv.dtype,

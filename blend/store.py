@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class SegmentStore:
         if present == len(keys):
             return True
         if present:
-            # What is left of a segment, of another run of the model perhaps: it would stay, and match nothing.
+            # Leftovers, perhaps of another run of the model: new chunks beside them would be taken for damaged ones.
             self._manager.remove(keys, wait=False)
         buffers = self._filled(packed, stored_at, layers)
         if buffers is None:
@@ -317,12 +316,12 @@ class SegmentStore:
 
 
 class _Reads:
-    """The leases of one retrieval, and how long what they read took, until the last of them is done."""
+    """The leases of one retrieval. When the last is done, reports the bytes read from below memory and the seconds."""
 
     def __init__(self, manager: StorageManager, report: Callable[[int, float], None] | None, ends_at: float) -> None:
         self._manager, self._report, self._ends_at = manager, report, ends_at
         self._lock = threading.Lock()
-        self._open = 1  # who asks, and each lease
+        self._open = 1  # leases that are not done, and 1 until all have been asked for
         self._bytes = 0
 
     def acquire(self, keys: Sequence[ChunkKey], sizes: Sequence[int]) -> Lease:
@@ -340,7 +339,7 @@ class _Reads:
         self._began = time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close(0)
 
     def _close(self, nbytes: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -122,7 +121,7 @@ class StoredKV:
     def __enter__(self) -> StoredKV:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _copy(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:

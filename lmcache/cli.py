@@ -42,9 +42,9 @@ def config(
         for index, tier in enumerate(resolved.tiers):
             check_backend(tier, f"tiers[{index}]")
         if resolved.codec is not None:
-            from lmcache.engine.engine import codec_of
+            from lmcache.kernels.codecs.base import build_codec
 
-            codec_of(resolved)
+            build_codec(resolved.codec)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

@@ -1,4 +1,4 @@
-"""Which process opened something: threads, connections and locks are not those of a child that it forks."""
+"""Tells an object that it is used in a forked child of the process that opened it, where it must not work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ os.register_at_fork(after_in_child=_forked)
 class Home:
     """Remembers the process that opened ``what``.
 
-    In a child of it, by fork, the threads are gone, locks may be held for ever, and connections are the parent's too:
-    whoever has a Home asks it first, before any lock, and lets everything be in a child, also in ``close``.
+    In a forked child the threads are gone, locks may be held for ever, and connections are shared with the parent. So
+    an object with a Home asks it before it takes any lock; in a child its methods raise, and ``close`` does nothing.
     """
 
     __slots__ = ("_forks", "_pid", "_what")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lmcache.errors import BlendError, KernelArgumentError
-from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RopeFrequencies, RotaryTable, rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Rope:
     parameters: Mapping[str, object]
     head_dim: int
     max_positions: int | None
+
+    def frequencies(self, length: int | None = None) -> RopeFrequencies:
+        """Those that the model uses for a prompt of ``length`` tokens. Raises KernelArgumentError."""
+        return rope_frequencies(self.parameters, self.head_dim, max_positions=self.max_positions, length=length)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,7 @@ class BlendModel(ABC):
         They depend on it for "dynamic" and "longrope". Angles are rounded to fp32 as transformers and vLLM do.
         """
         name = self.attention[layer].rope
-        rope = self.ropes[name]
-        frequencies = rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length)
+        frequencies = self.ropes[name].frequencies(length)
         inverse, table = self._tables.get(name, (None, None))
         if table is None or table.positions < length or inverse is None or not inverse.equal(frequencies.inverse):
             positions = 1 << (length - 1).bit_length()
@@ -110,9 +113,7 @@ class BlendModel(ABC):
         """Called last by constructors."""
         for name, rope in self.ropes.items():
             try:
-                width = 2 * len(
-                    rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions).inverse
-                )
+                width = 2 * len(rope.frequencies().inverse)
             except KernelArgumentError as error:
                 raise BlendError(f"rope {name!r} of the model: {error}") from error
             if width != self.kv.size:

@@ -15,7 +15,7 @@ import torch
 
 from lmcache.blend.models.base import BlendModel, KVShape, LayerAttention, Rope
 from lmcache.errors import BlendError
-from lmcache.kernels.rotary.tables import RotaryTable, rope_frequencies
+from lmcache.kernels.rotary.tables import RotaryTable
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ANGLE_ERROR = 2.0**-19  # of an angle, relative: frequencies and angles are rounded to fp32, ours and vLLM's
@@ -227,10 +227,7 @@ def _check_table(layer: str, rope: Rope, rotary: Any) -> None:
             f"{getattr(rotary, 'is_neox_style', None)}); supported are one table [positions, {rope.head_dim}] for "
             "prompts of all lengths, and halves (GPT-NeoX)"
         )
-    short, long = (
-        rope_frequencies(rope.parameters, rope.head_dim, max_positions=rope.max_positions, length=length)
-        for length in (1, 1 << 40)
-    )
+    short, long = rope.frequencies(1), rope.frequencies(1 << 40)
     table = RotaryTable.from_frequencies(long, shape[0], angles=torch.float32)
     ours, theirs = table.cos_sin * table.attention_factor, cache.float().cpu().view(shape[0], 2, -1)  # [P, 2, R / 2]
     angles = torch.outer(torch.arange(shape[0], dtype=torch.float32), long.inverse.float())[:, None]

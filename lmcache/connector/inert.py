@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 def why_inert(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str | None:
     """Why no token of this engine may be skipped, or None where the cache can work.
 
-    Where vLLM has switched prefix caching off for a reason that lies in the model, a promise of ours would break it (a
-    pooler that needs every token's hidden state kills the engine) or be wrong (KV that depends on what follows). Where
-    it is the user's wish, or the platform's, vLLM computes on top of loaded KV like on any other, and we go on.
+    If vLLM has switched prefix caching off because of the model, loading a prefix would end the engine (a pooler that
+    needs every token's hidden state) or give wrong KV (KV that depends on later tokens). If the user or the platform
+    has switched it off, loaded KV is as good as computed KV, and the connector works.
     """
     model = vllm_config.model_config
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]

@@ -34,11 +34,10 @@ from lmcache.connector.lookup.client import LookupClient
 from lmcache.connector.lookup.sockets import meeting_name, socket_path
 from lmcache.connector.metadata import StepMetadata
 from lmcache.connector.scheduler.half import SchedulerHalf
-from lmcache.connector.worker import WorkerHalf, describe, registered
-from lmcache.engine.engine import codec_of
+from lmcache.connector.worker import WorkerHalf, describe
 from lmcache.engine.layout import chunk_tokens as chunk_size
 from lmcache.errors import ConfigError, UnsupportedLayoutError
-from lmcache.kernels.codecs.base import RAW
+from lmcache.kernels.codecs.base import RAW, build_codec
 
 if TYPE_CHECKING:
     import torch
@@ -135,8 +134,10 @@ def make_worker(
     if why_inert(vllm_config, kv_cache_config):
         return None
     vllm_format.check_supported(vllm_config)
-    codec = codec_of(config)
-    cache = vllm_format.paged_cache(kv_cache_config, registered(kv_caches), vllm_config)
+    codec = build_codec(config.codec)
+    # vLLM may hand a layer's KV as a one-element list.
+    registered = {name: kv[0] if isinstance(kv, list | tuple) else kv for name, kv in kv_caches.items()}
+    cache = vllm_format.paged_cache(kv_cache_config, registered, vllm_config)
     chunk_tokens = chunk_size(config.chunk_tokens, cache.unit)
     if config.chunk_tokens and chunk_tokens != config.chunk_tokens:
         logger.warning(

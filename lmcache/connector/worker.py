@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from lmcache import metrics
 from lmcache.blend.models.base import BlendModel
@@ -34,8 +32,8 @@ class WorkerHalf:
     """Lives in vLLM's worker process, one a rank. No call raises into vLLM's step: what fails is logged and computed.
 
     blended: the model, vLLM's name of each of its layers' KV, and its longest prompt, where prompts are to be blended.
-    weights: which the model computes with; the format names them. None: they are what the format says for ever.
-    adapters: what vLLM has loaded of them, where it loads any.
+    weights: which the model computes with; the format names them. None: they never change.
+    adapters: the LoRA adapters that vLLM has loaded, where it loads any.
     """
 
     def __init__(
@@ -62,11 +60,11 @@ class WorkerHalf:
         atexit.register(self.shutdown)
 
     def begin_step(self, meta: StepMetadata) -> None:
-        """Called first in a step: finds out which weights and adapters compute it, for they name its KV."""
+        """Called first in a step: finds out which weights and adapters compute it; keys of its KV depend on them."""
         try:
             self._weights.settle(meta.step, self._renamed)
             self._adapters.begin_step(meta.step, meta.adapters)
-        # Whatever cannot be known of a step's weights and adapters, vLLM goes on, and its KV is left alone.
+        # vLLM goes on with the step; its KV is neither stored nor loaded.
         except Exception:
             metrics.WEIGHTS_UNKNOWN.inc()
             logger.exception("lmcache: it cannot be known what this step computes with: nothing of it is cached")
@@ -184,8 +182,3 @@ def describe(format: KVFormat, config: LMCacheConfig, tiers: Sequence[str], memo
         f"{len(format.planes)} plane(s) of {sum(len(p.layers) for p in format.planes)} layers, chunks of "
         f"{format.chunk_tokens} tokens, codec {format.codec}, format {format.fingerprint().hex()[:12]}"
     )
-
-
-def registered(kv_caches: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """vLLM may hand a layer's KV as a one-element list."""
-    return {name: kv[0] if isinstance(kv, list | tuple) else kv for name, kv in kv_caches.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 
 import msgspec
 import numpy as np
@@ -31,7 +30,7 @@ from lmcache.errors import (
     WeightsChangedError,
 )
 from lmcache.forks import Home
-from lmcache.kernels.codecs.base import RAW, Codec, build_codec
+from lmcache.kernels.codecs.base import RAW, build_codec
 from lmcache.keys import KVFormat, PlaceholderSpan
 from lmcache.storage.eviction.base import Place
 from lmcache.storage.lease import Lease
@@ -44,11 +43,6 @@ logger = logging.getLogger(__name__)
 PACK_CHUNKS = 32
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer] | bytes
-
-
-def codec_of(config: LMCacheConfig) -> Codec | None:
-    """The codec that ``config`` names, None for raw. Raises ConfigError."""
-    return build_codec(config.codec)
 
 
 def _largest(size: int | range) -> int:
@@ -67,55 +61,51 @@ class Lookup:
 
     def __init__(self, prompt: PromptKeys, lease: Lease, fingerprint: bytes) -> None:
         self._prompt = prompt
-        self._lease = lease
+        self.lease = lease
         self.fingerprint = fingerprint
         """Of the format that was looked for."""
 
     @property
     def tokens(self) -> int:
         """Tokens that are held now; final once ``done``."""
-        ready = self._lease.ready
+        ready = self.lease.ready
         return self.all_spans[ready - 1].stop if ready else 0
 
     @property
     def done(self) -> bool:
-        return self._lease.done
+        return self.lease.done
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for reads from lower tiers; False when they still run after ``timeout_s``."""
-        return self._lease.wait(timeout_s)
+        return self.lease.wait(timeout_s)
 
     def settle(self) -> None:
         """Be done with what is held now."""
-        self._lease.settle()
+        self.lease.settle()
 
     def close(self) -> None:
         """Let go of the chunks. Idempotent."""
-        self._lease.close()
+        self.lease.close()
 
     def __enter__(self) -> Lookup:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def lease(self) -> Lease:
-        return self._lease
 
     @property
     def spans(self) -> list[Span]:
         """The chunks that are held now."""
-        ready = self._lease.ready
+        ready = self.lease.ready
         return self.all_spans[:ready]
 
     @property
     def all_spans(self) -> list[Span]:
         """Every chunk that was looked for, held or not; where a tail was found, what is held."""
-        if self._lease.end is None:
+        if self.lease.end is None:
             return self._prompt.chunks
-        count = len(self._lease.keys) - 1
-        tail = next(tail for tail in self._prompt.tails(count) if tail.key == self._lease.end)
+        count = len(self.lease.keys) - 1
+        tail = next(tail for tail in self._prompt.tails(count) if tail.key == self.lease.end)
         return [*self._prompt.chunks[:count], tail]
 
 
@@ -140,7 +130,7 @@ class CacheEngine:
         self.format = format
         self.cache = cache
         self.database = TokenDatabase(format, cache.unit)
-        codec = codec_of(config)
+        codec = build_codec(config.codec)
         if format.codec != (codec.id if codec else RAW):
             raise ConfigError(f"the format names codec {format.codec}, the configuration {config.codec}")
         self._packed = PackedMover(cache, codec) if codec else None
@@ -179,7 +169,7 @@ class CacheEngine:
             chunk_tokens=chunk_tokens(config.chunk_tokens, cache.unit),
             planes=tuple(plane.format() for plane in cache.planes),
             layout="opaque" if cache.opaque else "token",
-            codec=codec.id if (codec := codec_of(config)) else RAW,
+            codec=codec.id if (codec := build_codec(config.codec)) else RAW,
         )
         return cls(config, format, cache)
 
@@ -400,7 +390,7 @@ class CacheEngine:
     def __enter__(self) -> CacheEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _has_pages(self, block_ids: Sequence[Sequence[int]], span: Span) -> bool:

@@ -274,7 +274,7 @@ class Connection:
                 problem = "no room"
             else:
                 self._channel.receive_into(buffer.view)
-                # Whoever reads the chunk checks its bytes; to hash them here as well would cost a fifth of the speed.
+                # The reader of a chunk checks its bytes; hashing them here as well would cost a fifth of the speed.
                 problem = "" if protocol.seal_fits(key, size, buffer.view[size:]) else "no seal"
         except BaseException:
             problem = "broken off"

@@ -207,7 +207,7 @@ def watch_loads() -> None:
         _managers.add(self)
         folder = get_adapter_absolute_path(lora_request.lora_path)
         if folder != lora_request.lora_path:
-            # What vLLM finds out once must not come out differently the second time.
+            # vLLM would resolve the name again while loading, and could then find another folder.
             lora_request = msgspec.structs.replace(lora_request, lora_path=folder)
         before = files.read(folder)
         adapter = load(self, lora_request)

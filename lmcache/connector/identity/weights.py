@@ -79,7 +79,7 @@ class Weights:
 
     @property
     def token(self) -> str:
-        """The name, and how often it was made: the same token, nothing was even in doubt meanwhile."""
+        """The name, and the number of the doubt that it settled: equal tokens mean that there was no doubt between."""
         return f"{self.name}#{self._settled}"
 
     def doubt(self) -> None:
@@ -105,7 +105,7 @@ class Weights:
 
     def hold(self) -> bool:
         """Whether the weights are still what they are named after, as far as looks have seen. Waits for the last look,
-        where it runs on a device: to be asked behind something that was waited for."""
+        where it runs on a device, so ask it after a copy that was waited for anyway."""
         if not self.in_doubt and any(probe.changed for probe in self._probes):
             self.doubt()
         return not self.in_doubt

@@ -1,4 +1,4 @@
-"""Which weights a worker computes with now, and since which step: what its KV is named after."""
+"""Which weights a worker computes with now, and since which step; their digest is part of the name of its KV."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class WeightsInUse:
             self._weights.doubt()
 
     def holds(self) -> bool:
-        """Whether the weights still are those that were read. To be asked when copies have ended."""
+        """Whether the weights still are those that were read. To be asked when copies have ended: it may wait."""
         return self._weights is None or self._weights.hold()
 
     def computed(self, oldest: float, images: bool) -> bool:

@@ -34,8 +34,8 @@ _DECODER = msgspec.msgpack.Decoder(Request)
 class HeldLookup:
     """What a worker keeps for a lookup until it is loaded or released.
 
-    lookup: the exact prefix. found: the passages behind it. settled: nobody waits for more than there is.
-    answered: the final reply is given.
+    lookup: the exact prefix. found: the passages behind it. settled: the scheduler waits for no further reads.
+    answered: the final reply was sent.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class LookupServer:
         return done.tokens if done.fingerprint == self._engine.database.fingerprint else 0
 
     def _settle(self, client: bytes, lookup_id: int) -> None:
-        """Whoever asked waits no longer."""
+        """The scheduler has stopped waiting: answer with what is held by now."""
         if self._take_waiting(lookup_id):
             self._answer(client, Reply(lookup_id, 0))
         with self._lock:

@@ -1,4 +1,5 @@
-"""How much of each prompt the workers hold: asked for when a request arrives, and waited for no longer than computing.
+"""How much of each prompt the workers hold. Asked for when a request arrives; no request waits longer for the answer
+than computing its tokens would take.
 
 on_new_request              ask the workers, which read from their tiers meanwhile
 get_num_new_matched_tokens  the answer; None (vLLM asks again next step) until it came or patience is over

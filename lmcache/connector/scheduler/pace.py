@@ -19,7 +19,7 @@ class WaitBudget:
         self.left_s = IDLE_WAIT_S
 
     def spend(self) -> None:
-        """A wait was in vain: nobody waits again in this step."""
+        """A wait brought no answer: no other request waits in this step."""
         self.left_s = 0.0
 
     def renew(self, *, computes: bool) -> None:
@@ -61,7 +61,7 @@ class Pace:
             self._end(time.monotonic())
 
     def results_came(self) -> None:
-        """Of some step: for those who are not told of ends."""
+        """A request has finished, so a step has ended; counts only where vLLM reports no ends."""
         if not self._hears_ends and self._steps:
             self._end(time.monotonic())
 
