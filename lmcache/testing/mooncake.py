@@ -5,6 +5,7 @@ Its data ports listen on every address: use it in a network namespace that has l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -32,9 +33,15 @@ class MooncakeMaster:
         program = Path(sys.executable).parent / "mooncake_master"
         flags = f"-rpc_port={self._port} -rpc_address=127.0.0.1 -metrics_host=127.0.0.1 -metrics_port={self._port + 1}"
         flags += " -rpc_thread_num=2 -default_kv_lease_ttl=5000"
-        with (self._folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([program, *flags.split(), *self._flags], stdout=log, stderr=log)
-        wait_until(lambda: listens(self._port))
+        for _ in range(2):  # now and then one ends, or hangs, before it listens
+            with (self._folder / "log").open("ab") as log:
+                self.process = subprocess.Popen([program, *flags.split(), *self._flags], stdout=log, stderr=log)
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: listens(self._port) or self.process.poll() is not None)
+            if self.process.poll() is None and listens(self._port):
+                return
+            self.kill()
+        raise OSError(f"mooncake_master does not start: {(self._folder / 'log').read_text(errors='replace')[-2000:]}")
 
     def kill(self) -> None:
         self.process.kill()
